@@ -1,0 +1,109 @@
+"""Edit the tuned clip with a prompt: python sample.py --prompt "a panda is skiing"."""
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tinytav import cli, frames, pipeline
+from tinytav.config import InputError
+from tinytav.inflation import LOOKS_AT, inflate
+from tinytav.runs import Run, new_path, slug
+
+
+def arguments():
+    p = cli.parser(__doc__)
+    p.add_argument("--prompt", nargs="+", action="extend", required=True, help="one or several; each makes a clip")
+    p.add_argument("--run", help="a folder that train.py made; else the newest in runs/")
+    p.add_argument("--frames", type=cli.number(int, 1), help="without inversion: how many; 1 is a picture")
+    p.add_argument("--size", type=cli.number(int, 8), help="without inversion: pixels of a square; else the weights' own")
+    p.add_argument("--no-inversion", action="store_true", default=False, help="begin with random noise")
+    p.add_argument("--steps", type=cli.number(int, 1, 999), help="of DDIM; else the run's own")
+    p.add_argument("--guidance", type=cli.number(float, 0), help="how strongly to follow the prompt; else the run's own")
+    p.add_argument("--attention", choices=LOOKS_AT, help="the frames a frame looks at; else the run's own")
+    p.add_argument("--out", help="folder for the results; else the run's own, or samples/")
+    return p.parse_args()
+
+
+def find_run(args):
+    """The run that is named or the newest; None for zero-shot use: weights named, no run."""
+    if hasattr(args, "run"):
+        return Run.open(args.run)
+    return None if hasattr(args, "weights") else Run.newest("runs")
+
+
+def tuned_net(run, sd, settings):
+    """The inflated U-Net, with the run's tuned tensors if there is a run."""
+    net = inflate(sd.unet, settings["frames"], settings["attention"], settings["norm"])
+    if run:
+        tensors, parameters = run.read("tuned"), net.tuned()
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
+            raise InputError(f"{run.path / 'tuned.safetensors'} does not fit these weights.")
+        for name, p in parameters.items():
+            p.copy_(tensors[name])
+    return net
+
+
+def noise_for(run, net, sd, empty, device, steps):
+    """The inverted clip: as it was saved, or anew if it was made with another number of steps or another net."""
+    if net.attention == run.settings["attention"] and run.has("inversion"):
+        inversion = run.read("inversion")
+        if int(inversion["steps"]) == steps:
+            return inversion["noise"].to(device)
+    mean = run.read("clip")["mean"].to(device)
+    return pipeline.last(tqdm(pipeline.invert(net, sd.schedule, mean, empty, steps), "inverting", steps, unit="step"))
+
+
+def write(folder, name, x, source, fps):
+    """An mp4, a gif and a strip, or one picture. Returns the path of the one to look at first."""
+    path = new_path(folder, name, ".png")
+    if len(x) > 1:
+        frames.write_mp4(path.with_suffix(".mp4"), x, fps)
+        frames.write_gif(path.with_suffix(".gif"), x, fps)
+    frames.write_strip(path, *([source] if source is not None and len(x) > 1 else []), x)
+    return path if len(x) == 1 else path.with_suffix(".mp4")
+
+
+def main():
+    args = arguments()
+    run = find_run(args)
+    random = args.no_inversion or run is None
+    if not random and (hasattr(args, "frames") or hasattr(args, "size")):
+        raise InputError("Inverted noise has the run's own size and frames: leave out --frames and --size, or begin with "
+                         "random noise by --no-inversion.")
+    if run:
+        given = {name: run.settings[name] for name in ("tokenizer", "prediction") if run.settings.get(name)}
+        sd, device, dtype = cli.load_weights(args, run.settings["weights"], **given)
+        run.check(sd)
+        print(f"run: {run.path}")
+    else:
+        sd, device, dtype = cli.load_weights(args)
+    settings = vars(sd.defaults) | dict(attention="sparse-causal", norm="clip", fps="8") | (run.settings if run else {})
+    settings |= {name: getattr(args, name) for name in ("frames", "size", "guidance", "attention") if hasattr(args, name)}
+    steps = getattr(args, "steps", settings["ddim_steps"])
+    net = tuned_net(run, sd, settings)
+    cli.autocast(net, device, dtype, "forward")
+    empty, *contexts = sd.encode_prompts(["", *args.prompt]).split(1)
+    side = settings["size"] // sd.multiple * sd.multiple // sd.vae.cfg.factor
+    shape = (1, 4, settings["frames"], side, side)
+    if run:
+        shape = run.read("clip")["mean"].shape if not hasattr(args, "size") else shape
+        shape = (*shape[:2], settings["frames"], *shape[3:])
+    noise = pipeline.gaussian(shape, args.seed).to(device) if random else noise_for(run, net, sd, empty, device, steps)
+    source = None
+    if run and not random:
+        source = pipeline.decode(sd.vae, run.read("clip")["mean"].to(device))
+    folder = Path(getattr(args, "out", run.path if run else "samples"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for prompt, context in zip(args.prompt, contexts):
+        latents = pipeline.sample(net, sd.schedule, noise, context, empty, steps, settings["guidance"])
+        latents = pipeline.last(tqdm(latents, slug(prompt)[:30], steps, unit="step"))
+        if not latents.isfinite().all():
+            raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
+        name = slug(prompt) + ("-no-inversion" if run and random else "")
+        print(write(folder, name, pipeline.decode(sd.vae, latents), source, Fraction(settings["fps"])))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

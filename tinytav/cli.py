@@ -1,0 +1,97 @@
+"""What both scripts share: flags, device and precision, errors as sentences."""
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from .config import InputError
+from .weights import PREDICTIONS, default_path, load
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parser(description):
+    """An argument parser with the flags that train.py and sample.py have in common."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                argument_default=argparse.SUPPRESS)
+    p.add_argument("--weights", help="Stable Diffusion folder or .safetensors file; else what lies in weights/")
+    p.add_argument("--tokenizer", help="its folder, or a hub name to download, where the checkpoint has none")
+    p.add_argument("--prediction", choices=PREDICTIONS, help="of a Stable Diffusion 2.x single file")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
+    p.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: fp32, on CUDA bf16 or fp16")
+    p.add_argument("--seed", type=number(int, 0, 2 ** 31), default=33, help="same seed, same result")
+    return p
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: a number from low to high."""
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def run(main):
+    """Calls main() as a script: an InputError or a failing disk is a sentence and exit status 2, not a traceback."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def device_and_dtype(args):
+    """--device and --precision -> torch.device, torch.dtype."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    precision = args.precision
+    if precision == "auto":
+        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        precision = half if device.type == "cuda" else "fp32"
+    return device, PRECISIONS[precision]
+
+
+def free_bytes(device):
+    """Memory that is free on the device; without a limit where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def load_weights(args, path=None, **given):
+    """The Stable Diffusion that --weights names, on its device. The first line printed says which."""
+    device, dtype = device_and_dtype(args)
+    path = getattr(args, "weights", path) or default_path()
+    print(f"weights: {path}")
+    given |= {name: getattr(args, name) for name in ("tokenizer", "prediction") if hasattr(args, name)}
+    sd = load(path, dtype=dtype, **given)
+    for model in (sd.unet, sd.vae, sd.text_encoder):
+        model.to(device)
+    for model, calls in ((sd.vae, ("encode", "decode")), (sd.text_encoder, ("forward",))):
+        autocast(model, device, dtype, *calls)
+    return sd, device, dtype
+
+
+def autocast(model, device, dtype, *calls):
+    """Let the named methods compute in dtype. Weights that are tuned stay float32 and are cast on the way."""
+    if dtype is not torch.float32:
+        for name in calls:
+            setattr(model, name, torch.autocast(device.type, dtype)(getattr(model, name)))

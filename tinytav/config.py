@@ -1,0 +1,33 @@
+"""Reading a checkpoint's config.json, and the one class of errors that are the user's to mend."""
+from dataclasses import fields
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is a sentence that says what, where and what to do."""
+
+
+class Config:
+    """Base of the frozen dataclasses that mirror a config.json: same names, defaults where old files omit a key.
+
+    `ONLY` maps each setting of which just some values are implemented to those values, the default first.
+    """
+    ONLY = {}
+
+    @classmethod
+    def from_json(cls, d):
+        """`d`: the parsed JSON object. Raises InputError, naming the setting, for what is not implemented."""
+        if not isinstance(d, dict):
+            raise InputError(f"{cls.__name__}: a JSON object is expected, not {type(d).__name__}.")
+        for name, values in cls.ONLY.items():
+            if (value := d.get(name, values[0])) not in values:
+                raise InputError(f"{cls.__name__}: {name} = {value!r} is not implemented; only "
+                                 f"{' or '.join(map(repr, values))} is. Such a model cannot be used here.")
+        return cls(**{f.name: cls._checked(f, d[f.name]) for f in fields(cls) if f.name in d})
+
+    @classmethod
+    def _checked(cls, field, value):
+        value = tuple(value) if isinstance(value, list) else value
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
+            raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not a {field.type}.")
+        return value

@@ -1,0 +1,117 @@
+"""The folder of a run: what it was told, what it learnt, what it made. Files are replaced whole, never half-written.
+
+runs/<clip>/  run.json              everything that is needed to repeat it; written last, so a folder without it is no run
+              clip.safetensors      mean and std of the clip's latents: neither resuming nor sampling needs the clip
+              state.safetensors     while it is unfinished: tuned tensors, AdamW's moments, the step
+              tuned.safetensors     the tuned tensors, by the official names
+              inversion.safetensors x_T, and how many steps led there
+              source.mp4, loss.csv, and an mp4, a gif and a strip (png) per sample
+"""
+import json
+import re
+import time
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import save_file
+
+from .config import InputError
+from .frames import replace
+from .weights import read_json, read_tensors
+
+NEEDED = dict(clip=str, prompt=str, weights=str, fingerprint=str, frames=int, fps=str, size=int, attention=str,
+              norm=str, steps=int, lr=float, seed=int, ddim_steps=int, guidance=float)
+
+
+class Run:
+    """`path`: its folder. `settings`: run.json."""
+
+    def __init__(self, path, settings):
+        self.path, self.settings = Path(path), settings
+
+    @classmethod
+    def create(cls, folder, name, settings):
+        """A new folder, `name` or `name-2`, ...: a run is never overwritten. save() makes it a run."""
+        return cls(new_path(Path(folder), slug(name), make=True), settings)
+
+    @classmethod
+    def open(cls, path):
+        """Raises InputError if there is no run at `path`, or its run.json lacks or misstates something."""
+        path = Path(path)
+        if not (path / "run.json").is_file():
+            raise InputError(f"{path} is not a run: it has no run.json. train.py makes runs.")
+        settings = read_json(path / "run.json")
+        for name, kind in NEEDED.items():
+            value = settings.get(name)
+            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+                raise InputError(f"{path / 'run.json'}: {name} = {value!r} is not a {kind.__name__}.")
+        return cls(path, settings)
+
+    @classmethod
+    def newest(cls, folder):
+        """The run in `folder` that was last finished. Raises InputError if there is none."""
+        runs = [cls.open(file.parent) for file in sorted(Path(folder).glob("*/run.json"))]
+        runs = [run for run in runs if run.finished]
+        if not runs:
+            raise InputError(f"No finished run in {folder}: tune on a clip with train.py first, or name a run with --run.")
+        return max(runs, key=lambda run: run.finished)
+
+    @property
+    def finished(self):
+        """When, in seconds since 1970; 0 if it is not."""
+        return self.settings.get("finished", 0)
+
+    def check(self, sd):
+        """Raises InputError unless `sd` is the Stable Diffusion this run was made with."""
+        if sd.fingerprint != self.settings["fingerprint"]:
+            raise InputError(f"{self.path} was made with other weights ({self.settings['weights']}, fingerprint "
+                             f"{self.settings['fingerprint']}) than {sd.path} ({sd.fingerprint}): name those with --weights.")
+
+    def save(self):
+        text = json.dumps(self.settings, indent=2) + "\n"
+        replace(self.path / "run.json", lambda file: Path(file).write_text(text, encoding="utf-8"))
+
+    def finish(self):
+        self.settings["finished"] = time.time()
+        self.save()
+        (self.path / "state.safetensors").unlink(missing_ok=True)
+
+    def write(self, name, tensors):
+        """A dict of tensors -> name.safetensors."""
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        try:
+            replace(self.path / f"{name}.safetensors", lambda file: save_file(tensors, file))
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{self.path / name}.safetensors cannot be written: {error}") from None
+
+    def read(self, name):
+        """name.safetensors -> dict of tensors. Raises InputError."""
+        return read_tensors(self.path / f"{name}.safetensors")
+
+    def has(self, name):
+        return (self.path / f"{name}.safetensors").is_file()
+
+    def write_losses(self, losses):
+        """loss.csv: step,loss. Rewritten whole with every checkpoint."""
+        lines = ["step,loss", *(f"{step},{loss:.6f}" for step, loss in enumerate(losses, 1))]
+        replace(self.path / "loss.csv", lambda file: Path(file).write_text("\n".join(lines) + "\n"))
+
+
+def slug(text):
+    """A file name made of a prompt's letters and digits, whatever else it holds."""
+    return "-".join(re.findall(r"\w+", text.lower()))[:60].strip("-") or "empty"
+
+
+def new_path(folder, name, suffix="", make=False):
+    """folder/name+suffix, or name-2, ...: the first that does not exist."""
+    number = 1
+    while True:
+        path = folder / f"{name}{f'-{number}' if number > 1 else ''}{suffix}"
+        try:
+            if make:
+                path.mkdir(parents=True)
+            elif path.exists():
+                raise FileExistsError
+            return path
+        except FileExistsError:
+            number += 1

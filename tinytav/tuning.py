@@ -1,0 +1,109 @@
+"""Tuning on one clip: the loss, the loop, what a checkpoint of it holds. Paper section 3.3, official train_tuneavideo.py.
+
+Step k's randomness is a function of (seed, k), so a resumed run needs no saved random state.
+"""
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .config import InputError
+from .inflation import VideoUNet
+from .unet import ResnetBlock, Transformer
+
+FP16_SCALE = 4096.      # keeps fp16's gradients off its subnormal numbers; constant, so that it need not be resumed
+
+
+def adamw(net, lr):
+    """The official optimiser over the 112 tuned tensors, which from now on require gradients. They stay float32."""
+    parameters = [p.requires_grad_() for p in net.tuned().values()]
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+
+
+def draw(seed, k, shape, timesteps):
+    """Step k's randomness, on the CPU: posterior noise and diffusion noise of `shape`, and a timestep (1,)."""
+    generator = torch.Generator().manual_seed((1_000_003 * seed + k) % 2 ** 32)     # it uses 32 bits of its seed
+    t = torch.randint(timesteps, (1,), generator=generator)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), t
+
+
+def denoising_loss(net, schedule, x0, noise, t, context):
+    """E || noise - net(x_t, t, context) ||^2 (paper equation 1), or of v. x0, noise (b, 4, f, h, w), t (b,)."""
+    output = net(schedule.add_noise(x0, noise, t), t, context)
+    return F.mse_loss(output.float(), schedule.target(x0, noise, t))
+
+
+def tune(net, optimizer, schedule, mean, std, context, seed=33, first=0, steps=500):
+    """Yields (steps done, loss) after each of steps first+1..steps. Changes the optimiser's parameters of `net`.
+
+    mean, std (1, 4, f, h, w) of the clip's latents, context (1, m, d) of its caption. Raises InputError when the loss
+    is not finite; the parameters are then those of the step before.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for k in range(first, steps):
+        *noises, t = (z.to(mean.device) for z in draw(seed, k, mean.shape, schedule.num_train_timesteps))
+        x0 = mean + std * noises[0]
+        loss = denoising_loss(net, schedule, x0, noises[1], t, context)
+        if not loss.isfinite():
+            raise InputError(f"The loss is {loss.item()} at step {k + 1}: the learning rate is too high, or the weights "
+                             "overflow at this precision. Try a smaller --lr, or --precision fp32.")
+        scale = FP16_SCALE if net.conv_in.weight.dtype is torch.float16 else 1.
+        (scale * loss).backward()
+        for p in parameters:
+            p.grad /= scale
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield k + 1, loss.item()
+
+
+def checkpoint_gradients(net):
+    """Keep only what enters each resnet and transformer, and compute them again for the gradient.
+
+    Non-reentrant: the official code's re-entrant kind loses the gradients of all 42 tuned tensors in the down blocks.
+    """
+    for module in net.modules():
+        if isinstance(module, (ResnetBlock, Transformer)):
+            module.forward = _checkpointed(module.forward)
+
+
+def _checkpointed(forward):
+    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def training_bytes(net, latent_shape, context_shape):
+    """Bytes that one step keeps for the gradient, in float32: counted on the meta device, where nothing is computed.
+
+    latent_shape (1, 4, f, h, w), context_shape (1, m, d).
+    """
+    with torch.device("meta"):
+        net = VideoUNet(net.cfg, net.frames, net.attention, net.norm).requires_grad_(False)
+        adamw(net, lr=0.)
+        weights = {p.untyped_storage()._cdata for p in net.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor      # holding it, so that no two storages are taken for one
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            net(torch.empty(latent_shape), torch.zeros(1), torch.empty(context_shape))
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
+
+
+def state_dict(net, optimizer, step):
+    """All that resuming needs, as flat named tensors: tuned tensors, AdamW's moments, steps done."""
+    state = {"step": torch.tensor(step)}
+    for name, p in net.tuned().items():
+        moments = optimizer.state[p]
+        state |= {f"tuned.{name}": p.detach(), f"exp_avg.{name}": moments["exp_avg"],
+                  f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
+    return state
+
+
+def load_state_dict(net, optimizer, state):
+    """The inverse of state_dict. Returns the steps done."""
+    step = int(state["step"])
+    for name, p in net.tuned().items():
+        p.data.copy_(state[f"tuned.{name}"])
+        optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"exp_avg.{name}"].to(p.device).clone(),
+                              "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(p.device).clone()}
+    return step

@@ -1,0 +1,162 @@
+"""Tune a Stable Diffusion on one clip: python train.py clip.mp4 "a man is skiing"."""
+import signal
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import tinytav
+from tinytav import cli, frames, pipeline, tuning
+from tinytav.config import InputError
+from tinytav.inflation import LOOKS_AT, inflate
+from tinytav.runs import Run
+
+SETTINGS = ("size", "frames", "start", "stride", "steps", "lr", "attention", "norm", "seed", "preview")
+
+
+def arguments():
+    p = cli.parser(__doc__)
+    p.add_argument("clip", nargs="?", help="mp4, mov, webm, gif, or a folder of images")
+    p.add_argument("prompt", nargs="?", help="what the clip shows")
+    p.add_argument("--out", default="runs", help="where the run's folder is made")
+    p.add_argument("--size", type=cli.number(int, 8), help="pixels of the short side; else the weights' own")
+    p.add_argument("--frames", type=cli.number(int, 1), help="how many; else the weights' own number")
+    p.add_argument("--start", type=cli.number(int, 0), default=0, help="first frame")
+    p.add_argument("--stride", type=cli.number(int, 1), help="take every n-th frame; else spread over the whole clip")
+    p.add_argument("--steps", type=cli.number(int, 1), help="of tuning; else the weights' own")
+    p.add_argument("--lr", type=cli.number(float, 0), help="learning rate; else the weights' own")
+    p.add_argument("--attention", choices=LOOKS_AT, default="sparse-causal", help="the frames a frame looks at")
+    p.add_argument("--norm", choices=["clip", "frame"], default="clip", help="what group norms run over")
+    p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
+    p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
+    return p.parse_args()
+
+
+def start(args):
+    """A new run: read the clip, encode it once. Returns the run and what it was loaded with."""
+    if not hasattr(args, "prompt"):
+        raise InputError('A clip and its caption are needed: python train.py clip.mp4 "a man is skiing".')
+    if not args.prompt.strip():
+        raise InputError("The prompt is empty: say in a few words what the clip shows.")
+    sd, device, dtype = cli.load_weights(args)
+    settings = vars(sd.defaults) | {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    x, indices, fps = frames.read(args.clip, settings["size"], sd.multiple, settings["frames"], args.start,
+                                  settings.get("stride"), exact=hasattr(args, "frames"))
+    if len(x) < settings["frames"]:
+        print(f"{args.clip} has fewer than {settings['frames']} frames: using {len(x)}")
+    print(f"clip: {args.clip}, {len(x)} frames of {x.shape[3]}x{x.shape[2]}")
+    mean, std = pipeline.encode(sd.vae, x.to(device))
+    settings |= dict(
+        clip=str(args.clip), prompt=args.prompt, weights=str(sd.path), fingerprint=sd.fingerprint, frames=len(x),
+        indices=indices, fps=str(fps), tokenizer=getattr(args, "tokenizer", None),
+        prediction=getattr(args, "prediction", None), precision=str(dtype).removeprefix("torch."),
+        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
+    run = Run.create(args.out, Path(args.clip).stem, settings)
+    run.write("clip", dict(mean=mean, std=std))
+    frames.write_mp4(run.path / "source.mp4", x, fps)
+    run.save()
+    return run, sd, device, dtype
+
+
+def resume(args):
+    """An unfinished run, with the weights it was begun with."""
+    run = Run.open(args.resume)
+    if hasattr(args, "clip") or run.finished:
+        raise InputError(f"{run.path} is finished: sample from it with sample.py --run." if run.finished
+                         else "A resumed run has its clip and prompt: leave them out.")
+    given = {name: run.settings[name] for name in ("tokenizer", "prediction") if run.settings.get(name)}
+    sd, device, dtype = cli.load_weights(args, run.settings["weights"], **given)
+    run.check(sd)
+    return run, sd, device, dtype
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, noticed between steps. A second one stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        self.signal = number
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def tune(run, net, schedule, mean, std, context, device, preview):
+    """The loop: progress, checkpoints, previews. Returns a signal's number if one stopped it."""
+    settings, stop = run.settings, Stop()
+    optimizer = tuning.adamw(net, settings["lr"])
+    first, losses = 0, []
+    if run.has("state"):
+        state = run.read("state")
+        first, losses = tuning.load_state_dict(net, optimizer, state), state["losses"].tolist()
+    bar = tqdm(total=settings["steps"], initial=first, desc="tuning", unit="step")
+    saved, saving, began = -1e9, 0.05, time.time()
+    for step, loss in tuning.tune(net, optimizer, schedule, mean, std, context, settings["seed"], first,
+                                  settings["steps"]):
+        losses.append(loss)
+        bar.update()
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
+        if time.time() - saved > 20 * saving or stop.signal:        # at most a twentieth of the time goes into saving
+            saved = time.time()
+            run.write("state", tuning.state_dict(net, optimizer, step) | {"losses": torch.tensor(losses)})
+            run.write_losses(losses)
+            saving = time.time() - saved
+        if stop.signal:
+            break
+        if step == first + 3 and device.type == "cpu":
+            say_time_left((time.time() - began) / 3 * (settings["steps"] - step), bar)
+        if preview and step % max(1, settings["steps"] // 4) == 0:
+            preview(step)
+    bar.close()
+    run.write_losses(losses)
+    return stop.signal
+
+
+def say_time_left(seconds, bar):
+    if seconds > 600:
+        bar.write(f"about {seconds / 60:.0f} minutes of tuning are left on this CPU. Ctrl-C stops it so that --resume "
+                  "goes on; fewer --steps, fewer --frames or a smaller --size is quicker.")
+
+
+def main():
+    args = arguments()
+    run, sd, device, dtype = resume(args) if hasattr(args, "resume") else start(args)
+    print(f"run: {run.path}")
+    settings = run.settings
+    torch.manual_seed(settings["seed"])                                     # draws T-Attn's first q, k and v
+    net = inflate(sd.unet, settings["frames"], settings["attention"], settings["norm"])
+    cli.autocast(net, device, dtype, "forward")
+    mean, std = (run.read("clip")[name].to(device) for name in ("mean", "std"))
+    context, empty, wanted = sd.encode_prompts([settings["prompt"], "", settings.get("preview", "")]).split(1)
+    if 2 * tuning.training_bytes(net, mean.shape, context.shape) > cli.free_bytes(device):
+        tuning.checkpoint_gradients(net)
+
+    def preview(step):
+        noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, empty, settings["ddim_steps"]))
+        latents = pipeline.last(pipeline.sample(net, sd.schedule, noise, wanted, empty, settings["ddim_steps"],
+                                                settings["guidance"]))
+        frames.write_gif(run.path / f"preview-{step}.gif", pipeline.decode(sd.vae, latents), Fraction(settings["fps"]))
+
+    sd.text_encoder = None                                                  # its work is done; so is the VAE's
+    if "preview" not in settings:
+        sd.vae = None
+    if number := tune(run, net, sd.schedule, mean, std, context, device, preview if "preview" in settings else None):
+        print(f"stopped and saved; go on with: python train.py --resume {run.path}")
+        return 128 + number
+    run.write("tuned", net.tuned())
+    steps = settings["ddim_steps"]
+    noise = pipeline.last(tqdm(pipeline.invert(net, sd.schedule, mean, empty, steps), "inverting", steps, unit="step"))
+    run.write("inversion", dict(noise=noise, steps=torch.tensor(steps)))
+    run.finish()
+    print(f'done; now: python sample.py --run {run.path} --prompt "{settings["prompt"]}, edited"')
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
