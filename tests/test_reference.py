@@ -1,0 +1,131 @@
+"""Every module equals its recorded reference (diffusers, transformers, the official Tune-A-Video), in float32."""
+import json
+
+import pytest
+import torch
+
+from tiny import DATA, close, fill, filled, reference
+from tinytav import ddim, pipeline, tuning
+from tinytav.ddim import Schedule
+from tinytav.image_encoder import CLIP, CLIPConfig
+from tinytav.inflation import VideoUNet
+from tinytav.text_encoder import TextEncoder, TextEncoderConfig
+from tinytav.tokenizer import Tokenizer
+from tinytav.unet import UNet, UNetConfig
+from tinytav.vae import VAE, VAEConfig
+
+
+def assert_keys(model, name):
+    """Attribute names are the checkpoint's keys: same names, same shapes, none more."""
+    keys = {key: list(p.shape) for key, p in model.state_dict().items()}
+    assert keys == json.loads((DATA / f"{name}.keys.json").read_text())
+
+
+@pytest.mark.parametrize("sd", ["sd1", "sd2"])
+@torch.no_grad()
+def test_unet(sd):
+    config, case = reference(f"unet-{sd}")
+    unet = filled(UNet(UNetConfig.from_json(config)))
+    assert_keys(unet, f"unet-{sd}")
+    assert close(unet(case["x"], case["timestep"], case["context"]), case["y"])
+
+
+@torch.no_grad()
+def test_vae():
+    config, case = reference("vae")
+    vae = filled(VAE(VAEConfig.from_json(config)))
+    assert_keys(vae, "vae")
+    mean, std = vae.encode(case["x"])
+    scale = config["scaling_factor"]
+    assert close(mean / scale, case["mean"])
+    assert close(2 * (std / scale).log(), case["logvar"])
+    assert close(vae.decode(case["z"] * scale), case["decoded"])
+
+
+@pytest.mark.parametrize("sd", ["sd1", "sd2"])
+@torch.no_grad()
+def test_text_encoder(sd):
+    config, case = reference(f"clip-{sd}")
+    encoder = filled(TextEncoder(TextEncoderConfig.from_json(config)))
+    assert_keys(encoder, f"clip-{sd}")
+    assert close(encoder(case["ids"]), case["y"])
+
+
+@torch.no_grad()
+def test_both_towers_of_clip():
+    config, case = reference("clip-full")
+    clip = filled(CLIP(CLIPConfig.from_json(config)))
+    assert_keys(clip, "clip-full")
+    assert close(clip.text_model(case["ids"]), case["text_hidden"])
+    assert close(clip.vision_model(case["pixels"]), case["vision_hidden"])
+    assert close(clip.encode_text(case["ids"]), case["text_embeds"])
+    assert close(clip.encode_image(case["pixels"]), case["image_embeds"])
+    assert close(clip(case["pixels"], case["ids"]), case["logits_per_image"])
+
+
+@pytest.mark.filterwarnings("ignore:The prompt has")
+def test_tokenizer():
+    tokenizer = Tokenizer.from_folder(DATA / "tokenizer")
+    for case in json.loads((DATA / "tokenizer/cases.json").read_text())["cases"]:
+        assert tokenizer([case["text"]])[0].tolist() == case["ids"], case["text"]
+
+
+@pytest.mark.parametrize("name, prediction", [("sd1", "epsilon"), ("sd2-v", "v_prediction")])
+def test_ddim_both_ways(name, prediction):
+    case, schedule = reference(f"ddim-{name}")[1], Schedule(prediction_type=prediction)
+    assert torch.equal(schedule.abar_table, case["alphas_cumprod"])
+    assert [t for t, _ in schedule.pairs(50)] == case["timesteps50"].tolist()
+    assert [t for t, _ in schedule.pairs(10)] == case["timesteps"].tolist()
+    assert [t for t, _ in reversed(schedule.pairs(10))] == case["inverse_timesteps"].tolist()
+    shape = (1, 4, 3, 8, 8)
+    for direction in ("sample", "inverse"):
+        x = torch.from_numpy(fill.noise("ddim.x", shape))
+        pairs = [pair if direction == "sample" else pair[::-1] for pair in schedule.pairs(10)]
+        for i, pair in enumerate(pairs if direction == "sample" else reversed(pairs)):
+            here, there = (schedule.abar(torch.tensor([t])) for t in pair)
+            output = torch.from_numpy(fill.noise(f"ddim.eps{i}", shape))
+            x = ddim.move(x, schedule.epsilon(output, x, here), here, there)
+            assert close(x, case[f"{direction}{i}"]), f"{direction} {i}"
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2-v"])
+def test_forward_process_and_velocity(name):
+    case = reference(f"ddim-{name}")[1]
+    x0, noise = (torch.from_numpy(fill.noise(f"ddim.{what}", (2, 4, 3, 8, 8))) for what in ("x", "noise"))
+    t = torch.tensor([3, 801])
+    assert close(Schedule().add_noise(x0, noise, t), case["noised"])
+    assert close(Schedule(prediction_type="v_prediction").target(x0, noise, t), case["velocity"])
+
+
+def video_unet(sd):
+    return filled(VideoUNet(UNetConfig.from_json(reference(f"unet-{sd}")[0]), frames=3))
+
+
+@pytest.mark.parametrize("sd", ["sd1", "sd2"])
+def test_official_video_unet_its_loss_and_all_gradients(sd):
+    net, case = video_unet(sd), reference(f"tav-{sd}")[1]
+    if sd == "sd1":
+        assert_keys(net, "tav-sd1")
+    assert set(net.tuned()) == set(json.loads((DATA / f"tav-{sd}.trainable.json").read_text()))
+    net.requires_grad_(False)
+    tuning.adamw(net, lr=1e-3)
+    y = net(case["x"], case["timestep"].expand(2), case["context"])
+    assert close(y, case["y"])
+    loss = torch.nn.functional.mse_loss(y, case["target"])
+    assert close(loss, case["loss"][0])
+    loss.backward()
+    for name, p in net.tuned().items():
+        assert close(p.grad.norm(), case[f"gradnorm.{name}"], 1e-4), name
+    for key in case:
+        if key.startswith("grad."):
+            assert close(dict(net.named_parameters())[key.removeprefix("grad.")].grad, case[key], 1e-4), key
+
+
+@pytest.mark.parametrize("sd", ["sd1", "sd2"])
+def test_official_inversion_and_guided_sampling(sd):
+    net, case = video_unet(sd), reference(f"tav-{sd}")[1]
+    empty, context = case["ddim.context_uncond"], case["ddim.context"]
+    x_T = pipeline.last(pipeline.invert(net, Schedule(), case["ddim.latents"], empty, steps=10))
+    assert close(x_T, case["ddim.inverted"], 1e-4)
+    x_0 = pipeline.last(pipeline.sample(net, Schedule(), case["ddim.sample_start"], context, empty, 10, guidance=7.5))
+    assert close(x_0, case["ddim.sampled"], 1e-4)

@@ -1,0 +1,206 @@
+"""The toy world keeps what the experiments rest on: edits have one true answer, and it can be read off the picture."""
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations, product
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from tinytav.toy import draw, world
+from tinytav.toy.world import ATTRIBUTES, LOOKS, Scene, View, caption
+
+REPOSITORY = Path(__file__).parents[2]
+VIEW = View(camera=0.4, x=0.5, size=1.1, phase=0.2)
+SCENE = Scene("man", "red", "no hat", "skiing", "snow", "day", "plain")
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference of two pictures, in steps of 1/255."""
+    return float(np.abs(a.astype(int) - b).mean())
+
+
+def changed(view: View, scene: Scene, **edit) -> np.ndarray:
+    """Where an edit changes the picture: (64, 64) bool."""
+    return (draw.render(scene, view) != draw.render(replace(scene, **edit), view)).any(axis=2)
+
+
+def in_fresh_interpreter(code: str, hash_seed: str = "0") -> str:
+    """What the code prints."""
+    environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": hash_seed}
+    return subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------------------
+
+def test_same_scene_and_view_give_same_pixels():
+    code = ("from random import Random; from zlib import crc32; from tinytav.toy import draw, world; rng = Random(3)\n"
+            "print([crc32(draw.render(world.random_scene(rng), world.random_view(rng)).tobytes()) for _ in range(12)])")
+    assert in_fresh_interpreter(code, "1") == in_fresh_interpreter(code, "2")
+    assert np.array_equal(draw.render(SCENE, VIEW), draw.render(SCENE, VIEW))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_picture_has_any_size(size):
+    picture = draw.render(SCENE, VIEW, size)
+    assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
+    coarse = picture.reshape(32, size // 32, 32, size // 32, 3).mean(axis=(1, 3))
+    assert distance(coarse.round().astype(int), draw.render(SCENE, VIEW, 32)) < 6
+
+
+def test_every_attribute_can_be_read_whatever_the_look():
+    """No other value of an attribute, with this or another look, comes near the true picture."""
+    least = {"subject": 1.8, "clothes": 1.5, "hat": 1.8, "activity": 3, "place": 1.8, "time": 10, "style": 10}
+    rng = Random(1)
+    for _ in range(36):
+        scene, view = world.random_scene(rng), world.random_view(rng)
+        truth = draw.render(scene, view)
+        for name, values in ATTRIBUTES.items():
+            for value in set(values) - {getattr(scene, name)}:
+                for look in (scene.look, world.random_scene(rng).look):
+                    other = replace(scene, look=look, **{name: value})
+                    assert distance(truth, draw.render(other, view)) > least[name], (name, value, scene, view)
+
+
+def test_every_part_of_the_look_shows():
+    for part, variants in LOOKS.items():
+        pictures = [draw.render(replace(SCENE, look=replace(SCENE.look, **{part: i})), VIEW) for i in range(variants)]
+        assert all(distance(a, b) > 0.3 for a, b in combinations(pictures, 2)), part
+
+
+def test_figure_fills_half_the_picture():
+    for subject, activity in product(ATTRIBUTES["subject"], ATTRIBUTES["activity"]):
+        scene = replace(SCENE, activity=activity)
+        others = [changed(VIEW, scene, subject=other) for other in ATTRIBUTES["subject"] if other != "man"]
+        rows = np.flatnonzero(np.any(others, axis=(0, 2)))
+        assert rows.max() - rows.min() >= 32
+
+
+@pytest.mark.parametrize("activity", ATTRIBUTES["activity"])
+def test_figure_stands_where_view_and_activity_put_it(activity):
+    """A change of clothes changes the same pixels wherever, whenever and however it is drawn."""
+    rng = Random(activity)
+    for _ in range(3):
+        view = world.random_view(rng)
+        scene = replace(world.random_scene(rng), activity=activity, style="plain")
+        mask = changed(view, replace(scene, clothes="red"), clothes="blue")
+        for _ in range(6):
+            other = replace(world.random_scene(rng), activity=activity, clothes="red")
+            same = changed(view, replace(other, subject=scene.subject), clothes="blue")
+            assert (mask & same).sum() > 0.85 * (mask | same).sum()
+            also = changed(view, other, clothes="blue")
+            assert (mask & also).sum() > 0.6 * (mask | also).sum()
+
+
+@pytest.mark.parametrize("place", ATTRIBUTES["place"])
+def test_props_stand_where_the_camera_puts_them(place):
+    rng = Random(place)
+    for activity in ATTRIBUTES["activity"]:
+        view = world.random_view(rng)
+        scene = replace(SCENE, activity=activity, place=place)
+        rows, columns = np.nonzero(changed(view, scene, look=replace(scene.look, prop=1)))
+        stand = np.array(draw.passing(view.camera))
+        assert len(columns) > 10
+        assert np.abs(columns[:, None] + 0.5 - stand).min(axis=1).max() <= 13   # half a prop's width
+        assert rows.max() <= max(draw.ground(activity, x) for x in (0, 64)) + 4
+
+
+# ---- Clips -------------------------------------------------------------------------------------------------------
+
+def test_no_two_frames_of_a_clip_are_alike():
+    rng = Random(7)
+    for activity in ATTRIBUTES["activity"] * 2:
+        scene, motion = replace(world.random_scene(rng), activity=activity), world.random_motion(rng)
+        frames = draw.clip(scene, motion, 8)
+        assert frames.shape == (8, 64, 64, 3) and frames.dtype == np.uint8
+        assert np.array_equal(frames[0], draw.render(scene, motion.start))
+        assert all(distance(a, b) > 1 for a, b in combinations(frames, 2)), (scene, motion)
+
+
+def test_motion_is_unambiguous():
+    rng = Random(8)
+    for _ in range(200):
+        motion = world.random_motion(rng)
+        assert 0 < motion.travel < 1 and 0 < motion.cycles <= 1
+        views = world.views(motion, 8)
+        assert views[0] == motion.start
+        assert all(0 <= view.phase < 1 and 0.3 < view.x < 0.7 for view in views)
+        steps = np.diff([view.camera for view in views])
+        assert np.allclose(steps, motion.travel / 8)
+
+
+# ---- Captions ----------------------------------------------------------------------------------------------------
+
+def test_full_caption_names_everything():
+    assert caption(replace(SCENE, hat="cowboy hat", time="sunset", style="comic")) == (
+        "a man wearing red clothes and a cowboy hat is skiing on the snow at sunset, comic style")
+    assert caption(replace(SCENE, subject="astronaut", place="desert")) == (
+        "an astronaut wearing red clothes and no hat is skiing in the desert by day, plain style")
+    rng = Random(2)
+    for _ in range(300):
+        scene = world.random_scene(rng)
+        words = caption(scene)
+        for name, values in ATTRIBUTES.items():   # whole words: "man" is not in "woman"
+            assert [v for v in values if re.search(rf"\b{v}\b", words)] == [getattr(scene, name)]
+
+
+def test_different_scenes_have_different_captions():
+    scenes = [Scene(*values) for values in product(*ATTRIBUTES.values())]
+    assert len({caption(scene) for scene in scenes}) == len(scenes)
+
+
+def test_captions_omit_each_attribute_one_time_in_five():
+    rng, draws, silent, dropped = Random(4), 4000, Counter(), 0
+    for _ in range(draws):
+        scene = world.random_scene(rng)
+        words = caption(scene, rng)
+        for name in ATTRIBUTES:
+            silent[name] += not re.search(rf"\b{getattr(scene, name)}\b", words)
+        assert ("someone" in words) != bool(re.search(rf"\b{scene.subject}\b", words))
+        assert re.fullmatch(r"[a-z ]+(, [a-z]+ style)?", words) and "  " not in words
+        dropped += scene.activity in words and " is " not in words
+    assert all(0.17 < silent[name] / draws < 0.23 for name in ATTRIBUTES), silent
+    assert 0.1 < dropped / draws < 0.4
+
+
+def test_caption_keeps_what_it_is_told():
+    assert caption(SCENE, keep=("subject", "activity", "place")) == "a man is skiing on the snow"
+    assert caption(SCENE, keep=("subject", "place")) == "a man on the snow"
+    assert caption(SCENE, keep=("hat", "activity", "time")) == "someone wearing no hat is skiing by day"
+    assert caption(SCENE, keep=()) == "someone"
+    said = {caption(SCENE, Random(seed), keep=("subject", "activity", "place")) for seed in range(20)}
+    assert said == {"a man is skiing on the snow", "a man skiing on the snow"}
+
+
+# ---- Held out ----------------------------------------------------------------------------------------------------
+
+def test_a_tenth_is_held_out_over_all_values():
+    names = ("subject", "activity", "place")
+    triples = list(product(*(ATTRIBUTES[name] for name in names)))
+    held_out = [triple for triple in triples if world.is_held_out(replace(SCENE, **dict(zip(names, triple))))]
+    assert 0.08 < len(held_out) / len(triples) < 0.12
+    for i, name in enumerate(names):
+        share = [sum(triple[i] == value for triple in held_out) for value in ATTRIBUTES[name]]
+        assert min(share) > 0 and max(share) - min(share) <= 1   # spread evenly
+    for i, j in combinations(range(3), 2):   # every pair is seen in training with something else
+        assert max(Counter((triple[i], triple[j]) for triple in held_out).values()) == 1
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_random_scenes_keep_to_their_side(held_out):
+    rng = Random(6)
+    scenes = [world.random_scene(rng, held_out) for _ in range(1500)]
+    assert {world.is_held_out(scene) for scene in scenes} == {held_out}
+    for name, values in ATTRIBUTES.items():
+        assert {getattr(scene, name) for scene in scenes} == set(values)
+    for part, variants in LOOKS.items():
+        assert {getattr(scene.look, part) for scene in scenes} == set(range(variants))
+
+
+def test_importing_the_world_needs_neither_torch_nor_av():
+    code = "import sys, tinytav.toy.world, tinytav.toy.draw; print({'torch', 'av'} & set(sys.modules))"
+    assert in_fresh_interpreter(code).strip() == "set()"
