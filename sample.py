@@ -14,14 +14,14 @@ from tinytav.runs import Run, new_path, slug
 def arguments():
     p = cli.parser(__doc__)
     p.add_argument("--prompt", nargs="+", action="extend", required=True, help="one or several; each makes a clip")
-    p.add_argument("--run", help="a folder that train.py made; else the newest in runs/")
-    p.add_argument("--frames", type=cli.number(int, 1), help="without inversion: how many; 1 is a picture")
-    p.add_argument("--size", type=cli.number(int, 8), help="without inversion: pixels of a square; else the weights' own")
+    p.add_argument("--run", metavar="PATH", help="a folder that train.py made; else the newest in runs/")
+    p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="without inversion: how many; 1 is a picture")
+    p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="without inversion: pixels of a square; else the weights' own")
     p.add_argument("--no-inversion", action="store_true", default=False, help="begin with random noise")
-    p.add_argument("--steps", type=cli.number(int, 1, 999), help="of DDIM; else the run's own")
-    p.add_argument("--guidance", type=cli.number(float, 0), help="how strongly to follow the prompt; else the run's own")
+    p.add_argument("--steps", type=cli.number(int, 1, 999), metavar="N", help="of DDIM; else the run's own")
+    p.add_argument("--guidance", type=cli.number(float, 0), metavar="N", help="how strongly to follow the prompt; else the run's own")
     p.add_argument("--attention", choices=LOOKS_AT, help="the frames a frame looks at; else the run's own")
-    p.add_argument("--out", help="folder for the results; else the run's own, or samples/")
+    p.add_argument("--out", metavar="PATH", help="folder for the results; else the run's own, or samples/")
     return p.parse_args()
 
 
@@ -72,12 +72,8 @@ def main():
         raise InputError("Inverted noise has the run's own size and frames: leave out --frames and --size, or begin with "
                          "random noise by --no-inversion.")
     if run:
-        given = {name: run.settings[name] for name in ("tokenizer", "prediction") if run.settings.get(name)}
-        sd, device, dtype = cli.load_weights(args, run.settings["weights"], **given)
-        run.check(sd)
         print(f"run: {run.path}")
-    else:
-        sd, device, dtype = cli.load_weights(args)
+    sd, device, dtype = cli.load_weights(args, run)
     settings = vars(sd.defaults) | dict(attention="sparse-causal", norm="clip", fps="8") | (run.settings if run else {})
     settings |= {name: getattr(args, name) for name in ("frames", "size", "guidance", "attention") if hasattr(args, name)}
     steps = getattr(args, "steps", settings["ddim_steps"])

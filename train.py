@@ -21,18 +21,20 @@ def arguments():
     p = cli.parser(__doc__)
     p.add_argument("clip", nargs="?", help="mp4, mov, webm, gif, or a folder of images")
     p.add_argument("prompt", nargs="?", help="what the clip shows")
-    p.add_argument("--out", default="runs", help="where the run's folder is made")
-    p.add_argument("--size", type=cli.number(int, 8), help="pixels of the short side; else the weights' own")
-    p.add_argument("--frames", type=cli.number(int, 1), help="how many; else the weights' own number")
-    p.add_argument("--start", type=cli.number(int, 0), default=0, help="first frame")
-    p.add_argument("--stride", type=cli.number(int, 1), help="take every n-th frame; else spread over the whole clip")
-    p.add_argument("--steps", type=cli.number(int, 1), help="of tuning; else the weights' own")
-    p.add_argument("--lr", type=cli.number(float, 0), help="learning rate; else the weights' own")
+    p.add_argument("--out", metavar="PATH", default="runs", help="where the run's folder is made")
+    p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="pixels of the short side; else the weights' own")
+    p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="how many; else the weights' own number")
+    p.add_argument("--start", type=cli.number(int, 0), metavar="N", default=0, help="first frame")
+    p.add_argument("--stride", type=cli.number(int, 1), metavar="N", help="take every n-th frame; else spread over the whole clip")
+    p.add_argument("--steps", type=cli.number(int, 1), metavar="N", help="of tuning; else the weights' own")
+    p.add_argument("--lr", type=cli.number(float, 0), metavar="N", help="learning rate; else the weights' own")
     p.add_argument("--attention", choices=LOOKS_AT, default="sparse-causal", help="the frames a frame looks at")
     p.add_argument("--norm", choices=["clip", "frame"], default="clip", help="what group norms run over")
     p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
     p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
-    return p.parse_args()
+    args = p.parse_args()
+    args.given = {name for name, value in vars(args).items() if value != p.get_default(name)}
+    return args
 
 
 def start(args):
@@ -52,7 +54,7 @@ def start(args):
     settings |= dict(
         clip=str(args.clip), prompt=args.prompt, weights=str(sd.path), fingerprint=sd.fingerprint, frames=len(x),
         indices=indices, fps=str(fps), tokenizer=getattr(args, "tokenizer", None),
-        prediction=getattr(args, "prediction", None), precision=str(dtype).removeprefix("torch."),
+        prediction=getattr(args, "prediction", None), precision=cli.name_of(dtype),
         versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
     run = Run.create(args.out, Path(args.clip).stem, settings)
     run.write("clip", dict(mean=mean, std=std))
@@ -62,14 +64,15 @@ def start(args):
 
 
 def resume(args):
-    """An unfinished run, with the weights it was begun with."""
+    """An unfinished run, with the weights and the precision it was begun with."""
     run = Run.open(args.resume)
-    if hasattr(args, "clip") or run.finished:
-        raise InputError(f"{run.path} is finished: sample from it with sample.py --run." if run.finished
-                         else "A resumed run has its clip and prompt: leave them out.")
-    given = {name: run.settings[name] for name in ("tokenizer", "prediction") if run.settings.get(name)}
-    sd, device, dtype = cli.load_weights(args, run.settings["weights"], **given)
-    run.check(sd)
+    if run.finished:
+        raise InputError(f"{run.path} is finished: sample from it with sample.py --run.")
+    if more := args.given - {"resume", "device", "precision", *cli.SOURCE}:
+        raise InputError(f"A resumed run keeps its own settings: leave out {', '.join(sorted(more))}.")
+    if args.precision == "auto":
+        args.precision = run.settings["precision"]
+    sd, device, dtype = cli.load_weights(args, run)
     return run, sd, device, dtype
 
 
@@ -111,7 +114,7 @@ def tune(run, net, schedule, mean, std, context, device, preview):
             break
         if step == first + 3 and device.type == "cpu":
             say_time_left((time.time() - began) / 3 * (settings["steps"] - step), bar)
-        if preview and step % max(1, settings["steps"] // 4) == 0:
+        if preview and step in [settings["steps"] * i // 4 for i in (1, 2, 3, 4)]:
             preview(step)
     bar.close()
     run.write_losses(losses)
@@ -154,7 +157,7 @@ def main():
     noise = pipeline.last(tqdm(pipeline.invert(net, sd.schedule, mean, empty, steps), "inverting", steps, unit="step"))
     run.write("inversion", dict(noise=noise, steps=torch.tensor(steps)))
     run.finish()
-    print(f'done; now: python sample.py --run {run.path} --prompt "{settings["prompt"]}, edited"')
+    print(f'done; now edit it: python sample.py --run {run.path} --prompt "..."')
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 from .config import InputError
 from .weights import PREDICTIONS, default_path, load
 
+SOURCE = ("weights", "tokenizer", "prediction")         # what tells where the weights come from
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -16,12 +17,12 @@ def parser(description):
     """An argument parser with the flags that train.py and sample.py have in common."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                 argument_default=argparse.SUPPRESS)
-    p.add_argument("--weights", help="Stable Diffusion folder or .safetensors file; else what lies in weights/")
-    p.add_argument("--tokenizer", help="its folder, or a hub name to download, where the checkpoint has none")
+    p.add_argument("--weights", metavar="PATH", help="Stable Diffusion folder or .safetensors file; else what lies in weights/")
+    p.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint has none: a folder, or a hub name to download")
     p.add_argument("--prediction", choices=PREDICTIONS, help="of a Stable Diffusion 2.x single file")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
+    p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps")
     p.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: fp32, on CUDA bf16 or fp16")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 31), default=33, help="same seed, same result")
+    p.add_argument("--seed", type=number(int, 0, 2 ** 31), default=33, metavar="N", help="same seed, same result")
     return p
 
 
@@ -33,6 +34,10 @@ def number(kind, low, high=float("inf")):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def name_of(dtype):
+    return next(name for name, value in PRECISIONS.items() if value is dtype)
 
 
 def run(main):
@@ -76,13 +81,19 @@ def free_bytes(device):
         return float("inf")
 
 
-def load_weights(args, path=None, **given):
-    """The Stable Diffusion that --weights names, on its device. The first line printed says which."""
+def load_weights(args, run=None):
+    """The Stable Diffusion that --weights names, or the run's, on its device. The first line printed says which.
+
+    Raises InputError if the run was made with another.
+    """
     device, dtype = device_and_dtype(args)
-    path = getattr(args, "weights", path) or default_path()
+    source = {name: run.settings.get(name) for name in SOURCE} if run else {}
+    source |= {name: getattr(args, name) for name in SOURCE if hasattr(args, name)}
+    path = source.pop("weights", None) or default_path()
     print(f"weights: {path}")
-    given |= {name: getattr(args, name) for name in ("tokenizer", "prediction") if hasattr(args, name)}
-    sd = load(path, dtype=dtype, **given)
+    sd = load(path, dtype=dtype, **source)
+    if run:
+        run.check(sd)
     for model in (sd.unet, sd.vae, sd.text_encoder):
         model.to(device)
     for model, calls in ((sd.vae, ("encode", "decode")), (sd.text_encoder, ("forward",))):

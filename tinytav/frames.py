@@ -81,17 +81,20 @@ def _open(file):
 
 def _video(path):
     """Yields one function per decoded frame, which turns it into a picture: counting frames converts none."""
-    def picture(frame):
-        return Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
-                yield lambda frame=frame: picture(frame)
+                yield lambda frame=frame: upright(frame)
     except (av.FFmpegError, IndexError) as error:
         reason = "it has no video stream" if isinstance(error, IndexError) else error.strerror
         raise InputError(f"{path} cannot be read as a video: {reason}.") from None
+
+
+def upright(frame):
+    """A decoded frame -> a picture, turned as the file says (its rotation counts degrees anticlockwise)."""
+    return Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
 
 def _fps(path):

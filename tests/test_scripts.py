@@ -1,0 +1,155 @@
+"""The two commands as a user runs them, on a tiny checkpoint of filled weights."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(script, *args):
+    return [sys.executable, str(ROOT / script), *map(str, args)]
+
+
+def call(cwd, script, *args, status=0):
+    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint, a clip and one finished run."""
+    place = tmp_path_factory.mktemp("place")
+    tiny.write_folder(place / "w")
+    tiny.write_clip(place / "clip.mp4")
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w")
+    return place
+
+
+def test_a_run_saves_what_it_changed_and_all_it_needs(place):
+    run = place / "runs/clip"
+    assert {p.name for p in run.iterdir()} >= {"run.json", "clip.safetensors", "tuned.safetensors",
+                                              "inversion.safetensors", "source.mp4", "loss.csv"}
+    assert not (run / "state.safetensors").exists()
+    settings = json.loads((run / "run.json").read_text())
+    assert settings["prompt"] == "a man is skiing" and settings["indices"] == [0, 2, 4] and settings["fps"] == "6"
+    assert all(any(part in name for part in ("attn1.to_q", "attn2.to_q", "attn_temp"))
+               for name in load_file(run / "tuned.safetensors"))
+    assert len((run / "loss.csv").read_text().splitlines()) == 1 + settings["steps"]
+
+
+def test_sampling_several_prompts_writes_a_clip_a_gif_and_a_strip_each(place):
+    call(place, "sample.py", "--prompt", "a panda is skiing", "../../etc/x", "", "--out", "out")
+    stems = ("a-panda-is-skiing", "etc-x", "empty")
+    assert {p.name for p in (place / "out").iterdir()} == {f"{stem}{end}" for stem in stems for end in (".mp4", ".gif", ".png")}
+    call(place, "sample.py", "--prompt", "a panda is skiing", "--out", "out")
+    assert (place / "out/a-panda-is-skiing-2.mp4").exists()                 # nothing is overwritten
+    assert (place / "out/a-panda-is-skiing-2.mp4").read_bytes() == (place / "out/a-panda-is-skiing.mp4").read_bytes()
+
+
+def test_steps_other_than_the_runs_are_inverted_anew(place):
+    done = call(place, "sample.py", "--prompt", "a dog", "--steps", 2, "--out", "steps")
+    assert "inverting" in done.stderr
+    assert "inverting" not in call(place, "sample.py", "--prompt", "a dog", "--out", "steps").stderr
+
+
+def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
+    call(place, "sample.py", "--prompt", "a dog", "--no-inversion", "--frames", 5, "--size", 16, "--out", "free")
+    from tinytav import frames
+    assert frames.read(place / "free/a-dog-no-inversion.mp4", 16, 4, 5)[0].shape == (5, 3, 16, 16)
+    call(place, "sample.py", "--prompt", "a dog", "--frames", 5, status=2)
+
+
+def test_zero_shot_and_plain_text_to_image(place):
+    call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--frames", 3, "--out", "zero")
+    call(place, "sample.py", "--weights", "w", "--prompt", "a cat", "--frames", 1, "--out", "zero")
+    assert {p.name for p in (place / "zero").iterdir()} == {"a-dog.mp4", "a-dog.gif", "a-dog.png", "a-cat.png"}
+
+
+def test_same_seed_same_bits_with_or_without_previews(place):
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--preview", "a dog", "--out", "again")
+    for name in ("tuned", "inversion"):
+        first, second = (load_file(place / f"{run}/clip/{name}.safetensors") for run in ("runs", "again"))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert len(list((place / "again/clip").glob("preview-*.gif"))) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_resumes_to_the_same_bits(place, number):
+    out, args = f"stopped{number}", ("clip.mp4", "a man is skiing", "--weights", "w", "--steps", 60)
+    call(place, "train.py", *args, "--out", f"whole{number}")
+    process = subprocess.Popen(command("train.py", *args, "--out", out), cwd=place, stderr=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    state = place / out / "clip/state.safetensors"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert f"--resume {out}/clip" in output
+    assert 0 < int(load_file(state)["step"]) < 60
+    call(place, "train.py", "--resume", f"{out}/clip")
+    assert not state.exists()
+    for name in ("tuned.safetensors", "inversion.safetensors", "loss.csv"):
+        assert (place / out / "clip" / name).read_bytes() == (place / f"whole{number}/clip" / name).read_bytes()
+    call(place, "train.py", "--resume", f"{out}/clip", status=2)            # it is finished
+
+
+@pytest.mark.parametrize("script, args, message", [
+    ("train.py", ["clip.mp4", "  "], "prompt is empty"), ("train.py", ["none.mp4", "a man"], "No such file: none.mp4"),
+    ("train.py", ["clip.mp4"], "a caption|caption are needed"), ("train.py", ["w", "a man"], "0 frames"),
+    ("train.py", ["clip.mp4", "a man", "--frames", "7"], "6 frames, too few"),
+    ("train.py", ["clip.mp4", "a man", "--size", "-8"], "not from 8"),
+    ("train.py", ["clip.mp4", "a man", "--lr", "nan"], "not from 0"),
+    ("train.py", ["clip.mp4", "a man", "--device", "toaster"], "toaster cannot be used"),
+    ("train.py", ["--resume", "w"], "w is not a run"), ("train.py", ["--resume", "runs/clip"], "is finished"),
+    ("sample.py", ["--prompt", "a dog", "--run", "nowhere"], "nowhere is not a run"),
+    ("sample.py", ["--prompt", "a dog", "--steps", "1000"], "not from 1 to 999")])
+def test_errors_are_sentences_and_leave_nothing(place, script, args, message):
+    weights = [] if script == "sample.py" or "--resume" in args else ["--weights", "w", "--out", "bad"]
+    done = call(place, script, *args, *weights, status=2)
+    assert any(part in done.stderr for part in message.split("|")) and "Traceback" not in done.stderr
+    assert not (place / "bad").exists()
+
+
+def test_weights_that_are_absent_or_other_than_the_runs_are_refused(place):
+    assert "No weights at none" in call(place, "train.py", "clip.mp4", "x", "--weights", "none", status=2).stderr
+    other = tiny.write_folder(place / "other", dtype=torch.float16)
+    done = call(place, "sample.py", "--prompt", "x", "--run", "runs/clip", "--weights", other, status=2)
+    assert "made with other weights" in done.stderr
+
+
+def test_half_precision_runs_and_stays_near(place):
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--precision", "bf16", "--out", "half")
+    full, half = (load_file(place / f"{run}/clip/tuned.safetensors") for run in ("runs", "half"))
+    assert all(half[name].dtype is torch.float32 for name in half)
+    for name in full:
+        assert (full[name] - half[name]).abs().max() < 0.02, name           # 6 steps of at most 1e-3 each way
+    call(place, "sample.py", "--run", "half/clip", "--prompt", "x", "--precision", "bf16")
+
+
+def test_a_resumed_run_keeps_its_settings(place):
+    (place / "kept").mkdir()
+    settings = json.loads((place / "runs/clip/run.json").read_text())
+    (place / "kept/run.json").write_text(json.dumps({**settings, "finished": 0}))
+    done = call(place, "train.py", "--resume", "kept", "--lr", "1e-4", "--seed", "1", status=2)
+    assert "leave out lr, seed" in done.stderr
+
+
+def test_help_fits_one_screen():
+    for script in ("train.py", "sample.py"):
+        done = subprocess.run(command(script, "--help"), capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+        assert 20 < len(done.stdout.splitlines()) <= 36

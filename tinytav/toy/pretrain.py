@@ -1,0 +1,366 @@
+"""Pre-trains a small Stable Diffusion on the toy world: CLIP, then the VAE, then the U-Net.
+
+    python -m tinytav.toy.pretrain clip --minutes 20
+    python -m tinytav.toy.pretrain vae  --minutes 40
+    python -m tinytav.toy.pretrain unet --minutes 90
+
+Each stage trains for the time it is given, on pictures drawn beforehand, and writes its part of a folder in the form in
+which Stable Diffusion is published. A stage that was killed goes on where it was when it is started again. The learning
+rate follows the share of the time that is gone, so every run ends with its rate at zero, on any machine.
+"""
+import argparse
+import json
+import math
+import time
+from functools import partial
+from multiprocessing import Pool
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import models, pre_tokenizers, trainers
+from torch import nn
+from torch.nn import functional as F
+
+from tinytav.ddim import Schedule
+from tinytav.image_encoder import CLIP, CLIPConfig
+from tinytav.text_encoder import TextEncoder, TextEncoderConfig
+from tinytav.tokenizer import BEGIN, END, WORDS, Tokenizer
+from tinytav.toy import draw, world
+from tinytav.unet import UNet, UNetConfig
+from tinytav.vae import VAE, VAEConfig
+
+SIZE, LENGTH = 64, 32     # pixels along a picture's side; tokens in a prompt
+TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128,
+             hidden_act="quick_gelu", layer_norm_eps=1e-5, attention_dropout=0.0)
+TEXT_JSON = dict(model_type="clip_text_model", **TOWER, max_position_embeddings=LENGTH)
+VISION_JSON = dict(model_type="clip_vision_model", **TOWER, image_size=SIZE, patch_size=8, num_channels=3)
+VAE_JSON = dict(
+    _class_name="AutoencoderKL", act_fn="silu", block_out_channels=[24, 48, 64],
+    down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, in_channels=3, out_channels=3,
+    latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=SIZE, scaling_factor=1.0)
+UNET_JSON = dict(
+    _class_name="UNet2DConditionModel", act_fn="silu", attention_head_dim=[2, 4, 5], block_out_channels=[64, 128, 160],
+    center_input_sample=False, cross_attention_dim=128, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
+    down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"], in_channels=4, layers_per_block=1,
+    mid_block_scale_factor=1, norm_eps=1e-5, norm_num_groups=32, out_channels=4, sample_size=SIZE // 4,
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"])
+SCHEDULER_JSON = dict(
+    _class_name="DDIMScheduler", beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, clip_sample=False,
+    num_train_timesteps=1000, prediction_type="epsilon", set_alpha_to_one=False, steps_offset=1,
+    timestep_spacing="leading", trained_betas=None)
+INDEX_JSON = dict(
+    _class_name="StableDiffusionPipeline", feature_extractor=[None, None], requires_safety_checker=False,
+    safety_checker=[None, None], scheduler=["diffusers", "DDIMScheduler"], text_encoder=["transformers", "CLIPTextModel"],
+    tokenizer=["transformers", "CLIPTokenizer"], unet=["diffusers", "UNet2DConditionModel"],
+    vae=["diffusers", "AutoencoderKL"])
+PREPROCESSOR_JSON = dict(       # pictures in [-1, 1], as the VAE has them
+    feature_extractor_type="CLIPFeatureExtractor", crop_size=SIZE, size=SIZE, do_center_crop=True, do_normalize=True,
+    do_resize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Recipe(NamedTuple):
+    lr: float
+    batch: int
+    decay: float        # weight decay, of matrices only
+
+
+RECIPES = dict(clip=Recipe(1e-3, 256, 0.1), vae=Recipe(2e-3, 16, 0.0), unet=Recipe(8e-4, 32, 0.01))
+
+
+# ---- Files ---------------------------------------------------------------------------------------------------------
+
+def text(data):
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def put(folder, files):
+    """`files`: {name: text}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def write(file, config, tensors):
+    """Half-precision weights, and config.json beside them."""
+    put(file.parent, {"config.json": text(config)})
+    save_file({key: x.half().contiguous().cpu() for key, x in tensors.items()}, file, metadata=dict(format="pt"))
+
+
+def read(Model, Config, file, device):
+    """The finished model of a weights file with config.json beside it, frozen."""
+    config = Config.from_json(json.loads((file.parent / "config.json").read_text(encoding="utf-8")))
+    model = Model(config).to(device).eval().requires_grad_(False)
+    model.load_state_dict(load_file(file))
+    return model
+
+
+def build_tokenizer():
+    """Learns byte-pair merges until each of the world's words is one token; CLIP's files, {name: text}."""
+    rng = Random(0)
+    captions = [world.caption(world.random_scene(rng), rng) for _ in range(5000)]
+    bpe = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(WORDS), "removed", invert=True)
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BEGIN, END]
+    special = dict(bos_token=BEGIN, eos_token=END, unk_token=END, pad_token=END)
+    settings = special | dict(tokenizer_class="CLIPTokenizer", model_max_length=LENGTH, do_lower_case=True,
+                              add_prefix_space=False, errors="replace")
+    return {"vocab.json": text({token: i for i, token in enumerate(dict.fromkeys(tokens))}),
+            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
+            "special_tokens_map.json": text(special), "tokenizer_config.json": text(settings)}
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+def draw_one(seed):
+    rng = Random(seed)
+    scene = world.random_scene(rng)
+    return scene, draw.render(scene, world.random_view(rng), SIZE)
+
+
+def draw_many(name, count):
+    """`count` scenes and their pictures, (count, 64, 64, 3) uint8; the same for the same name."""
+    scenes, pictures = [], np.empty((count, SIZE, SIZE, 3), np.uint8)
+    with Pool() as pool:
+        for i, (scene, picture) in enumerate(pool.imap(draw_one, (f"{name}/{i}" for i in range(count)), chunksize=64)):
+            scenes.append(scene)
+            pictures[i] = picture
+    return scenes, torch.from_numpy(pictures)
+
+
+def pixels(pictures, device):
+    """(n, h, w, 3) uint8 -> (n, 3, h, w) in [-1, 1]."""
+    return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def noise_like(x, generator):
+    return torch.randn(x.shape, device=x.device, generator=generator)
+
+
+def describe(scene, rng):
+    """A caption in one of three manners: all told, some of it told, or the gist and perhaps a little more."""
+    manner = rng.random()
+    if manner < 0.3:
+        return world.caption(scene)
+    if manner < 0.7:
+        return world.caption(scene, rng)
+    gist = ("subject", "activity", "place")
+    return world.caption(scene, keep=[name for name in world.ATTRIBUTES if name in gist or rng.random() < 0.25])
+
+
+class Run:
+    """One stage's training: the weights, their moving average, the optimiser, and the clock, all in a checkpoint."""
+
+    def __init__(self, args, model):
+        recipe = RECIPES[args.stage]
+        self.args, self.model, self.lr, self.batch = args, model, recipe.lr, args.batch or recipe.batch
+        self.parameters = dict(model.requires_grad_().train().named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        groups = [dict(params=[p for p in self.parameters.values() if (p.ndim > 1) == matrix],
+                       weight_decay=recipe.decay * matrix) for matrix in (True, False)]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), fused=True)
+        self.file = args.work / f"{args.stage}.safetensors"
+        self.pool = ThreadPool(args.threads)
+        self.steps, self.elapsed = 0, 0.0       # elapsed: seconds of training
+        if self.file.exists():
+            self.resume()
+
+    def save(self):
+        """Written beside and renamed, so that a run killed in the middle of it leaves the checkpoint before whole."""
+        tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"average/{name}": x for name, x in self.average.items()}
+        tensors |= {f"{key}/{name}": x for name, p in self.parameters.items() for key, x in self.optimizer.state[p].items()}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.file.with_suffix(".new")
+        save_file(tensors, beside, metadata=dict(steps=str(self.steps), elapsed=str(self.elapsed)))
+        beside.replace(self.file)
+
+    def resume(self):
+        tensors = load_file(self.file, device=self.args.device)
+        with safe_open(self.file, "pt") as file:
+            self.steps, self.elapsed = int(file.metadata()["steps"]), float(file.metadata()["elapsed"])
+        for name, p in self.parameters.items():
+            p.data.copy_(tensors[f"model/{name}"])
+            self.average[name].copy_(tensors[f"average/{name}"])
+            self.optimizer.state[p] = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        print(f"{self.args.stage}: goes on after {self.steps * self.batch} samples, {self.elapsed:.0f} s", flush=True)
+
+    def gradients(self, loss_of, part):
+        """A part of the batch -> its loss and gradients. Its chance comes from the seed, the step and the part alone."""
+        rng = Random(f"{self.args.seed}/{self.args.stage}/{self.steps}/{part}")
+        generator = torch.Generator(self.args.device).manual_seed(rng.getrandbits(32))
+        chosen = torch.tensor([rng.randrange(self.args.pictures) for _ in range(self.batch // self.args.threads)])
+        with torch.autocast(self.args.device, torch.bfloat16):
+            loss = loss_of(chosen, rng, generator)
+        return loss.detach(), torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+
+    def step(self, loss_of, share):
+        """One update, by as many threads as were asked for: small convolutions use cores better that way."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1, share / 0.03) * (1 + math.cos(math.pi * share)) / 2
+        losses, gradients = zip(*self.pool.map(partial(self.gradients, loss_of), range(self.args.threads)))
+        for p, *parts in zip(self.parameters.values(), *gradients):
+            p.grad = None if parts[0] is None else torch.stack(parts).mean(0)
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        weight = 1 - min(0.999, (1 + self.steps) / (10 + self.steps))       # the average spans the last tenth of the steps
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], weight)
+        self.steps += 1
+        return torch.stack(losses).mean()
+
+    def train(self, loss_of):
+        """Updates until the time is up; returns the averaged weights. `loss_of`: (indices, rng, generator) -> loss."""
+        budget, first, started, losses = 60 * self.args.minutes, self.steps, time.time() - self.elapsed, []
+        told, saved, resumed = self.elapsed, self.elapsed, self.elapsed
+        while self.elapsed < budget:
+            losses.append(self.step(loss_of, self.elapsed / budget))
+            self.elapsed = time.time() - started
+            if self.elapsed - told > 5 or self.elapsed >= budget:
+                pace = (self.steps - first) * self.batch / (self.elapsed - resumed)
+                print(f"{self.args.stage}: {self.steps * self.batch} samples, {pace:.1f} a second, "
+                      f"loss {torch.stack(losses).mean():.4f}, {max(0, budget - self.elapsed):.0f} s left", flush=True)
+                told, losses = self.elapsed, []
+            if self.elapsed - saved > min(90, budget / 10):
+                self.save()
+                saved = self.elapsed
+        return self.average
+
+
+# ---- The three stages -------------------------------------------------------------------------------------------------
+
+def initialise_clip(model):
+    """As CLIP does: normals that keep the towers' activations near one. arXiv 2103.00020's code, initialize_parameters."""
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            inner = 0.02 if "embedding" in name else p.shape[1] ** -0.5
+            writes_to_stream = name.endswith(("out_proj.weight", "fc2.weight"))
+            nn.init.normal_(p, std=inner * (2 * TOWER["num_hidden_layers"]) ** -0.5 if writes_to_stream else inner)
+        elif name.endswith("proj.bias") or "mlp" in name:
+            nn.init.zeros_(p)
+
+
+def clip_config(tokenizer):
+    ids = dict(bos_token_id=tokenizer.begin, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
+    text = TEXT_JSON | ids | dict(vocab_size=tokenizer.end + 1)
+    return dict(model_type="clip", architectures=["CLIPModel"], projection_dim=TOWER["projection_dim"],
+                logit_scale_init_value=2.6592, text_config=text, vision_config=VISION_JSON)
+
+
+def train_clip(args):
+    """Each picture finds its caption in the batch, and the reverse. Radford et al., arXiv 2103.00020, figure 3."""
+    files = {path.name: path.read_text(encoding="utf-8") for path in (args.start / "tokenizer").iterdir()
+             } if args.start else build_tokenizer()
+    put(args.out / "tokenizer", files)
+    put(args.out / "clip", files | {"preprocessor_config.json": text(PREPROCESSOR_JSON)})
+    tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
+    config = clip_config(tokenizer)
+    scenes, pictures = draw_many(args.seed, args.pictures)
+    model = CLIP(CLIPConfig.from_json(config))
+    initialise_clip(model)
+
+    def loss_of(chosen, rng, generator):
+        captions = [describe(scenes[i], rng) for i in chosen]
+        logits = model(pixels(pictures[chosen], args.device), tokenizer(captions).to(args.device)).float()
+        truth = torch.arange(len(chosen), device=args.device)
+        model.logit_scale.data.clamp_(max=math.log(100))
+        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
+    weights = train(args, model, args.start and args.start / "clip/model.safetensors", loss_of)
+    write(args.out / "clip/model.safetensors", config, weights)
+    tower = {name: x for name, x in weights.items() if name.startswith("text_model.")}
+    write(args.out / "text_encoder/model.safetensors", config["text_config"] | dict(architectures=["CLIPTextModel"]), tower)
+
+
+def train_vae(args):
+    """Pictures through a narrow code of nearly normal numbers and back. Rombach et al., arXiv 2112.10752, section 3.1."""
+    _, pictures = draw_many(args.seed, args.pictures)
+    model = VAE(VAEConfig.from_json(VAE_JSON))
+
+    def loss_of(chosen, rng, generator):
+        x = pixels(pictures[chosen], args.device)
+        mean, std = (z.float() for z in model.encode(x))
+        error = model.decode(mean + std * noise_like(std, generator)).float() - x
+        kl = (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean() / 2
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()     # makes outlines crisp
+        return error.abs().mean() + 0.5 * edges + 3e-4 * kl
+
+    weights = train(args, model, args.start and args.start / f"vae/{WEIGHTS}", loss_of)
+    model.load_state_dict(weights)
+    mean, std = encode_all(model, pictures[:4096], args.device)
+    scale = float(1 / (mean.var() + (std ** 2).mean()).sqrt())      # of draws from the posterior
+    write(args.out / "vae" / WEIGHTS, VAE_JSON | dict(scaling_factor=round(scale, 5)), weights)
+
+
+@torch.no_grad()
+def encode_all(vae, pictures, device):
+    """The mean and the std of every picture's latents, (n, 4, 16, 16) each."""
+    parts = [vae.encode(pixels(part, device)) for part in pictures.split(128)]
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def train_unet(args):
+    """Learns to name the noise in noisy latents, given the caption. Rombach et al., arXiv 2112.10752, equation 3."""
+    tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
+    encoder = read(TextEncoder, TextEncoderConfig, args.out / "text_encoder/model.safetensors", args.device)
+    scenes, pictures = draw_many(args.seed, args.pictures)
+    mean, std = encode_all(read(VAE, VAEConfig, args.out / "vae" / WEIGHTS, args.device), pictures, args.device)
+    schedule = Schedule.from_json(SCHEDULER_JSON)
+    model = UNet(UNetConfig.from_json(UNET_JSON))
+    for name, p in model.named_parameters():
+        if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
+            nn.init.zeros_(p)       # every residual branch begins as nothing
+
+    def loss_of(chosen, rng, generator):
+        captions = ["" if rng.random() < 0.1 else describe(scenes[i], rng) for i in chosen]
+        with torch.no_grad():
+            context = encoder(tokenizer(captions).to(args.device))
+        x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
+        noise = noise_like(x0, generator)
+        t = torch.randint(schedule.num_train_timesteps, chosen.shape, device=args.device, generator=generator)
+        return F.mse_loss(model(schedule.add_noise(x0, noise, t), t, context).float(), noise)
+
+    weights = train(args, model, args.start and args.start / f"unet/{WEIGHTS}", loss_of)
+    write(args.out / "unet" / WEIGHTS, UNET_JSON, weights)
+    put(args.out / "scheduler", {"scheduler_config.json": text(SCHEDULER_JSON)})
+    put(args.out, {"model_index.json": text(INDEX_JSON)})
+
+
+def train(args, model, start, loss_of):
+    """Trains a new model, or goes on with the finished weights in the file `start`; returns the weights."""
+    if start:
+        model.load_state_dict(load_file(start))
+    return Run(args, model.to(args.device)).train(loss_of)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("stage", choices=RECIPES)
+    parser.add_argument("--minutes", type=float, required=True, help="of training, without the drawing before it")
+    parser.add_argument("--out", type=Path, default=Path("weights/toy"))
+    parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
+    parser.add_argument("--pictures", type=int, default=60000, help="drawn to train on")
+    parser.add_argument("--batch", type=int, help="otherwise as the stage's recipe says")
+    parser.add_argument("--threads", type=int, default=1, help="parts of a batch done at once; OMP_NUM_THREADS cores each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or the better one there is")
+    parser.add_argument("--work", type=Path, default=Path(".pretrain"), help="where the checkpoint stays meanwhile")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    dict(clip=train_clip, vae=train_vae, unet=train_unet)[args.stage](args)
+    (args.work / f"{args.stage}.safetensors").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
