@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 import tinytav
-from tinytav import cli, frames, pipeline, tuning
+from tinytav import cli, frames, memory, pipeline, runs, tuning
 from tinytav.config import InputError
 from tinytav.inflation import LOOKS_AT, inflate
 from tinytav.runs import Run
@@ -97,7 +97,7 @@ def tune(run, net, schedule, mean, std, context, device, preview):
     first, losses = 0, []
     if run.has("state"):
         state = run.read("state")
-        first, losses = tuning.load_state_dict(net, optimizer, state), state["losses"].tolist()
+        first, losses = runs.load_state_dict(net, optimizer, state), state["losses"].tolist()
     bar = tqdm(total=settings["steps"], initial=first, desc="tuning", unit="step")
     saved, saving, began = -1e9, 0.05, time.time()
     for step, loss in tuning.tune(net, optimizer, schedule, mean, std, context, settings["seed"], first,
@@ -107,7 +107,7 @@ def tune(run, net, schedule, mean, std, context, device, preview):
         bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
         if time.time() - saved > 20 * saving or stop.signal:        # at most a twentieth of the time goes into saving
             saved = time.time()
-            run.write("state", tuning.state_dict(net, optimizer, step) | {"losses": torch.tensor(losses)})
+            run.write("state", runs.state_dict(net, optimizer, step) | {"losses": torch.tensor(losses)})
             run.write_losses(losses)
             saving = time.time() - saved
         if stop.signal:
@@ -137,8 +137,8 @@ def main():
     cli.autocast(net, device, dtype, "forward")
     mean, std = (run.read("clip")[name].to(device) for name in ("mean", "std"))
     context, empty, wanted = sd.encode_prompts([settings["prompt"], "", settings.get("preview", "")]).split(1)
-    if 2 * tuning.training_bytes(net, mean.shape, context.shape) > cli.free_bytes(device):
-        tuning.checkpoint_gradients(net)
+    if 2 * memory.training_bytes(net, mean.shape, context.shape) > memory.free_bytes(device):
+        memory.checkpoint_gradients(net)
 
     def preview(step):
         noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, empty, settings["ddim_steps"]))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tiny import UNET, filled
-from tinytav import ddim, pipeline, tuning
+from tinytav import ddim, pipeline, runs, tuning
 from tinytav.config import InputError
 from tinytav.ddim import Schedule
 from tinytav.inflation import inflate
@@ -92,10 +92,10 @@ def test_resuming_equals_not_having_stopped():
         for stop in stops:
             for first, _ in tuning.tune(net, optimizer, Schedule(), mean, 0.1 * mean.abs(), context, 7, first, stop):
                 pass
-            state = {name: z.clone() for name, z in tuning.state_dict(net, optimizer, first).items()}
+            state = {name: z.clone() for name, z in runs.state_dict(net, optimizer, first).items()}
             net, *_ = setting()
             optimizer = tuning.adamw(net, lr=1e-2)
-            first = tuning.load_state_dict(net, optimizer, state)
+            first = runs.load_state_dict(net, optimizer, state)
         results.append(state)
     assert results[0]["step"] == 6
     for name in results[0]:

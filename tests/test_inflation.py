@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tiny import UNET, filled
-from tinytav import tuning
+from tinytav import memory, tuning
 from tinytav.config import InputError
 from tinytav.ddim import Schedule
 from tinytav.inflation import LOOKS_AT, SpatioTemporalAttention, VideoUNet, inflate
@@ -109,7 +109,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
         for p in net.tuned().values():
             torch.nn.init.normal_(p, std=0.1)
         if checkpointed:
-            tuning.checkpoint_gradients(net)
+            memory.checkpoint_gradients(net)
         tuning.denoising_loss(net, Schedule(), x, torch.ones_like(x), t, context).backward()
         gradients.append({name: p.grad for name, p in net.tuned().items()})
     for name in gradients[0]:
@@ -131,7 +131,7 @@ def test_the_report_at_stable_diffusion_size():
 def test_memory_of_a_step_is_counted_before_it_is_needed(unet):
     net = inflate(unet, FRAMES)
     x, t, context = random_clip()
-    counted = tuning.training_bytes(net, x.shape, context.shape)
+    counted = memory.training_bytes(net, x.shape, context.shape)
     tuning.adamw(net, lr=0.)
     weights = {p.data_ptr() for p in net.parameters()}
     kept = {}

@@ -2,7 +2,6 @@
 import argparse
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -68,17 +67,6 @@ def device_and_dtype(args):
         half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         precision = half if device.type == "cuda" else "fp32"
     return device, PRECISIONS[precision]
-
-
-def free_bytes(device):
-    """Memory that is free on the device; without a limit where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
 
 
 def load_weights(args, run=None):

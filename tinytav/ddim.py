@@ -52,7 +52,7 @@ class Schedule(Config):
     def pairs(self, steps):
         """Sampling's moves [(t, t_next)], t falling: (981, 961), ..., (1, -19) for 50. Inversion walks them backwards.
 
-        The official code evaluates the net at t, the noisier end, in both directions (its util.py next_step).
+        The official code evaluates the net at t, the noisier end, in both directions (util.py, next_step).
         """
         stride = self.num_train_timesteps // max(steps, 1)
         if not 1 <= steps < self.num_train_timesteps:

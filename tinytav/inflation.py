@@ -15,12 +15,12 @@ from .unet import Attention, TransformerBlock, UNet
 # Frame i takes keys and values from these frames (section 3.2 and figure 4; the others are there for comparison).
 LOOKS_AT = {
     "sparse-causal": lambda i, f: [0, max(i - 1, 0)],      # ST-Attn; frame 0 is its own predecessor, as in the official
-    "spatial": lambda i, f: [i],                           # attention.py:298-299
+    "spatial": lambda i, f: [i],                           # attention.py, SparseCausalAttention.forward
     "first": lambda i, f: [0],
     "causal": lambda i, f: [*range(i + 1)],
     "full": lambda i, f: [*range(f)],
 }
-TUNED = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")       # section 3.3, figure 4; official configs/man-skiing.yaml:30
+TUNED = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")       # section 3.3, figure 4; official train_tuneavideo.py, trainable_modules
 
 
 class SpatioTemporalAttention(Attention):

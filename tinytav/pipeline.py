@@ -1,4 +1,4 @@
-"""Editing a clip, in the order the data flows: encode, invert, sample, decode. Official pipeline_tuneavideo.py.
+"""Editing a clip, in the order the data flows: encode, invert, sample, decode. Official pipeline_tuneavideo.py and util.py.
 
 `invert` and `sample` are generators, so that progress and previews stay outside; `last` takes their final value.
 """
@@ -32,7 +32,7 @@ def decode(vae, latents):
 def invert(net, schedule, latents, empty, steps=50):
     """DDIM inversion: yields the clip's latents (1, 4, f, h, w), ever noisier. The last one is x_T.
 
-    empty: the empty prompt's context (1, m, d), "no textual condition" (paper, section 3.3). Official util.py:56-83.
+    empty: the empty prompt's context (1, m, d), "no textual condition" (paper, section 3.3). Official util.py, ddim_loop.
     """
     x = latents
     for t, t_next in reversed(schedule.pairs(steps)):                       # from t_next, the cleaner end, up to t

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 
 from .config import InputError
@@ -115,3 +116,23 @@ def new_path(folder, name, suffix="", make=False):
             return path
         except FileExistsError:
             number += 1
+
+
+def state_dict(net, optimizer, step):
+    """All that resuming needs, as flat named tensors: tuned tensors, AdamW's moments, steps done."""
+    state = {"step": torch.tensor(step)}
+    for name, p in net.tuned().items():
+        moments = optimizer.state[p]
+        state |= {f"tuned.{name}": p.detach(), f"exp_avg.{name}": moments["exp_avg"],
+                  f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
+    return state
+
+
+def load_state_dict(net, optimizer, state):
+    """The inverse of state_dict. Returns the steps done."""
+    step = int(state["step"])
+    for name, p in net.tuned().items():
+        p.data.copy_(state[f"tuned.{name}"])
+        optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"exp_avg.{name}"].to(p.device).clone(),
+                              "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(p.device).clone()}
+    return step

@@ -1,14 +1,11 @@
-"""Tuning on one clip: the loss, the loop, what a checkpoint of it holds. Paper section 3.3, official train_tuneavideo.py.
+"""Tuning on one clip: the loss and the loop. Paper section 3.3, official train_tuneavideo.py.
 
 Step k's randomness is a function of (seed, k), so a resumed run needs no saved random state.
 """
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .config import InputError
-from .inflation import VideoUNet
-from .unet import ResnetBlock, Transformer
 
 FP16_SCALE = 4096.      # keeps fp16's gradients off its subnormal numbers; constant, so that it need not be resumed
 
@@ -54,56 +51,3 @@ def tune(net, optimizer, schedule, mean, std, context, seed=33, first=0, steps=5
         optimizer.step()
         optimizer.zero_grad()
         yield k + 1, loss.item()
-
-
-def checkpoint_gradients(net):
-    """Keep only what enters each resnet and transformer, and compute them again for the gradient.
-
-    Non-reentrant: the official code's re-entrant kind loses the gradients of all 42 tuned tensors in the down blocks.
-    """
-    for module in net.modules():
-        if isinstance(module, (ResnetBlock, Transformer)):
-            module.forward = _checkpointed(module.forward)
-
-
-def _checkpointed(forward):
-    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def training_bytes(net, latent_shape, context_shape):
-    """Bytes that one step keeps for the gradient, in float32: counted on the meta device, where nothing is computed.
-
-    latent_shape (1, 4, f, h, w), context_shape (1, m, d).
-    """
-    with torch.device("meta"):
-        net = VideoUNet(net.cfg, net.frames, net.attention, net.norm).requires_grad_(False)
-        adamw(net, lr=0.)
-        weights = {p.untyped_storage()._cdata for p in net.parameters()}
-        kept = {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage()._cdata] = tensor      # holding it, so that no two storages are taken for one
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            net(torch.empty(latent_shape), torch.zeros(1), torch.empty(context_shape))
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
-
-
-def state_dict(net, optimizer, step):
-    """All that resuming needs, as flat named tensors: tuned tensors, AdamW's moments, steps done."""
-    state = {"step": torch.tensor(step)}
-    for name, p in net.tuned().items():
-        moments = optimizer.state[p]
-        state |= {f"tuned.{name}": p.detach(), f"exp_avg.{name}": moments["exp_avg"],
-                  f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
-    return state
-
-
-def load_state_dict(net, optimizer, state):
-    """The inverse of state_dict. Returns the steps done."""
-    step = int(state["step"])
-    for name, p in net.tuned().items():
-        p.data.copy_(state[f"tuned.{name}"])
-        optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"exp_avg.{name}"].to(p.device).clone(),
-                              "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(p.device).clone()}
-    return step

@@ -148,10 +148,8 @@ class Transformer(nn.Module):
         self.proj_out = projection()
 
     @staticmethod
-    def project(layer, x):                                                  # a 1x1 convolution or a linear layer
-        if isinstance(layer, nn.Conv2d):
-            return layer(x)
-        return layer(x.movedim(1, -1)).movedim(-1, 1)
+    def project(layer, x):                                                  # on pixels, linear is a 1x1 convolution
+        return F.conv2d(x, layer.weight.view(*layer.weight.shape[:2], 1, 1), layer.bias)
 
     def forward(self, x, context):                                          # (b, c, h, w)
         y = self.project(self.proj_in, self.norm(x)).flatten(2).transpose(1, 2)                 # (b, h*w, c)

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing import Pool
 from multiprocessing.pool import ThreadPool
@@ -158,13 +159,19 @@ def describe(scene, rng):
     return world.caption(scene, keep=[name for name in world.ATTRIBUTES if name in gist or rng.random() < 0.25])
 
 
+def mistaken(scene, rng):
+    """The scene with one attribute changed."""
+    name = rng.choice(list(world.ATTRIBUTES))
+    return replace(scene, **{name: rng.choice([value for value in world.ATTRIBUTES[name] if value != getattr(scene, name)])})
+
+
 class Run:
     """One stage's training: the weights, their moving average, the optimiser, and the clock, all in a checkpoint."""
 
     def __init__(self, args, model):
         recipe = RECIPES[args.stage]
         self.args, self.model, self.lr, self.batch = args, model, recipe.lr, args.batch or recipe.batch
-        self.parameters = dict(model.requires_grad_().train().named_parameters())
+        self.parameters = {name: p for name, p in model.train().named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         groups = [dict(params=[p for p in self.parameters.values() if (p.ndim > 1) == matrix],
                        weight_decay=recipe.decay * matrix) for matrix in (True, False)]
@@ -233,7 +240,7 @@ class Run:
             if self.elapsed - saved > min(90, budget / 10):
                 self.save()
                 saved = self.elapsed
-        return self.average
+        return {**self.model.state_dict(), **self.average}
 
 
 # ---- The three stages -------------------------------------------------------------------------------------------------
@@ -257,7 +264,11 @@ def clip_config(tokenizer):
 
 
 def train_clip(args):
-    """Each picture finds its caption in the batch, and the reverse. Radford et al., arXiv 2103.00020, figure 3."""
+    """Each picture finds its caption in the batch, and the reverse. Radford et al., arXiv 2103.00020, figure 3.
+
+    Among the captions stands one more for each picture, wrong in one attribute: Yuksekgonul et al., arXiv 2210.01936.
+    With --from the text tower stays as it is, because a U-Net was trained on it.
+    """
     files = {path.name: path.read_text(encoding="utf-8") for path in (args.start / "tokenizer").iterdir()
              } if args.start else build_tokenizer()
     put(args.out / "tokenizer", files)
@@ -267,13 +278,14 @@ def train_clip(args):
     scenes, pictures = draw_many(args.seed, args.pictures)
     model = CLIP(CLIPConfig.from_json(config))
     initialise_clip(model)
+    model.text_model.requires_grad_(not args.start)
 
     def loss_of(chosen, rng, generator):
-        captions = [describe(scenes[i], rng) for i in chosen]
+        captions = [describe(scenes[i], rng) for i in chosen] + [world.caption(mistaken(scenes[i], rng)) for i in chosen]
         logits = model(pixels(pictures[chosen], args.device), tokenizer(captions).to(args.device)).float()
         truth = torch.arange(len(chosen), device=args.device)
         model.logit_scale.data.clamp_(max=math.log(100))
-        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits[:, :len(chosen)].T, truth)) / 2
 
     weights = train(args, model, args.start and args.start / "clip/model.safetensors", loss_of)
     write(args.out / "clip/model.safetensors", config, weights)
