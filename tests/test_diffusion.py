@@ -81,6 +81,7 @@ def test_a_steps_randomness_is_a_function_of_seed_and_step():
     assert all(torch.equal(a, b) for a, b in zip(first, tuning.draw(33, 5, (1, 4, 3, 8, 8), 1000)))
     for seed, k in ((33, 6), (34, 5)):
         assert not torch.equal(first[0], tuning.draw(seed, k, (1, 4, 3, 8, 8), 1000)[0])
+    assert not torch.equal(tuning.draw(33, 6, (1,), 1000)[0], tuning.draw(34, 5, (1,), 1000)[0])
     assert not torch.equal(first[0], first[1])
 
 

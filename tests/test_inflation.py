@@ -7,7 +7,7 @@ from tinytav import memory, tuning
 from tinytav.config import InputError
 from tinytav.ddim import Schedule
 from tinytav.inflation import LOOKS_AT, SpatioTemporalAttention, VideoUNet, inflate
-from tinytav.unet import UNet, UNetConfig
+from tinytav.unet import Attention, UNet, UNetConfig
 
 FRAMES = 4
 
@@ -54,6 +54,12 @@ def test_the_gradient_of_a_frame_reaches_the_frames_it_looks_at_and_itself(atten
         assert [j for j in range(FRAMES) if x.grad[j].abs().max() > 0] == seen[i]
 
 
+def test_the_table_of_frames():
+    table = {name: [row(i, 3) for i in range(3)] for name, row in LOOKS_AT.items()}
+    assert table == {"sparse-causal": [[0, 0], [0, 0], [0, 1]], "spatial": [[0], [1], [2]], "first": [[0], [0], [0]],
+                     "causal": [[0], [0, 1], [0, 1, 2]], "full": [[0, 1, 2]] * 3}
+
+
 @torch.no_grad()
 def test_frames_of_one_call_and_frames_one_by_one_are_the_same_attention():
     layer, x = SpatioTemporalAttention(FRAMES, "full", 16, 2), torch.randn(2 * FRAMES, 5, 16)
@@ -78,6 +84,7 @@ def test_inflation_shares_what_is_frozen_and_copies_what_is_tuned(unet):
     net = inflate(unet, FRAMES)
     mean, t, context = random_clip()
     optimizer = tuning.adamw(net, lr=1e-2)
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == net.tuned().keys()
     frozen = {name: p.clone() for name, p in net.state_dict().items() if name not in net.tuned()}
     tuned = {name: p.detach().clone() for name, p in net.tuned().items()}
     losses = list(tuning.tune(net, optimizer, Schedule(), mean, 0.1 * mean.abs(), context, steps=3))
@@ -116,6 +123,20 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
         assert torch.equal(gradients[0][name], gradients[1][name]) and gradients[1][name].abs().max() > 0, name
 
 
+@pytest.mark.parametrize("upcast, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_upcast_attention_computes_in_float32_also_in_half_precision(monkeypatch, upcast, dtype):
+    attention, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(q, k, v):
+        y = attention(q, k, v)
+        seen.append(y.dtype)
+        return y
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Attention(16, 2, upcast=upcast)(torch.randn(1, 5, 16)).dtype is torch.bfloat16
+    assert seen == [dtype]
+
+
 def test_the_report_at_stable_diffusion_size():
     with torch.device("meta"):
         unet = UNet()
@@ -128,8 +149,9 @@ def test_the_report_at_stable_diffusion_size():
     assert sum(p.numel() for p in net.parameters()) == 909_120_004
 
 
-def test_memory_of_a_step_is_counted_before_it_is_needed(unet):
-    net = inflate(unet, FRAMES)
+@pytest.mark.parametrize("upcast", [False, True])
+def test_memory_of_a_step_is_counted_before_it_is_needed(upcast):
+    net = inflate(filled(UNet(UNetConfig.from_json(UNET | dict(upcast_attention=upcast)))), FRAMES)
     x, t, context = random_clip()
     counted = memory.training_bytes(net, x.shape, context.shape)
     tuning.adamw(net, lr=0.)

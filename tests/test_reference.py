@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tiny import DATA, close, fill, filled, reference
-from tinytav import ddim, pipeline, tuning
+from tinytav import pipeline, tuning
 from tinytav.ddim import Schedule
 from tinytav.image_encoder import CLIP, CLIPConfig
 from tinytav.inflation import VideoUNet
@@ -68,6 +68,7 @@ def test_tokenizer():
     tokenizer = Tokenizer.from_folder(DATA / "tokenizer")
     for case in json.loads((DATA / "tokenizer/cases.json").read_text())["cases"]:
         assert tokenizer([case["text"]])[0].tolist() == case["ids"], case["text"]
+    assert tokenizer(["caf\u00e9"]).equal(tokenizer(["cafe\u0301"]))          # composed and decomposed
 
 
 @pytest.mark.parametrize("name, prediction", [("sd1", "epsilon"), ("sd2-v", "v_prediction")])
@@ -77,14 +78,15 @@ def test_ddim_both_ways(name, prediction):
     assert [t for t, _ in schedule.pairs(50)] == case["timesteps50"].tolist()
     assert [t for t, _ in schedule.pairs(10)] == case["timesteps"].tolist()
     assert [t for t, _ in reversed(schedule.pairs(10))] == case["inverse_timesteps"].tolist()
-    shape = (1, 4, 3, 8, 8)
+    x0 = torch.from_numpy(fill.noise("ddim.x", (1, 4, 3, 8, 8)))
     for direction in ("sample", "inverse"):
-        x = torch.from_numpy(fill.noise("ddim.x", shape))
-        pairs = [pair if direction == "sample" else pair[::-1] for pair in schedule.pairs(10)]
-        for i, pair in enumerate(pairs if direction == "sample" else reversed(pairs)):
-            here, there = (schedule.abar(torch.tensor([t])) for t in pair)
-            output = torch.from_numpy(fill.noise(f"ddim.eps{i}", shape))
-            x = ddim.move(x, schedule.epsilon(output, x, here), here, there)
+        outputs = iter(torch.from_numpy(fill.noise(f"ddim.eps{i}", x0.shape)) for i in range(10))
+        answer = lambda x, t, context: next(outputs)
+        if direction == "sample":
+            walk = pipeline.sample(answer, schedule, x0, x0[0, 0], x0[0, 0], steps=10, guidance=1)
+        else:
+            walk = pipeline.invert(answer, schedule, x0, None, steps=10)
+        for i, x in enumerate(walk):
             assert close(x, case[f"{direction}{i}"]), f"{direction} {i}"
 
 

@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v):                                              # (b, n, c), (b, m, c), (b, m, c)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))        # (b, heads, ., d)
-        if self.upcast:
+        if self.upcast and q.dtype is not torch.float32:
             with torch.autocast(q.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         else:

@@ -1,0 +1,92 @@
+"""Pre-training: CLIP's tokenizer from captions, a stage that is killed and goes on, and the folder that is written."""
+import json
+import subprocess
+import sys
+import time
+from random import Random
+
+import pytest
+import torch
+
+import tinytav
+from tinytav.image_encoder import CLIP, CLIPConfig
+from tinytav.tokenizer import Tokenizer
+from tinytav.toy import pretrain, world
+from tinytav.weights import build, read_component
+
+
+def stage(name, out, minutes, *more):
+    return [name, "--minutes", str(minutes), "--pictures", "32", "--batch", "4", "--device", "cpu", "--out", str(out),
+            "--work", str(out / "work"), *more]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All three stages, each trained for a moment."""
+    out = tmp_path_factory.mktemp("toy")
+    for name in ("clip", "vae", "unet"):
+        pretrain.main(stage(name, out, 0.005))
+    return out
+
+
+def test_every_word_of_a_caption_is_one_token_and_comes_back(folder):
+    tokenizer, rng = Tokenizer.from_folder(folder / "tokenizer"), Random(1)
+    for caption in (world.caption(world.random_scene(rng, held_out=i % 2 == 1), rng) for i in range(300)):
+        row = tokenizer([caption])[0].tolist()
+        length = row.index(tokenizer.end)
+        words = [tokenizer.bpe.id_to_token(i) for i in row[1:length]]
+        assert words == [word + "</w>" for word in caption.replace(",", " ,").split()]
+        assert row[0] == tokenizer.begin and row[length:] == [tokenizer.end] * (pretrain.LENGTH - length)
+
+
+def test_vocabulary_is_laid_out_as_clips(folder):
+    tokens = list(json.loads((folder / "tokenizer/vocab.json").read_text(encoding="utf-8")).items())
+    merges = (folder / "tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
+    assert [i for _, i in tokens] == list(range(len(tokens)))
+    names = [token for token, _ in tokens]
+    assert all(len(token) == 1 for token in names[:256])
+    assert names[256:512] == [token + "</w>" for token in names[:256]]
+    assert merges[0] == "#version: 0.2" and names[512] == merges[1].replace(" ", "")
+    assert names[-2:] == ["<|startoftext|>", "<|endoftext|>"]
+
+
+def test_the_folder_is_a_stable_diffusion(folder):
+    sd = tinytav.load(folder)       # reads every config and fits every tensor strictly
+    assert sd.schedule.prediction_type == "epsilon" and sd.vae.cfg.scaling_factor != 1
+    context = sd.encode_prompts(["a fox", ""])
+    assert context.shape == (2, pretrain.LENGTH, sd.unet.cfg.cross_attention_dim)
+    with torch.no_grad():
+        latents = sd.unet(torch.randn(2, 4, 16, 16), torch.tensor([1, 981]), context)
+        assert sd.vae.decode(latents).shape == (2, 3, 64, 64)
+    assert (folder / "unet" / pretrain.WEIGHTS).stat().st_size < 16 * 2 ** 20
+    assert not list((folder / "work").iterdir())        # finished stages leave no checkpoint
+
+
+def test_the_clip_holds_the_same_text_encoder(folder):
+    clip = build(CLIP, *read_component(folder / "clip", CLIPConfig))
+    encoder = tinytav.load(folder).text_encoder
+    ids = Tokenizer.from_folder(folder / "clip")(["a woman on the moon at night"])
+    assert torch.equal(clip.text_model(ids), encoder(ids))
+    assert clip.cfg.text_config.eos_token_id == encoder.cfg.eos_token_id == ids[0, -1]
+
+
+def test_more_training_starts_from_the_finished_weights(folder, tmp_path):
+    pretrain.main(stage("vae", tmp_path, 1e-9, "--from", str(folder)))       # no time for a change worth the name
+    before, after = (pretrain.load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
+    assert all(torch.allclose(before[name], after[name], atol=2e-3) for name in before)
+
+
+def test_a_killed_stage_goes_on(tmp_path, capsys):
+    command, checkpoint = stage("vae", tmp_path, 0.05), tmp_path / "work/vae.safetensors"
+    process = subprocess.Popen([sys.executable, "-m", "tinytav.toy.pretrain", *command], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not checkpoint.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert checkpoint.exists() and not (tmp_path / "vae").exists()
+    with pretrain.safe_open(checkpoint, "pt") as file:
+        steps = int(file.metadata()["steps"])
+    pretrain.main(command)
+    assert f"vae: goes on after {4 * steps} samples" in capsys.readouterr().out
+    assert (tmp_path / "vae" / pretrain.WEIGHTS).exists() and not checkpoint.exists()
