@@ -74,6 +74,7 @@ def main():
     if run:
         print(f"run: {run.path}")
     sd, device, dtype = cli.load_weights(args, run)
+    cli.warn_of_the_unknown(sd, args.prompt)
     settings = vars(sd.defaults) | dict(attention="sparse-causal", norm="clip", fps="8") | (run.settings if run else {})
     settings |= {name: getattr(args, name) for name in ("frames", "size", "guidance", "attention") if hasattr(args, name)}
     steps = getattr(args, "steps", settings["ddim_steps"])

@@ -44,7 +44,9 @@ def start(args):
     if not args.prompt.strip():
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
     sd, device, dtype = cli.load_weights(args)
-    settings = vars(sd.defaults) | {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+    cli.warn_of_the_unknown(sd, [args.prompt], args.clip)
+    settings = {name: value for name, value in vars(sd.defaults).items() if name != "draws"}
+    settings |= {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     x, indices, fps = frames.read(args.clip, settings["size"], sd.multiple, settings["frames"], args.start,
                                   settings.get("stride"), exact=hasattr(args, "frames"))
     if len(x) < settings["frames"]:

@@ -149,6 +149,18 @@ def test_a_resumed_run_keeps_its_settings(place):
     assert "leave out lr, seed" in done.stderr
 
 
+def test_weights_of_a_small_world_warn_once_of_what_they_cannot_draw(place):
+    world = tiny.write_folder(place / "world")
+    tiny.save_json(world / "defaults.json", tiny.DEFAULTS | {"draws": "a man who is skiing"})
+    tiny.write_clip(world / "clip.mp4")
+    done = call(place, "train.py", "world/clip.mp4", "a man is skiing", "--weights", "world", "--out", "small")
+    assert "warning" not in done.stderr
+    done = call(place, "sample.py", "--run", "small/clip", "--prompt", "a dragon is skiing")
+    assert done.stderr.count("warning: world may not know 'dragon': it draws a man who is skiing") == 1
+    done = call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "world", "--out", "small")
+    assert "may not know clip.mp4" in done.stderr
+
+
 def test_help_fits_one_screen():
     for script in ("train.py", "sample.py"):
         done = subprocess.run(command(script, "--help"), capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})

@@ -1,7 +1,9 @@
 """What both scripts share: flags, device and precision, errors as sentences."""
 import argparse
+import re
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -87,6 +89,19 @@ def load_weights(args, run=None):
     for model, calls in ((sd.vae, ("encode", "decode")), (sd.text_encoder, ("forward",))):
         autocast(model, device, dtype, *calls)
     return sd, device, dtype
+
+
+def warn_of_the_unknown(sd, prompts, clip=None):
+    """One warning where weights of a small world are shown words, or a clip, from outside it."""
+    unknown = sorted(words(" ".join(prompts)) - words(sd.defaults.draws))
+    if sd.defaults.draws and (unknown or clip and Path(clip).resolve().parent != sd.path.resolve()):
+        what = ", ".join(map(repr, unknown)) or clip
+        warnings.warn(f"{sd.path} may not know {what}: it draws {sd.defaults.draws}. For anything else use Stable "
+                      "Diffusion: weights/README.md says how.")
+
+
+def words(text):
+    return set(re.findall(r"\w+", text.lower())) - {"a", "an", "the"}
 
 
 def autocast(model, device, dtype, *calls):

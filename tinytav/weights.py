@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import single_file
-from .config import InputError
+from .config import Config, InputError
 from .ddim import Schedule
 from .text_encoder import TextEncoder, TextEncoderConfig
 from .tokenizer import END, Tokenizer
@@ -29,14 +29,18 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What the scripts use when not told otherwise: Stable Diffusion's values (official configs/man-skiing.yaml)."""
+class Defaults(Config):
+    """What the scripts use when not told otherwise: Stable Diffusion's values (official configs/man-skiing.yaml).
+
+    A folder may hold its own in defaults.json.
+    """
     size: int = 512             # pixels of the short side
     frames: int = 24
     steps: int = 500            # of tuning
     lr: float = 3e-5
     ddim_steps: int = 50
     guidance: float = 12.5
+    draws: str = ""             # what weights of a small world know, in words; empty: anything
 
 
 @dataclass
@@ -72,7 +76,7 @@ def load(path, tokenizer=None, prediction=None, dtype=torch.float32):
     path = Path(path)
     if path.is_dir():
         parts, schedule = _read_folder(path, prediction)
-        defaults = Defaults(**read_json(path / "defaults.json")) if (path / "defaults.json").is_file() else None
+        defaults = Defaults.from_json(read_json(path / "defaults.json")) if (path / "defaults.json").is_file() else None
     elif path.is_file():
         parts, schedule = _read_single_file(path, prediction)
         defaults = None

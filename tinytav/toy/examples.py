@@ -1,0 +1,36 @@
+"""Writes the example clips that lie in weights/toy: python -m tinytav.toy.examples --out weights/toy."""
+import argparse
+from pathlib import Path
+
+import torch
+
+from tinytav import frames
+from tinytav.toy import draw, world
+from tinytav.toy.world import Look, Motion, Scene, View
+
+MOTION = Motion(View(camera=0.1, x=0.42, size=1.05, phase=0.0), travel=0.8, drift=0.16, growth=0.0, cycles=0.9)
+CLIPS = {
+    "skiing": Scene("man", "red", "no hat", "skiing", "snow", "day", "plain"),
+    "surfing": Scene("woman", "yellow", "no hat", "surfing", "beach", "sunset", "plain", Look(fur=1, gear=1)),
+    "running": Scene("fox", "blue", "no hat", "running", "grass", "day", "comic", Look(prop=1)),
+    "skateboarding": Scene("robot", "green", "cowboy hat", "skateboarding", "street", "night", "plain", Look(sky=1)),
+}
+
+
+def write(folder, name, scene, count=8):
+    """8 frames, enlarged to 256 pixels and hardly compressed, because H.264 halves the resolution of colour."""
+    x = torch.from_numpy(draw.clip(scene, MOTION, count)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    frames.write_mp4(folder / f"{name}.mp4", x, fps=8, crf=10)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--out", type=Path, default=Path("weights/toy"))
+    args = p.parse_args()
+    for name, scene in CLIPS.items():
+        write(args.out, name, scene)
+        print(f"{args.out / name}.mp4: {world.caption(scene)}")
+
+
+if __name__ == "__main__":
+    main()
