@@ -8,7 +8,7 @@ from tqdm import tqdm
 from tinytav import cli, frames, pipeline
 from tinytav.config import InputError
 from tinytav.inflation import LOOKS_AT, inflate
-from tinytav.runs import Run, new_path, slug
+from tinytav.runs import Run, new_name, slug
 
 
 def arguments():
@@ -18,7 +18,7 @@ def arguments():
     p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="without inversion: how many; 1 is a picture")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="without inversion: pixels of a square; else the weights' own")
     p.add_argument("--no-inversion", action="store_true", default=False, help="begin with random noise")
-    p.add_argument("--steps", type=cli.number(int, 1, 999), metavar="N", help="of DDIM; else the run's own")
+    p.add_argument("--steps", type=cli.number(int, 1, 999), metavar="N", help="of DDIM, best a divisor of 1000; else the run's own")
     p.add_argument("--guidance", type=cli.number(float, 0), metavar="N", help="how strongly to follow the prompt; else the run's own")
     p.add_argument("--attention", choices=LOOKS_AT, help="the frames a frame looks at; else the run's own")
     p.add_argument("--out", metavar="PATH", help="folder for the results; else the run's own, or samples/")
@@ -44,35 +44,44 @@ def tuned_net(run, sd, settings):
     return net
 
 
-def noise_for(run, net, sd, empty, device, steps):
-    """The inverted clip: as it was saved, or anew if it was made with another number of steps or another net."""
+def inverted(run, net, sd, empty, device, steps):
+    """The clip's noise: as it was saved, or anew if it was made with another number of steps or another attention."""
     if net.attention == run.settings["attention"] and run.has("inversion"):
         inversion = run.read("inversion")
         if int(inversion["steps"]) == steps:
             return inversion["noise"].to(device)
-    mean = run.read("clip")["mean"].to(device)
+    mean, _ = run.clip(device)
     return pipeline.last(tqdm(pipeline.invert(net, sd.schedule, mean, empty, steps), "inverting", steps, unit="step"))
+
+
+def noise_shape(run, sd, settings, args):
+    """Of random noise: the run's clip's, with the size and frames asked for."""
+    height = width = settings["size"] // sd.multiple * sd.multiple // sd.vae.cfg.factor
+    if run and not hasattr(args, "size"):
+        height, width = run.clip("cpu")[0].shape[3:]
+    if not height:
+        raise InputError(f"The size {settings['size']} is too small for this model: use a multiple of {sd.multiple}.")
+    return 1, 4, settings["frames"], height, width
 
 
 def write(folder, name, x, source, fps):
     """An mp4, a gif and a strip, or one picture. Returns the path of the one to look at first."""
-    path = new_path(folder, name, ".png")
+    path = folder / f"{new_name(folder, name, ('.mp4', '.gif', '.png'))}.png"
     if len(x) > 1:
         frames.write_mp4(path.with_suffix(".mp4"), x, fps)
         frames.write_gif(path.with_suffix(".gif"), x, fps)
-    frames.write_strip(path, *([source] if source is not None and len(x) > 1 else []), x)
+    frames.write_strip(path, *([] if source is None else [source]), x)
     return path if len(x) == 1 else path.with_suffix(".mp4")
 
 
 def main():
     args = arguments()
     run = find_run(args)
-    random = args.no_inversion or run is None
-    if not random and (hasattr(args, "frames") or hasattr(args, "size")):
+    invert = run and not args.no_inversion
+    if invert and (hasattr(args, "frames") or hasattr(args, "size")):
         raise InputError("Inverted noise has the run's own size and frames: leave out --frames and --size, or begin with "
                          "random noise by --no-inversion.")
-    if run:
-        print(f"run: {run.path}")
+    print(f"run: {run.path}" if run else "no run: the untuned net draws from random noise; --run names a run to edit")
     sd, device, dtype = cli.load_weights(args, run)
     cli.warn_of_the_unknown(sd, args.prompt)
     settings = vars(sd.defaults) | dict(attention="sparse-causal", norm="clip", fps="8") | (run.settings if run else {})
@@ -81,15 +90,13 @@ def main():
     net = tuned_net(run, sd, settings)
     cli.autocast(net, device, dtype, "forward")
     empty, *contexts = sd.encode_prompts(["", *args.prompt]).split(1)
-    side = settings["size"] // sd.multiple * sd.multiple // sd.vae.cfg.factor
-    shape = (1, 4, settings["frames"], side, side)
-    if run:
-        shape = run.read("clip")["mean"].shape if not hasattr(args, "size") else shape
-        shape = (*shape[:2], settings["frames"], *shape[3:])
-    noise = pipeline.gaussian(shape, args.seed).to(device) if random else noise_for(run, net, sd, empty, device, steps)
-    source = None
-    if run and not random:
-        source = pipeline.decode(sd.vae, run.read("clip")["mean"].to(device))
+    sd.text_encoder = None                                                  # its work is done
+    if invert:
+        noise = inverted(run, net, sd, empty, device, steps)
+        source = pipeline.decode(sd.vae, run.clip(device)[0])
+    else:
+        noise = pipeline.gaussian(noise_shape(run, sd, settings, args), args.seed).to(device)
+        source = None
     folder = Path(getattr(args, "out", run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
     for prompt, context in zip(args.prompt, contexts):
@@ -97,7 +104,7 @@ def main():
         latents = pipeline.last(tqdm(latents, slug(prompt)[:30], steps, unit="step"))
         if not latents.isfinite().all():
             raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
-        name = slug(prompt) + ("-no-inversion" if run and random else "")
+        name = slug(prompt) + ("-no-inversion" if run and not invert else "")
         print(write(folder, name, pipeline.decode(sd.vae, latents), source, Fraction(settings["fps"])))
     return 0
 

@@ -1,4 +1,5 @@
 """Tune a Stable Diffusion on one clip: python train.py clip.mp4 "a man is skiing"."""
+import shutil
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ def arguments():
     p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
     p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
     args = p.parse_args()
-    args.given = {name for name, value in vars(args).items() if value != p.get_default(name)}
+    args.given = cli.given(p, args)
     return args
 
 
@@ -58,10 +59,14 @@ def start(args):
         indices=indices, fps=str(fps), tokenizer=getattr(args, "tokenizer", None),
         prediction=getattr(args, "prediction", None), precision=cli.name_of(dtype),
         versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
-    run = Run.create(args.out, Path(args.clip).stem, settings)
-    run.write("clip", dict(mean=mean, std=std))
-    frames.write_mp4(run.path / "source.mp4", x, fps)
-    run.save()
+    run = Run.create(args.out, Path(args.clip).stem, settings | dict(finished=0))
+    try:
+        run.write("clip", dict(mean=mean, std=std))
+        frames.write_mp4(run.path / "source.mp4", x, fps)
+        run.save()
+    except BaseException:
+        shutil.rmtree(run.path)
+        raise
     return run, sd, device, dtype
 
 
@@ -79,47 +84,47 @@ def resume(args):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM, noticed between steps. A second one stops at once."""
+    """Within it, Ctrl-C and SIGTERM only leave their number in `signal`, so that a step ends whole. A second one kills."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def __call__(self, number, frame):
         self.signal = number
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
-def tune(run, net, schedule, mean, std, context, device, preview):
-    """The loop: progress, checkpoints, previews. Returns a signal's number if one stopped it."""
-    settings, stop = run.settings, Stop()
-    optimizer = tuning.adamw(net, settings["lr"])
+def tune(run, net, schedule, mean, std, context, on_cpu, preview):
+    """The loop: progress, checkpoints, previews. Returns the number of the signal that stopped it, or 0."""
+    optimizer, total = tuning.adamw(net, run.settings["lr"]), run.settings["steps"]
     first, losses = 0, []
     if run.has("state"):
         state = run.read("state")
         first, losses = runs.load_state_dict(net, optimizer, state), state["losses"].tolist()
-    bar = tqdm(total=settings["steps"], initial=first, desc="tuning", unit="step")
-    saved, saving, began = -1e9, 0.05, time.time()
-    for step, loss in tuning.tune(net, optimizer, schedule, mean, std, context, settings["seed"], first,
-                                  settings["steps"]):
-        losses.append(loss)
-        bar.update()
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
-        if time.time() - saved > 20 * saving or stop.signal:        # at most a twentieth of the time goes into saving
-            saved = time.time()
-            run.write("state", runs.state_dict(net, optimizer, step) | {"losses": torch.tensor(losses)})
-            run.write_losses(losses)
-            saving = time.time() - saved
-        if stop.signal:
-            break
-        if step == first + 3 and device.type == "cpu":
-            say_time_left((time.time() - began) / 3 * (settings["steps"] - step), bar)
-        if preview and step in [settings["steps"] * i // 4 for i in (1, 2, 3, 4)]:
-            preview(step)
-    bar.close()
-    run.write_losses(losses)
+    steps = tuning.tune(net, optimizer, schedule, mean, std, context, run.settings["seed"], first, total)
+    began, due, shown = time.time(), 0., [total * i // 4 for i in (1, 2, 3, 4)]
+    with Stop() as stop, tqdm(total=total, initial=first, desc="tuning", unit="step") as bar:
+        for step, loss in steps:
+            losses.append(loss)
+            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
+            bar.update()
+            if preview and step in shown:
+                preview(step)
+            if stop.signal or step == total or time.time() > due:
+                start = time.time()
+                run.write("state", runs.state_dict(net, optimizer, step) | {"losses": torch.tensor(losses)})
+                run.write_losses(losses)
+                due = time.time() + 20 * (time.time() - start)              # a twentieth of the time goes into saving
+            if stop.signal:
+                break
+            if on_cpu and step == first + 3:
+                say_time_left((time.time() - began) / 3 * (total - step), bar)
     return stop.signal
 
 
@@ -137,8 +142,11 @@ def main():
     torch.manual_seed(settings["seed"])                                     # draws T-Attn's first q, k and v
     net = inflate(sd.unet, settings["frames"], settings["attention"], settings["norm"])
     cli.autocast(net, device, dtype, "forward")
-    mean, std = (run.read("clip")[name].to(device) for name in ("mean", "std"))
+    print(f"inflated: {len(sd.unet.state_dict())} tensors kept, {len(net.state_dict()) - len(sd.unet.state_dict())} new, "
+          f"{len(net.tuned())} tuned ({sum(p.numel() for p in net.tuned().values()):,} parameters)")
+    mean, std = run.clip(device)
     context, empty, wanted = sd.encode_prompts([settings["prompt"], "", settings.get("preview", "")]).split(1)
+    # twice: the gradients on their way back need about as much as what was kept for them
     if 2 * memory.training_bytes(net, mean.shape, context.shape) > memory.free_bytes(device):
         memory.checkpoint_gradients(net)
 
@@ -151,12 +159,15 @@ def main():
     sd.text_encoder = None                                                  # its work is done; so is the VAE's
     if "preview" not in settings:
         sd.vae = None
-    if number := tune(run, net, sd.schedule, mean, std, context, device, preview if "preview" in settings else None):
+    if number := tune(run, net, sd.schedule, mean, std, context, device.type == "cpu",
+                      preview if "preview" in settings else None):
         print(f"stopped and saved; go on with: python train.py --resume {run.path}")
         return 128 + number
     run.write("tuned", net.tuned())
     steps = settings["ddim_steps"]
     noise = pipeline.last(tqdm(pipeline.invert(net, sd.schedule, mean, empty, steps), "inverting", steps, unit="step"))
+    if not noise.isfinite().all():
+        raise InputError("The tuned net inverts the clip to values that are not finite: begin again with a smaller --lr.")
     run.write("inversion", dict(noise=noise, steps=torch.tensor(steps)))
     run.finish()
     print(f'done; now edit it: python sample.py --run {run.path} --prompt "..."')

@@ -103,10 +103,37 @@ def test_resuming_equals_not_having_stopped():
         assert torch.equal(results[0][name], results[1][name]), name
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights():
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_it_spoils_the_weights(spoilt):
     net, mean, (context, _) = setting()
     optimizer = tuning.adamw(net, lr=1e-2)
     before = {name: p.detach().clone() for name, p in net.tuned().items()}
+    if spoilt == "gradient":
+        next(iter(net.tuned().values())).register_hook(lambda gradient: gradient * float("nan"))
+    else:
+        mean = mean * float("nan")
     with pytest.raises(InputError, match="step 1.*--lr"):
-        list(tuning.tune(net, optimizer, Schedule(), mean * float("nan"), mean, context, steps=2))
+        list(tuning.tune(net, optimizer, Schedule(), mean, torch.ones_like(mean), context, steps=2))
     assert all(torch.equal(p, before[name]) for name, p in net.tuned().items())
+
+
+def test_tuning_is_the_official_recipe():
+    """Three steps against a plain loop: a draw of the posterior, other noise, clipped gradients, AdamW's constants."""
+    (net, mean, (context, _)), (plain, *_) = setting(), setting()
+    for same in (net, plain):
+        same.conv_out.weight *= 20              # gradients large enough to be clipped
+    for _ in tuning.tune(net, tuning.adamw(net, lr=1e-2), Schedule(), mean, 0.5 + mean.abs(), context, seed=7, steps=3):
+        pass
+    parameters = [p.requires_grad_() for p in plain.tuned().values()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    for k in range(3):
+        posterior, noise, t = tuning.draw(7, k, mean.shape, 1000)
+        abar = Schedule().abar_table[t]
+        x0 = mean + (0.5 + mean.abs()) * posterior
+        loss = (plain(abar.sqrt() * x0 + (1 - abar).sqrt() * noise, t, context) - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(parameters, 1.0) > 1          # or clipping would not be seen
+        optimizer.step()
+    for name, p in plain.tuned().items():
+        torch.testing.assert_close(net.tuned()[name], p, atol=1e-6, rtol=1e-5)

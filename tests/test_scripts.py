@@ -1,6 +1,7 @@
 """The two commands as a user runs them, on a tiny checkpoint of filled weights."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 
@@ -113,7 +114,8 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bits(place, number):
     ("train.py", ["clip.mp4"], "a caption|caption are needed"), ("train.py", ["w", "a man"], "0 frames"),
     ("train.py", ["clip.mp4", "a man", "--frames", "7"], "6 frames, too few"),
     ("train.py", ["clip.mp4", "a man", "--size", "-8"], "not from 8"),
-    ("train.py", ["clip.mp4", "a man", "--lr", "nan"], "not from 0"),
+    ("train.py", ["clip.mp4", "a man", "--lr", "nan"], "not from 0"), ("train.py", ["clip.mp4", "a", "--lr", "inf"], "not from 0"),
+    ("train.py", ["clip.mp4", "a man", "--tokenizer", "no/such"], "No vocab.json in no/such"),
     ("train.py", ["clip.mp4", "a man", "--device", "toaster"], "toaster cannot be used"),
     ("train.py", ["--resume", "w"], "w is not a run"), ("train.py", ["--resume", "runs/clip"], "is finished"),
     ("sample.py", ["--prompt", "a dog", "--run", "nowhere"], "nowhere is not a run"),
@@ -132,21 +134,76 @@ def test_weights_that_are_absent_or_other_than_the_runs_are_refused(place):
     assert "made with other weights" in done.stderr
 
 
-def test_half_precision_runs_and_stays_near(place):
-    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--precision", "bf16", "--out", "half")
-    full, half = (load_file(place / f"{run}/clip/tuned.safetensors") for run in ("runs", "half"))
-    assert all(half[name].dtype is torch.float32 for name in half)
-    for name in full:
-        assert (full[name] - half[name]).abs().max() < 0.02, name           # 6 steps of at most 1e-3 each way
-    call(place, "sample.py", "--run", "half/clip", "--prompt", "x", "--precision", "bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_runs_and_stays_near(place, precision):
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--precision", precision, "--out", precision)
+    assert all(z.dtype is torch.float32 for z in load_file(place / precision / "clip/tuned.safetensors").values())
+    full, half = ([float(line.split(",")[1]) for line in (place / run / "clip/loss.csv").read_text().splitlines()[1:]]
+                  for run in ("runs", precision))
+    assert max(abs(a - b) for a, b in zip(full, half)) < 0.02 * max(full)
+    full, half = (load_file(place / run / "clip/inversion.safetensors")["noise"] for run in ("runs", precision))
+    assert (full - half).std() < 0.1 * full.std()
+    call(place, "sample.py", "--run", f"{precision}/clip", "--prompt", "x", "--precision", precision)
 
 
 def test_a_resumed_run_keeps_its_settings(place):
     (place / "kept").mkdir()
     settings = json.loads((place / "runs/clip/run.json").read_text())
-    (place / "kept/run.json").write_text(json.dumps({**settings, "finished": 0}))
-    done = call(place, "train.py", "--resume", "kept", "--lr", "1e-4", "--seed", "1", status=2)
+    (place / "kept/run.json").write_text(json.dumps(settings | {"finished": 0}))
+    done = call(place, "train.py", "--resume", "kept", "--lr", "1e-4", "--seed", "33", status=2)
     assert "leave out lr, seed" in done.stderr
+
+
+def test_a_run_is_not_overwritten_by_a_second_one_nor_its_files_by_a_prompt(place):
+    source = (place / "runs/clip/source.mp4").read_bytes()
+    call(place, "sample.py", "--prompt", "source", "--run", "runs/clip")
+    assert (place / "runs/clip/source.mp4").read_bytes() == source and (place / "runs/clip/source-2.mp4").exists()
+    call(place, "train.py", "clip.mp4", "a dog", "--weights", "w", "--out", "two", "--attention", "full", "--norm", "frame")
+    call(place, "train.py", "clip.mp4", "a cat", "--weights", "w", "--out", "two", "--attention", "causal")
+    assert json.loads((place / "two/clip-2/run.json").read_text())["prompt"] == "a cat"
+    done = call(place, "sample.py", "--run", "two/clip-2", "--prompt", "a dog", "--attention", "full")
+    assert "inverting" in done.stderr
+
+
+def edited(place, name, **changes):
+    """A copy of the finished run with other settings."""
+    shutil.copytree(place / "runs/clip", place / name)
+    settings = json.loads((place / "runs/clip/run.json").read_text()) | changes
+    (place / name / "run.json").write_text(json.dumps(settings))
+    return name
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(frames=4), "does not hold the 4 frames"), (dict(fps="abc"), "fps or precision"), (dict(fps="0"), "fps or precision"),
+    (dict(precision="fp8"), "fps or precision"), (dict(finished="yes"), "finished = 'yes' is not a float"),
+    (dict(seed=None), "seed = None is not a int"), (dict(attention="sideways"), "sideways")])
+def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):
+    run = edited(place, f"edited{abs(hash(str(changes)))}", **changes)
+    done = call(place, "sample.py", "--run", run, "--prompt", "x", "--no-inversion", status=2)
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_bad_neighbour_does_not_hide_the_newest_run(place, tmp_path):
+    shutil.copytree(place / "runs/clip", tmp_path / "runs/good")
+    shutil.copytree(place / "w", tmp_path / "w")
+    tiny.save_json(tmp_path / "runs/bad/run.json", {})
+    done = call(tmp_path, "sample.py", "--prompt", "x")
+    assert "run: runs/good" in done.stdout and "passed over: runs/bad/run.json" in done.stderr
+
+
+def test_an_unfinished_run_is_not_sampled_but_resumed(place):
+    run = edited(place, "unfinished", finished=0)
+    for name in ("tuned", "inversion"):
+        (place / run / f"{name}.safetensors").unlink()
+    assert "train.py --resume unfinished" in call(place, "sample.py", "--run", run, "--prompt", "x", status=2).stderr
+    torch_file = {"step": torch.tensor(1), "losses": torch.zeros(1)}
+    save_file(torch_file, place / run / "state.safetensors")
+    assert "does not fit" in call(place, "train.py", "--resume", run, status=2).stderr
+
+
+def test_another_prediction_than_the_runs_is_refused(place):
+    done = call(place, "sample.py", "--run", "runs/clip", "--prompt", "x", "--prediction", "v", status=2)
+    assert "made with other weights" in done.stderr
 
 
 def test_weights_of_a_small_world_warn_once_of_what_they_cannot_draw(place):

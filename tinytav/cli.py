@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from .config import InputError
+from .config import PRECISIONS, InputError
 from .weights import PREDICTIONS, default_path, load
 
 SOURCE = ("weights", "tokenizer", "prediction")         # what tells where the weights come from
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parser(description):
@@ -19,7 +18,7 @@ def parser(description):
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                 argument_default=argparse.SUPPRESS)
     p.add_argument("--weights", metavar="PATH", help="Stable Diffusion folder or .safetensors file; else what lies in weights/")
-    p.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint has none: a folder, or a hub name to download")
+    p.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint has none: a folder, or hub:NAME to download")
     p.add_argument("--prediction", choices=PREDICTIONS, help="of a Stable Diffusion 2.x single file")
     p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps")
     p.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: fp32, on CUDA bf16 or fp16")
@@ -27,10 +26,16 @@ def parser(description):
     return p
 
 
+def given(p, args):
+    """The names of the flags that the user gave, also where the value is the default."""
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))
+    return {name for name, value in vars(p.parse_args(namespace=blank)).items() if value is not None}
+
+
 def number(kind, low, high=float("inf")):
     """An argparse type: a number from low to high."""
     def parse(text):
-        if not low <= (value := kind(text)) <= high:
+        if not low <= (value := kind(text)) <= high or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
     parse.__name__ = kind.__name__
@@ -38,6 +43,7 @@ def number(kind, low, high=float("inf")):
 
 
 def name_of(dtype):
+    """torch.float32 -> "fp32"."""
     return next(name for name, value in PRECISIONS.items() if value is dtype)
 
 
@@ -48,6 +54,10 @@ def run(main):
         sys.exit(main())
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: the device's memory is too small: {str(error).splitlines()[0]} Use fewer --frames or a smaller "
+              "--size.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,6 +1,10 @@
 """Reading a checkpoint's config.json, and the one class of errors that are the user's to mend."""
 from dataclasses import fields
 
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is a sentence that says what, where and what to do."""
@@ -29,5 +33,5 @@ class Config:
         value = tuple(value) if isinstance(value, list) else value
         kinds = (int, float) if field.type is float else field.type
         if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
-            raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not a {field.type}.")
+            raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not a {getattr(field.type, '__name__', field.type)}.")
         return value

@@ -13,7 +13,10 @@ OFFSET = 1      # Stable Diffusion's `steps_offset`: timesteps are 1, 21, 41, ..
 
 @dataclass(frozen=True)
 class Schedule(Config):
-    """scheduler/scheduler_config.json. The defaults are Stable Diffusion's."""
+    """scheduler/scheduler_config.json. The defaults are Stable Diffusion's.
+
+    `steps_offset` is not read: old configs say 0, and every Stable Diffusion pipeline overrides them with 1.
+    """
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
@@ -52,7 +55,8 @@ class Schedule(Config):
     def pairs(self, steps):
         """Sampling's moves [(t, t_next)], t falling: (981, 961), ..., (1, -19) for 50. Inversion walks them backwards.
 
-        The official code evaluates the net at t, the noisier end, in both directions (util.py, next_step).
+        The stride is rounded down ("leading" spacing), so where steps do not divide 1000 the walk ends short of the
+        noisiest timesteps: 334 steps begin at 667. The official code evaluates the net at t, the noisier end, in both directions (util.py, next_step).
         """
         stride = self.num_train_timesteps // max(steps, 1)
         if not 1 <= steps < self.num_train_timesteps:

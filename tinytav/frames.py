@@ -124,14 +124,17 @@ def write_mp4(path, x, fps, crf=17):
             for picture in pictures:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
-    replace(path, write)
+    try:
+        replace(path, write)
+    except av.FFmpegError as error:
+        raise InputError(f"{path} cannot be written as a video of {x.shape[3]}x{x.shape[2]}: {error.strerror}.") from None
 
 
 def write_gif(path, x, fps):
     """Frames (f, 3, h, w) -> an endless GIF. Its clock ticks in hundredths of a second."""
     first, *rest = [Image.fromarray(picture) for picture in to_uint8(x)]
     replace(path, lambda file: first.save(file, "GIF", save_all=True, append_images=rest, loop=0,
-                                          duration=max(20, round(1000 / float(fps)))))
+                                          duration=min(max(20, round(1000 / float(fps))), 655350)))     # 16 bits
 
 
 def write_strip(path, *rows, columns=8):

@@ -20,6 +20,8 @@ LOOKS_AT = {
     "causal": lambda i, f: [*range(i + 1)],
     "full": lambda i, f: [*range(f)],
 }
+# 112 tensors at Stable Diffusion's size. The new ones are 112 too, but not the same: two queries a block are old, and
+# norm_temp's two are new and stay frozen at 1 and 0.
 TUNED = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")       # section 3.3, figure 4; official train_tuneavideo.py, trainable_modules
 
 
@@ -68,7 +70,10 @@ class TemporalAttention(Attention):
 
 
 class ClipGroupNorm(nn.GroupNorm):
-    """GroupNorm whose mean and variance run over all frames of a clip, as over the official code's 5-D tensors."""
+    """GroupNorm whose mean and variance run over all frames of a clip, as over the official code's 5-D tensors.
+
+    So are the resnets' norms and conv_norm_out. The norm before each transformer stays per frame, there as here.
+    """
 
     def __init__(self, frames, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -80,7 +85,7 @@ class ClipGroupNorm(nn.GroupNorm):
 
 
 class VideoTransformerBlock(TransformerBlock):
-    """x += ST-Attn(x); x += cross-attention(x, context); x += feed-forward(x); x += T-Attn(x)."""
+    """TransformerBlock's three lines, with attn1 and attn2 replaced by those that know of frames, and then T-Attn."""
 
     def __init__(self, frames, attention, cfg, dim, heads):
         super().__init__(cfg, dim, heads)

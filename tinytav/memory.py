@@ -45,6 +45,7 @@ def training_bytes(net, latent_shape, context_shape):
 def free_bytes(device):
     """Memory that is free on the device; without a limit where the system does not tell."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -30,32 +30,32 @@ def decode(vae, latents):
 
 @torch.no_grad()
 def invert(net, schedule, latents, empty, steps=50):
-    """DDIM inversion: yields the clip's latents (1, 4, f, h, w), ever noisier. The last one is x_T.
+    """DDIM inversion: yields the clip's latents (b, 4, f, h, w), ever noisier. The last one is x_T.
 
-    empty: the empty prompt's context (1, m, d), "no textual condition" (paper, section 3.3). Official util.py, ddim_loop.
+    empty: the empty prompt's context (b, m, d), "no textual condition" (paper, section 3.3). Official util.py, ddim_loop.
     """
     x = latents
     for t, t_next in reversed(schedule.pairs(steps)):                       # from t_next, the cleaner end, up to t
-        t, t_next = (torch.tensor([i], device=x.device) for i in (t, t_next))
-        eps = schedule.epsilon(net(x, t, empty).float(), x, schedule.abar(t_next))
+        t, t_next = torch.tensor((t, t_next), device=x.device)
+        eps = schedule.epsilon(net(x, t.expand(len(x)), empty).float(), x, schedule.abar(t_next))
         x = move(x, eps, schedule.abar(t_next), schedule.abar(t))
         yield x
 
 
 @torch.no_grad()
 def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5):
-    """DDIM sampling: yields latents (1, 4, f, h, w), ever cleaner, from x_T `noise` under the prompt's context.
+    """DDIM sampling: yields latents (b, 4, f, h, w), ever cleaner, from x_T `noise` under the prompts' context (b, m, d).
 
     eps = eps(empty) + guidance (eps(prompt) - eps(empty)): classifier-free guidance, arXiv 2207.12598, equation 6 with
     guidance = 1 + w. At guidance 1 the net is asked once a step, otherwise for both in one batch.
     """
     x, both = noise, torch.cat([empty, context])
     for t, t_next in schedule.pairs(steps):
-        t, t_next = (torch.tensor([i], device=x.device) for i in (t, t_next))
+        t, t_next = torch.tensor((t, t_next), device=x.device)
         if guidance == 1:
-            output = net(x, t, context).float()
+            output = net(x, t.expand(len(x)), context).float()
         else:
-            without, given = net(x.repeat(2, 1, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+            without, given = net(x.repeat(2, 1, 1, 1, 1), t.expand(2 * len(x)), both).float().chunk(2)
             output = without + guidance * (given - without)
         x = move(x, schedule.epsilon(output, x, schedule.abar(t)), schedule.abar(t), schedule.abar(t_next))
         yield x

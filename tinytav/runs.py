@@ -7,21 +7,23 @@ runs/<clip>/  run.json              everything that is needed to repeat it; writ
               inversion.safetensors x_T, and how many steps led there
               source.mp4, loss.csv, and an mp4, a gif and a strip (png) per sample
 """
+import itertools
 import json
 import re
 import time
+import warnings
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 
-from .config import InputError
+from .config import PRECISIONS, InputError
 from .frames import replace
 from .weights import read_json, read_tensors
 
 NEEDED = dict(clip=str, prompt=str, weights=str, fingerprint=str, frames=int, fps=str, size=int, attention=str,
-              norm=str, steps=int, lr=float, seed=int, ddim_steps=int, guidance=float)
+              norm=str, steps=int, lr=float, seed=int, ddim_steps=int, guidance=float, precision=str, finished=float)
 
 
 class Run:
@@ -33,7 +35,9 @@ class Run:
     @classmethod
     def create(cls, folder, name, settings):
         """A new folder, `name` or `name-2`, ...: a run is never overwritten. save() makes it a run."""
-        return cls(new_path(Path(folder), slug(name), make=True), settings)
+        path = Path(folder) / new_name(Path(folder), slug(name))
+        path.mkdir(parents=True)
+        return cls(path, settings)
 
     @classmethod
     def open(cls, path):
@@ -46,21 +50,27 @@ class Run:
             value = settings.get(name)
             if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
                 raise InputError(f"{path / 'run.json'}: {name} = {value!r} is not a {kind.__name__}.")
+        if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*)?", settings["fps"]) or settings["precision"] not in PRECISIONS:
+            raise InputError(f"{path / 'run.json'}: fps or precision is not what train.py writes.")
         return cls(path, settings)
 
     @classmethod
     def newest(cls, folder):
         """The run in `folder` that was last finished. Raises InputError if there is none."""
-        runs = [cls.open(file.parent) for file in sorted(Path(folder).glob("*/run.json"))]
-        runs = [run for run in runs if run.finished]
-        if not runs:
+        runs = []
+        for file in sorted(Path(folder).glob("*/run.json")):
+            try:
+                runs.append(cls.open(file.parent))
+            except InputError as error:
+                warnings.warn(f"passed over: {error}")
+        if not any(run.finished for run in runs):
             raise InputError(f"No finished run in {folder}: tune on a clip with train.py first, or name a run with --run.")
         return max(runs, key=lambda run: run.finished)
 
     @property
     def finished(self):
         """When, in seconds since 1970; 0 if it is not."""
-        return self.settings.get("finished", 0)
+        return self.settings["finished"]
 
     def check(self, sd):
         """Raises InputError unless `sd` is the Stable Diffusion this run was made with."""
@@ -87,7 +97,17 @@ class Run:
 
     def read(self, name):
         """name.safetensors -> dict of tensors. Raises InputError."""
+        if not self.has(name):
+            raise InputError(f"{self.path} has no {name}.safetensors" + (
+                "." if self.finished else f": it is unfinished. Go on with python train.py --resume {self.path}."))
         return read_tensors(self.path / f"{name}.safetensors")
+
+    def clip(self, device):
+        """Mean and std of the clip's latents, (1, 4, f, h, w) each. Raises InputError if they are not this run's."""
+        tensors = self.read("clip")
+        if tensors.keys() != {"mean", "std"} or any(z.shape[2] != self.settings["frames"] for z in tensors.values()):
+            raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings['frames']} frames of run.json.")
+        return tensors["mean"].to(device), tensors["std"].to(device)
 
     def has(self, name):
         return (self.path / f"{name}.safetensors").is_file()
@@ -103,19 +123,10 @@ def slug(text):
     return "-".join(re.findall(r"\w+", text.lower()))[:60].strip("-") or "empty"
 
 
-def new_path(folder, name, suffix="", make=False):
-    """folder/name+suffix, or name-2, ...: the first that does not exist."""
-    number = 1
-    while True:
-        path = folder / f"{name}{f'-{number}' if number > 1 else ''}{suffix}"
-        try:
-            if make:
-                path.mkdir(parents=True)
-            elif path.exists():
-                raise FileExistsError
-            return path
-        except FileExistsError:
-            number += 1
+def new_name(folder, name, suffixes=("",)):
+    """name, or name-2, ...: the first that folder holds with none of the suffixes."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not any((folder / f"{name}{suffix}").exists() for suffix in suffixes))
 
 
 def state_dict(net, optimizer, step):
@@ -129,7 +140,10 @@ def state_dict(net, optimizer, step):
 
 
 def load_state_dict(net, optimizer, state):
-    """The inverse of state_dict. Returns the steps done."""
+    """The inverse of state_dict. Returns the steps done. Raises InputError if the state is of another net."""
+    shapes = {f"{what}.{name}": p.shape for what in ("tuned", "exp_avg", "exp_avg_sq") for name, p in net.tuned().items()}
+    if {name: z.shape for name, z in state.items() if "." in name} != shapes or "step" not in state:
+        raise InputError("state.safetensors does not fit this run's net: it cannot be resumed, only begun again.")
     step = int(state["step"])
     for name, p in net.tuned().items():
         p.data.copy_(state[f"tuned.{name}"])

@@ -9,6 +9,7 @@ from .text_encoder import TextEncoderConfig
 from .unet import UNetConfig
 from .vae import VAEConfig
 
+# upcast as 2.1's own config says; 2.0 and 2.1-base lose nothing by it
 SD2_UNET = UNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,
                       upcast_attention=True)
 SD2_TEXT = TextEncoderConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,

@@ -23,7 +23,7 @@ class TextEncoderConfig(Config):
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
+    eos_token_id: int = 49407                       # where CLIP pools; a context needs none of it
 
     ONLY = dict(hidden_act=("quick_gelu", "gelu"), attention_dropout=(0,))
 

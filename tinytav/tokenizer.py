@@ -23,6 +23,7 @@ class Tokenizer:
     def __init__(self, bpe, pad=END, length=77):
         self.bpe, self.length = bpe, length
         self.begin, self.end, self.pad = (self._id(token) for token in (BEGIN, END, pad))
+        self.size = bpe.get_vocab_size()
         bpe.add_special_tokens([BEGIN, END, pad])       # never split, also where a prompt holds one: SD 2 pads with "!"
 
     def _id(self, token):
@@ -58,7 +59,7 @@ class Tokenizer:
         return cls(bpe, pad, length)
 
     @classmethod
-    def from_hub(cls, name="openai/clip-vit-large-patch14", pad=END):
+    def from_hub(cls, name, pad=END):
         """Downloads a tokenizer.json. The only network access in the package; made when the user asks for it."""
         try:
             bpe = tokenizers.Tokenizer.from_pretrained(name)

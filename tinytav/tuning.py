@@ -33,21 +33,22 @@ def tune(net, optimizer, schedule, mean, std, context, seed=33, first=0, steps=5
     """Yields (steps done, loss) after each of steps first+1..steps. Changes the optimiser's parameters of `net`.
 
     mean, std (1, 4, f, h, w) of the clip's latents, context (1, m, d) of its caption. Raises InputError when the loss
-    is not finite; the parameters are then those of the step before.
+    or its gradient is not finite; the parameters are then those of the step before. `first` steps are done already.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for k in range(first, steps):
         *noises, t = (z.to(mean.device) for z in draw(seed, k, mean.shape, schedule.num_train_timesteps))
         x0 = mean + std * noises[0]
         loss = denoising_loss(net, schedule, x0, noises[1], t, context)
-        if not loss.isfinite():
-            raise InputError(f"The loss is {loss.item()} at step {k + 1}: the learning rate is too high, or the weights "
-                             "overflow at this precision. Try a smaller --lr, or --precision fp32.")
         scale = FP16_SCALE if net.conv_in.weight.dtype is torch.float16 else 1.
         (scale * loss).backward()
         for p in parameters:
             p.grad /= scale
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise InputError(f"The loss is {loss.item()} and its gradient's norm {norm.item()} at step {k + 1}: the "
+                             "learning rate is too high, or the weights overflow at this precision. Try a smaller --lr, "
+                             "or --precision fp32.")
         optimizer.step()
         optimizer.zero_grad()
         yield k + 1, loss.item()

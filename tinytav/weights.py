@@ -6,7 +6,7 @@ copy. Nothing is ever unpickled.
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -42,6 +42,12 @@ class Defaults(Config):
     guidance: float = 12.5
     draws: str = ""             # what weights of a small world know, in words; empty: anything
 
+    @classmethod
+    def from_json(cls, d):
+        if unknown := d.keys() - {f.name for f in fields(cls)}:
+            raise InputError(f"defaults.json: {', '.join(sorted(unknown))} is not known.")
+        return super().from_json(d)
+
 
 @dataclass
 class StableDiffusion:
@@ -70,8 +76,8 @@ class StableDiffusion:
 def load(path, tokenizer=None, prediction=None, dtype=torch.float32):
     """A Stable Diffusion folder or single file -> StableDiffusion, in eval mode and without gradients, on the CPU.
 
-    tokenizer: a folder, or a hub name to download; by default the checkpoint's own. prediction: "epsilon" or "v", where
-    the file does not tell. Raises InputError naming the file, and the tensors missing, unexpected or misshapen.
+    tokenizer: a folder, or "hub:NAME" to download; by default the checkpoint's own. prediction: "epsilon" or "v", where
+    the file does not tell. With a dtype other than float32, call the models under torch.autocast. Raises InputError naming the file, and the tensors missing, unexpected or misshapen.
     """
     path = Path(path)
     if path.is_dir():
@@ -85,8 +91,12 @@ def load(path, tokenizer=None, prediction=None, dtype=torch.float32):
     defaults = defaults or Defaults(size=768 if schedule.prediction_type == "v_prediction" else 512)
     pad = "!" if parts["text_encoder"][0].hidden_size == 1024 else END      # where no tokenizer_config.json tells
     models = {name: build(MODELS[name][0], *parts[name], dtype) for name in MODELS}
-    return StableDiffusion(_find_tokenizer(path, tokenizer, pad), schedule=schedule, path=path, defaults=defaults,
-                           fingerprint=fingerprint(tensors for _, tensors, _ in parts.values()), **models)
+    tokenizer = _find_tokenizer(path, tokenizer, pad)
+    if tokenizer.size > parts["text_encoder"][0].vocab_size:
+        raise InputError(f"The tokenizer knows {tokenizer.size} tokens, the text encoder in {path} only "
+                         f"{parts['text_encoder'][0].vocab_size}: they do not belong together.")
+    return StableDiffusion(tokenizer, schedule=schedule, path=path, defaults=defaults,
+                           fingerprint=fingerprint(parts, schedule), **models)
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):
@@ -209,23 +219,26 @@ def _read_single_file(path, prediction):
 
 def _find_tokenizer(path, tokenizer, pad):
     if tokenizer is not None:
-        return Tokenizer.from_folder(tokenizer, pad) if Path(tokenizer).is_dir() else Tokenizer.from_hub(tokenizer, pad)
+        if str(tokenizer).startswith("hub:"):
+            return Tokenizer.from_hub(tokenizer.removeprefix("hub:"), pad)
+        return Tokenizer.from_folder(tokenizer, pad)
     base = path if path.is_dir() else path.parent
     for folder in (base / "tokenizer", base):
         if (folder / "vocab.json").is_file():
             return Tokenizer.from_folder(folder, pad)
     raise InputError(f"No tokenizer beside {path}: put vocab.json and merges.txt there, name their folder with "
-                     "--tokenizer, or let --tokenizer openai/clip-vit-large-patch14 download it.")
+                     "--tokenizer, or let --tokenizer hub:openai/clip-vit-large-patch14 download it.")
 
 
-def fingerprint(components):
-    """A short hash of names, shapes and the first 4 KiB of every tensor: tells models apart without reading them all."""
-    sha = hashlib.sha256()
-    for tensors in components:
+def fingerprint(parts, schedule):
+    """A short hash of configs, names, shapes and a thousand or two values of every tensor, spread over it."""
+    sha = hashlib.sha256(repr(schedule).encode())
+    for config, tensors, _ in parts.values():
+        sha.update(repr(config).encode())
         for name in sorted(tensors):
             tensor = tensors[name]
-            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            sha.update(tensor.flatten()[:1024].contiguous().view(torch.uint8).numpy().tobytes())
+            values = tensor.flatten()[::max(1, tensor.numel() // 1024)].contiguous()
+            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
