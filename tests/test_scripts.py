@@ -109,6 +109,19 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bits(place, number):
     call(place, "train.py", "--resume", f"{out}/clip", status=2)            # it is finished
 
 
+def test_ctrl_c_stops_the_inversion_after_tuning_too(place):
+    shutil.copytree(place / "w", place / "long")
+    tiny.save_json(place / "long/defaults.json", tiny.DEFAULTS | {"ddim_steps": 300})
+    process = subprocess.Popen(command("train.py", "clip.mp4", "a man", "--weights", "long", "--out", "late"), cwd=place,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (place / "late/clip/tuned.safetensors").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 130
+    call(place, "train.py", "--resume", "late/clip")
+    assert (place / "late/clip/inversion.safetensors").exists()
+
+
 @pytest.mark.parametrize("script, args, message", [
     ("train.py", ["clip.mp4", "  "], "prompt is empty"), ("train.py", ["none.mp4", "a man"], "No such file: none.mp4"),
     ("train.py", ["clip.mp4"], "a caption|caption are needed"), ("train.py", ["w", "a man"], "0 frames"),
