@@ -16,10 +16,13 @@ def arguments():
     p.add_argument("--prompt", nargs="+", action="extend", required=True, help="one or several; each makes a clip")
     p.add_argument("--run", metavar="PATH", help="a folder that train.py made; else the newest in runs/")
     p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="without inversion: how many; 1 is a picture")
-    p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="without inversion: pixels of a square; else the weights' own")
+    p.add_argument("--size", type=cli.number(int, 8), metavar="N",
+                   help="without inversion: pixels of a square; else the weights' own")
     p.add_argument("--no-inversion", action="store_true", default=False, help="begin with random noise")
-    p.add_argument("--steps", type=cli.number(int, 1, 999), metavar="N", help="of DDIM, best a divisor of 1000; else the run's own")
-    p.add_argument("--guidance", type=cli.number(float, 0), metavar="N", help="how strongly to follow the prompt; else the run's own")
+    p.add_argument("--steps", type=cli.number(int, 1, 999), metavar="N",
+                   help="of DDIM, best a divisor of 1000; else the run's own")
+    p.add_argument("--guidance", type=cli.number(float, 0), metavar="N",
+                   help="how strongly to follow the prompt; else the run's own")
     p.add_argument("--attention", choices=LOOKS_AT, help="the frames a frame looks at; else the run's own")
     p.add_argument("--out", metavar="PATH", help="folder for the results; else the run's own, or samples/")
     return p.parse_args()

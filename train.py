@@ -26,7 +26,8 @@ def arguments():
     p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="pixels of the short side; else the weights' own")
     p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="how many; else the weights' own number")
     p.add_argument("--start", type=cli.number(int, 0), metavar="N", default=0, help="first frame")
-    p.add_argument("--stride", type=cli.number(int, 1), metavar="N", help="take every n-th frame; else spread over the whole clip")
+    p.add_argument("--stride", type=cli.number(int, 1), metavar="N",
+                   help="take every n-th frame; else spread over the whole clip")
     p.add_argument("--steps", type=cli.number(int, 1), metavar="N", help="of tuning; else the weights' own")
     p.add_argument("--lr", type=cli.number(float, 0), metavar="N", help="learning rate; else the weights' own")
     p.add_argument("--attention", choices=LOOKS_AT, default="sparse-causal", help="the frames a frame looks at")

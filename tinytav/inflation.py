@@ -20,9 +20,10 @@ LOOKS_AT = {
     "causal": lambda i, f: [*range(i + 1)],
     "full": lambda i, f: [*range(f)],
 }
-# 112 tensors at Stable Diffusion's size. The new ones are 112 too, but not the same: two queries a block are old, and
-# norm_temp's two are new and stay frozen at 1 and 0.
-TUNED = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")       # section 3.3, figure 4; official train_tuneavideo.py, trainable_modules
+# What is tuned (section 3.3, figure 4; official train_tuneavideo.py, trainable_modules): 112 tensors at Stable
+# Diffusion's size. The new ones are 112 too, but not the same: two queries a block are old, and norm_temp's two are new
+# and stay frozen at 1 and 0.
+TUNED = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")
 
 
 class SpatioTemporalAttention(Attention):

@@ -77,18 +77,19 @@ def load(path, tokenizer=None, prediction=None, dtype=torch.float32):
     """A Stable Diffusion folder or single file -> StableDiffusion, in eval mode and without gradients, on the CPU.
 
     tokenizer: a folder, or "hub:NAME" to download; by default the checkpoint's own. prediction: "epsilon" or "v", where
-    the file does not tell. With a dtype other than float32, call the models under torch.autocast. Raises InputError naming the file, and the tensors missing, unexpected or misshapen.
+    the file does not tell. With a dtype other than float32, call the models under torch.autocast. Raises InputError
+    naming the file, and the tensors missing, unexpected or misshapen.
     """
     path = Path(path)
     if path.is_dir():
         parts, schedule = _read_folder(path, prediction)
-        defaults = Defaults.from_json(read_json(path / "defaults.json")) if (path / "defaults.json").is_file() else None
     elif path.is_file():
         parts, schedule = _read_single_file(path, prediction)
-        defaults = None
     else:
         raise InputError(f"No weights at {path}: name a Stable Diffusion folder or a .safetensors file with --weights.")
-    defaults = defaults or Defaults(size=768 if schedule.prediction_type == "v_prediction" else 512)
+    defaults = Defaults(size=768 if schedule.prediction_type == "v_prediction" else 512)
+    if (path / "defaults.json").is_file():
+        defaults = Defaults.from_json(read_json(path / "defaults.json"))
     pad = "!" if parts["text_encoder"][0].hidden_size == 1024 else END      # where no tokenizer_config.json tells
     models = {name: build(MODELS[name][0], *parts[name], dtype) for name in MODELS}
     tokenizer = _find_tokenizer(path, tokenizer, pad)
