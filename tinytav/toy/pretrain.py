@@ -64,6 +64,7 @@ INDEX_JSON = dict(
 PREPROCESSOR_JSON = dict(       # pictures in [-1, 1], as the VAE has them
     feature_extractor_type="CLIPFeatureExtractor", crop_size=SIZE, size=SIZE, do_center_crop=True, do_normalize=True,
     do_resize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
+GIST = ("subject", "activity", "place")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -148,20 +149,16 @@ def noise_like(x, generator):
     return torch.randn(x.shape, device=x.device, generator=generator)
 
 
-def describe(scene, rng):
-    """A caption in one of three manners: all told, some of it told, or the gist and perhaps a little more."""
+def told(rng):
+    """Which attributes a caption names, in one of three manners: all, most, or the gist and perhaps a little more."""
     manner = rng.random()
-    if manner < 0.3:
-        return world.caption(scene)
-    if manner < 0.7:
-        return world.caption(scene, rng)
-    gist = ("subject", "activity", "place")
-    return world.caption(scene, keep=[name for name in world.ATTRIBUTES if name in gist or rng.random() < 0.25])
+    gist, share = ((), 1) if manner < 0.3 else ((), 1 - world.OMITTED) if manner < 0.7 else (GIST, 0.25)
+    return [name for name in world.ATTRIBUTES if name in gist or rng.random() < share] or ["subject"]
 
 
-def mistaken(scene, rng):
-    """The scene with one attribute changed."""
-    name = rng.choice(list(world.ATTRIBUTES))
+def mistaken(scene, names, rng):
+    """The scene with one of the named attributes changed."""
+    name = rng.choice(names)
     return replace(scene, **{name: rng.choice([value for value in world.ATTRIBUTES[name] if value != getattr(scene, name)])})
 
 
@@ -170,8 +167,8 @@ class Run:
 
     def __init__(self, args, model):
         recipe = RECIPES[args.stage]
-        self.args, self.model, self.lr, self.batch = args, model, recipe.lr, args.batch or recipe.batch
-        self.parameters = {name: p for name, p in model.train().named_parameters() if p.requires_grad}
+        self.args, self.lr, self.batch = args, recipe.lr, args.batch or recipe.batch
+        self.parameters = dict(model.train().named_parameters())
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         groups = [dict(params=[p for p in self.parameters.values() if (p.ndim > 1) == matrix],
                        weight_decay=recipe.decay * matrix) for matrix in (True, False)]
@@ -240,7 +237,7 @@ class Run:
             if self.elapsed - saved > min(90, budget / 10):
                 self.save()
                 saved = self.elapsed
-        return {**self.model.state_dict(), **self.average}
+        return self.average
 
 
 # ---- The three stages -------------------------------------------------------------------------------------------------
@@ -267,7 +264,7 @@ def train_clip(args):
     """Each picture finds its caption in the batch, and the reverse. Radford et al., arXiv 2103.00020, figure 3.
 
     Among the captions stands one more for each picture, wrong in one attribute: Yuksekgonul et al., arXiv 2210.01936.
-    With --from the text tower stays as it is, because a U-Net was trained on it.
+    A U-Net trained on the text tower before has to be trained further after it.
     """
     files = {path.name: path.read_text(encoding="utf-8") for path in (args.start / "tokenizer").iterdir()
              } if args.start else build_tokenizer()
@@ -278,11 +275,12 @@ def train_clip(args):
     scenes, pictures = draw_many(args.seed, args.pictures)
     model = CLIP(CLIPConfig.from_json(config))
     initialise_clip(model)
-    model.text_model.requires_grad_(not args.start)
 
     def loss_of(chosen, rng, generator):
-        captions = [describe(scenes[i], rng) for i in chosen] + [world.caption(mistaken(scenes[i], rng)) for i in chosen]
-        logits = model(pixels(pictures[chosen], args.device), tokenizer(captions).to(args.device)).float()
+        names = [told(rng) for _ in chosen]
+        right = [world.caption(scenes[i], rng, keep) for i, keep in zip(chosen, names)]
+        wrong = [world.caption(mistaken(scenes[i], keep, rng), rng, keep) for i, keep in zip(chosen, names)]
+        logits = model(pixels(pictures[chosen], args.device), tokenizer(right + wrong).to(args.device)).float()
         truth = torch.arange(len(chosen), device=args.device)
         model.logit_scale.data.clamp_(max=math.log(100))
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits[:, :len(chosen)].T, truth)) / 2
@@ -333,7 +331,7 @@ def train_unet(args):
             nn.init.zeros_(p)       # every residual branch begins as nothing
 
     def loss_of(chosen, rng, generator):
-        captions = ["" if rng.random() < 0.1 else describe(scenes[i], rng) for i in chosen]
+        captions = ["" if rng.random() < 0.1 else world.caption(scenes[i], rng, told(rng)) for i in chosen]
         with torch.no_grad():
             context = encoder(tokenizer(captions).to(args.device))
         x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
