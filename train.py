@@ -103,7 +103,7 @@ class Stop:
 
 def tune(run, net, schedule, mean, std, context, on_cpu, preview):
     """The loop: progress, checkpoints, previews. Returns the number of the signal that stopped it, or 0."""
-    optimizer, total = tuning.adamw(net, run.settings["lr"]), run.settings["steps"]
+    optimizer, total = tuning.adamw(net.tuned(), run.settings["lr"]), run.settings["steps"]
     first, losses = 0, []
     if run.has("state"):
         state = run.read("state")

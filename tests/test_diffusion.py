@@ -89,13 +89,13 @@ def test_resuming_equals_not_having_stopped():
     results = []
     for stops in ((6,), (2, 6)):
         net, mean, (context, _) = setting()
-        optimizer, first = tuning.adamw(net, lr=1e-2), 0
+        optimizer, first = tuning.adamw(net.tuned(), lr=1e-2), 0
         for stop in stops:
             for first, _ in tuning.tune(net, optimizer, Schedule(), mean, 0.1 * mean.abs(), context, 7, first, stop):
                 pass
             state = {name: z.clone() for name, z in runs.state_dict(net, optimizer, first).items()}
             net, *_ = setting()
-            optimizer = tuning.adamw(net, lr=1e-2)
+            optimizer = tuning.adamw(net.tuned(), lr=1e-2)
             first = runs.load_state_dict(net, optimizer, state)
         results.append(state)
     assert results[0]["step"] == 6
@@ -106,7 +106,7 @@ def test_resuming_equals_not_having_stopped():
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_it_spoils_the_weights(spoilt):
     net, mean, (context, _) = setting()
-    optimizer = tuning.adamw(net, lr=1e-2)
+    optimizer = tuning.adamw(net.tuned(), lr=1e-2)
     before = {name: p.detach().clone() for name, p in net.tuned().items()}
     if spoilt == "gradient":
         next(iter(net.tuned().values())).register_hook(lambda gradient: gradient * float("nan"))
@@ -122,7 +122,7 @@ def test_tuning_is_the_official_recipe():
     (net, mean, (context, _)), (plain, *_) = setting(), setting()
     for same in (net, plain):
         same.conv_out.weight *= 20              # gradients large enough to be clipped
-    for _ in tuning.tune(net, tuning.adamw(net, lr=1e-2), Schedule(), mean, 0.5 + mean.abs(), context, seed=7, steps=3):
+    for _ in tuning.tune(net, tuning.adamw(net.tuned(), lr=1e-2), Schedule(), mean, 0.5 + mean.abs(), context, seed=7, steps=3):
         pass
     parameters = [p.requires_grad_() for p in plain.tuned().values()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)

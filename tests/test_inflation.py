@@ -83,7 +83,7 @@ def test_inflation_shares_what_is_frozen_and_copies_what_is_tuned(unet):
     before = {name: p.clone() for name, p in unet.state_dict().items()}
     net = inflate(unet, FRAMES)
     mean, t, context = random_clip()
-    optimizer = tuning.adamw(net, lr=1e-2)
+    optimizer = tuning.adamw(net.tuned(), lr=1e-2)
     assert {name for name, p in net.named_parameters() if p.requires_grad} == net.tuned().keys()
     frozen = {name: p.clone() for name, p in net.state_dict().items() if name not in net.tuned()}
     tuned = {name: p.detach().clone() for name, p in net.tuned().items()}
@@ -98,7 +98,7 @@ def test_inflation_shares_what_is_frozen_and_copies_what_is_tuned(unet):
 
 def test_the_first_step_cannot_move_temporal_queries(unet):
     net = inflate(unet, FRAMES)
-    tuning.adamw(net, lr=1e-2)
+    tuning.adamw(net.tuned(), lr=1e-2)
     x, t, context = random_clip()
     tuning.denoising_loss(net, Schedule(), x, torch.ones_like(x), t, context).backward()
     for name, p in net.tuned().items():
@@ -112,7 +112,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
     for checkpointed in (False, True):
         torch.manual_seed(0)
         net = inflate(unet, FRAMES)
-        tuning.adamw(net, lr=1e-2)
+        tuning.adamw(net.tuned(), lr=1e-2)
         for p in net.tuned().values():
             torch.nn.init.normal_(p, std=0.1)
         if checkpointed:
@@ -154,7 +154,7 @@ def test_memory_of_a_step_is_counted_before_it_is_needed(upcast):
     net = inflate(filled(UNet(UNetConfig.from_json(UNET | dict(upcast_attention=upcast)))), FRAMES)
     x, t, context = random_clip()
     counted = memory.training_bytes(net, x.shape, context.shape)
-    tuning.adamw(net, lr=0.)
+    tuning.adamw(net.tuned(), lr=0.)
     weights = {p.data_ptr() for p in net.parameters()}
     kept = {}
 

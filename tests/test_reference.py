@@ -110,7 +110,7 @@ def test_official_video_unet_its_loss_and_all_gradients(sd):
         assert_keys(net, "tav-sd1")
     assert set(net.tuned()) == set(json.loads((DATA / f"tav-{sd}.trainable.json").read_text()))
     net.requires_grad_(False)
-    tuning.adamw(net, lr=1e-3)
+    tuning.adamw(net.tuned(), lr=1e-3)
     y = net(case["x"], case["timestep"].expand(2), case["context"])
     assert close(y, case["y"])
     loss = torch.nn.functional.mse_loss(y, case["target"])

@@ -10,9 +10,9 @@ from .config import InputError
 FP16_SCALE = 4096.      # keeps fp16's gradients off its subnormal numbers; constant, so that it need not be resumed
 
 
-def adamw(net, lr):
-    """The official optimiser over the 112 tuned tensors, which from now on require gradients. They stay float32."""
-    parameters = [p.requires_grad_() for p in net.tuned().values()]
+def adamw(tuned, lr):
+    """The official optimiser over net.tuned(), whose 112 tensors from now on require gradients. They stay float32."""
+    parameters = [p.requires_grad_() for p in tuned.values()]
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
 
 
