@@ -76,9 +76,12 @@ class Studio:
         optimizer = tuning.adamw(TUNED[tuned](net), lr)
         yield from tuning.tune(net, optimizer, self.sd.schedule, self.mean, self.std, self.own, seed, 0, steps)
 
-    def tuned_net(self, tuned, attention, norm, seed):
+    def inflated(self, attention="sparse-causal", norm="clip", seed=33):
         torch.manual_seed(seed)
-        net = inflate(deepcopy(self.sd.unet), FRAMES, attention, norm)
+        return inflate(deepcopy(self.sd.unet), FRAMES, attention, norm)
+
+    def tuned_net(self, tuned, attention, norm, seed):
+        net = self.inflated(attention, norm, seed)
         if tuned:
             pipeline.last(self.tune(net, tuned, self.settings["lr"], seed, self.settings["steps"]))
         return net

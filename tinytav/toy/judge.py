@@ -52,14 +52,16 @@ class Judge:
         return ((blurred - x).square() * asked).sum((2, 3, 4)).argmin(0).tolist()
 
     def look(self, x, scene):
-        """The look that most frames show, and the share of frames that show it, all else of the scene true.
+        """The scene with the look that most frames show, and the share of frames that show it.
 
-        Every part of a look is asked for by itself; a frame's look is all of its parts.
+        Each part of the look is asked for by itself, and all once more with the others as most frames showed them.
         """
-        parts = [self.nearest(x, [self.draw(replace(scene, look=replace(scene.look, **{part: i}))) for i in range(n)])
-                 for part, n in world.LOOKS.items()]
-        (most, count), = Counter(zip(*parts)).most_common(1)
-        return world.Look(*most), count / len(x)
+        for _ in range(2):
+            parts = [self.nearest(x, [self.draw(replace(scene, look=replace(scene.look, **{part: i}))) for i in range(n)])
+                     for part, n in world.LOOKS.items()]
+            (most, count), = Counter(zip(*parts)).most_common(1)
+            scene = replace(scene, look=world.Look(*most))
+        return scene, count / len(x)
 
     def answers(self, x, scene):
         """Clip x (f, 3, 64, 64), asked whether it is this scene in this motion: {question: share of frames}.
@@ -67,8 +69,8 @@ class Judge:
         Each attribute and each part of the motion is right in a frame if no alternative is nearer; unsaid parts of the
         scene are taken to be as most frames show them. "look" is look()'s agreement.
         """
-        look, agreement = self.look(x, scene)
-        scene, shares = replace(scene, look=look), {"look": agreement}
+        scene, agreement = self.look(x, scene)
+        shares = {"look": agreement}
         for name, values in world.ATTRIBUTES.items():
             found = self.nearest(x, [self.draw(replace(scene, **{name: value})) for value in values])
             shares[name] = found.count(values.index(getattr(scene, name))) / len(x)

@@ -36,6 +36,7 @@ from tinytav.tokenizer import BEGIN, END, WORDS, Tokenizer
 from tinytav.toy import draw, world
 from tinytav.unet import UNet, UNetConfig
 from tinytav.vae import VAE, VAEConfig
+from tinytav.weights import build, read_component
 
 SIZE, LENGTH = 64, 32     # pixels along a picture's side; tokens in a prompt
 TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128,
@@ -96,12 +97,8 @@ def write(file, config, tensors):
     save_file({key: x.half().contiguous().cpu() for key, x in tensors.items()}, file, metadata=dict(format="pt"))
 
 
-def read(Model, Config, file, device):
-    """The finished model of a weights file with config.json beside it, frozen."""
-    config = Config.from_json(json.loads((file.parent / "config.json").read_text(encoding="utf-8")))
-    model = Model(config).to(device).eval().requires_grad_(False)
-    model.load_state_dict(load_file(file))
-    return model
+def finished(Model, Config, folder, device):
+    return build(Model, *read_component(folder, Config)).to(device)
 
 
 def build_tokenizer():
@@ -157,8 +154,8 @@ def told(rng):
 
 
 def mistaken(scene, names, rng):
-    """The scene with one of the named attributes changed."""
-    name = rng.choice(names)
+    """The scene with one of the named attributes changed: often the activity, which shows in the fewest pixels."""
+    name = "activity" if "activity" in names and rng.random() < 0.4 else rng.choice(names)
     return replace(scene, **{name: rng.choice([value for value in world.ATTRIBUTES[name] if value != getattr(scene, name)])})
 
 
@@ -321,9 +318,9 @@ def encode_all(vae, pictures, device):
 def train_unet(args):
     """Learns to name the noise in noisy latents, given the caption. Rombach et al., arXiv 2112.10752, equation 3."""
     tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
-    encoder = read(TextEncoder, TextEncoderConfig, args.out / "text_encoder/model.safetensors", args.device)
+    encoder = finished(TextEncoder, TextEncoderConfig, args.out / "text_encoder", args.device)
     scenes, pictures = draw_many(args.seed, args.pictures)
-    mean, std = encode_all(read(VAE, VAEConfig, args.out / "vae" / WEIGHTS, args.device), pictures, args.device)
+    mean, std = encode_all(finished(VAE, VAEConfig, args.out / "vae", args.device), pictures, args.device)
     schedule = Schedule.from_json(SCHEDULER_JSON)
     model = UNet(UNetConfig.from_json(UNET_JSON))
     for name, p in model.named_parameters():

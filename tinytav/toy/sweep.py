@@ -1,0 +1,80 @@
+"""How steps, learning rate and guidance were chosen: on four clips of their own, none of them a test clip.
+
+    python -m tinytav.toy.sweep --out sweep --processes 2
+
+Writes the table sweep.md and the picture sweep.png, in which an edit goes from ignored to collapsed.
+"""
+import argparse
+import json
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from tinytav import frames, weights
+from tinytav.toy.claims import row, write
+from tinytav.toy.experiment import Studio, make_clip
+
+STEPS, RATES, GUIDANCES = (25, 100), (3e-4, 1e-3, 3e-3), (1., 3., 6., 12.)
+
+
+def work(args, i):
+    """Clip i at every setting: a file of frames and one of scores for each, unless they are there."""
+    torch.set_num_threads(1)
+    studio = Studio(args.weights, make_clip("choice", i), args.settings)
+    for rate in RATES:
+        net = studio.inflated()
+        for step, _ in studio.tune(net, "the paper's", rate, seed=33, steps=max(STEPS)):
+            if step in STEPS:
+                noise = studio.invert(net)
+                for guidance in GUIDANCES:
+                    write(args.out / name(i, rate, step, guidance), lambda: studio.sample(net, noise, guidance), studio)
+    return i
+
+
+def name(clip, rate, step, guidance):
+    return f"{clip}/{rate:g}-{step}-{guidance:g}"
+
+
+def table(folder, clips):
+    """Success, and after it the share of frames in which the edit is right, over all clips and edits."""
+    lines = [row("learning rate, steps", (f"guidance {guidance:g}" for guidance in GUIDANCES)),
+             "|---|" + "---|" * len(GUIDANCES)]
+    for rate in RATES:
+        for step in STEPS:
+            found = [[s for i in range(clips) for s in json.loads((folder / f"{name(i, rate, step, guidance)}.json").read_text())]
+                     for guidance in GUIDANCES]
+            lines.append(row(f"{rate:g}, {step}", (" / ".join(f"{100 * np.mean([s[key] for s in scores]):.0f} %"
+                                                             for key in ("success", "edited")) for scores in found)))
+    return "\n".join(lines)
+
+
+def picture(folder, clip=0, edit=0, frame=4):
+    """A frame of one edit: a row for each learning rate and number of steps, a column for each guidance."""
+    rows = [torch.stack([load_file(folder / f"{name(clip, rate, step, guidance)}.safetensors")["frames"][edit, frame]
+                         for guidance in GUIDANCES]) for rate in RATES for step in STEPS]
+    frames.write_strip(folder / "sweep.png", *(x / 127.5 - 1 for x in rows), shown=64)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--weights", type=Path, default=Path("weights/toy"), help=" ")
+    p.add_argument("--out", type=Path, default=Path("sweep"), help="folder for what is made")
+    p.add_argument("--clips", type=int, default=4, help=" ")
+    p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
+    args = p.parse_args()
+    args.settings = vars(weights.load(args.weights).defaults)
+    with get_context("spawn").Pool(args.processes) as pool:
+        for i in pool.imap_unordered(partial(work, args), range(args.clips)):
+            print(f"clip {i} is done", flush=True)
+    text = table(args.out, args.clips)
+    (args.out / "sweep.md").write_text(text + "\n")
+    picture(args.out)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
