@@ -67,11 +67,11 @@ def noise_shape(run, sd, settings, args):
     return 1, 4, settings["frames"], height, width
 
 
-def write(folder, name, x, source, fps):
-    """An mp4, a gif and a strip, or one picture. Returns the path of the one to look at first."""
+def write(folder, name, x, source, fps, prompt):
+    """An mp4 with the prompt as its title, a gif and a strip, or one picture. Returns the path of the one to look at."""
     path = folder / f"{new_name(folder, name, ('.mp4', '.gif', '.png'))}.png"
     if len(x) > 1:
-        frames.write_mp4(path.with_suffix(".mp4"), x, fps)
+        frames.write_mp4(path.with_suffix(".mp4"), x, fps, title=prompt)
         frames.write_gif(path.with_suffix(".gif"), x, fps)
     frames.write_strip(path, *([] if source is None else [source]), x)
     return path if len(x) == 1 else path.with_suffix(".mp4")
@@ -108,7 +108,7 @@ def main():
         if not latents.isfinite().all():
             raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
         name = slug(prompt) + ("-no-inversion" if run and not invert else "")
-        print(write(folder, name, pipeline.decode(sd.vae, latents), source, Fraction(settings["fps"])))
+        print(write(folder, name, pipeline.decode(sd.vae, latents), source, Fraction(settings["fps"]), prompt))
     return 0
 
 

@@ -42,6 +42,18 @@ def read(path, size, multiple, frames, start=0, stride=None, exact=True):
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1, indices, fps
 
 
+def pictures(path):
+    """Every frame of a video, or every picture of a folder, as it is: a list of PIL pictures. Raises InputError."""
+    path = Path(path)
+    return [picture() for picture in (_folder(path) if path.is_dir() else _video(path))]
+
+
+def title(path):
+    """What write_mp4 was told that a video shows; "" where it says nothing."""
+    with av.open(str(path)) as container:
+        return container.metadata.get("title", "")
+
+
 def choose(total, frames, start, stride, exact, fps, path="the clip"):
     """Which of `total` frames to take -> (indices, fps of the result). Raises InputError if they are too few."""
     rest = total - start
@@ -106,17 +118,18 @@ def _fps(path):
         return FOLDER_FPS               # _video says what is wrong
 
 
-def to_uint8(x):
-    """(f, 3, h, w) in [-1, 1] -> (f, h, w, 3) uint8, enlarged by a whole factor if small."""
+def to_uint8(x, shown=SHOWN):
+    """(f, 3, h, w) in [-1, 1] -> (f, h, w, 3) uint8, enlarged by a whole factor if the short side is below `shown`."""
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    factor = -(-SHOWN // min(x.shape[1:3]))
+    factor = -(-shown // min(x.shape[1:3]))
     return x.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def write_mp4(path, x, fps, crf=17):
+def write_mp4(path, x, fps, crf=17, title=""):
     """Frames (f, 3, h, w) -> H.264, yuv420p, at `fps` frames a second. Sides must be even after enlarging."""
     def write(file):
         with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
+            container.metadata["title"] = title
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000),
                                           options={"crf": str(crf)})
             pictures = to_uint8(x)

@@ -5,7 +5,9 @@ metrics do, and the toy's pre-training. Attribute names are the checkpoint's key
 """
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -96,3 +98,35 @@ class CLIP(nn.Module):
     def forward(self, pixels, ids):
         """Cosines times the learned temperature: (n, 3, h, w), (m, l) -> (n, m)."""
         return self.logit_scale.exp() * self.encode_image(pixels) @ self.encode_text(ids).T
+
+
+@dataclass(frozen=True)
+class Preprocessor(Config):
+    """A CLIP folder's preprocessor_config.json, obeyed as by transformers' CLIPImageProcessor. Defaults: ViT-L/14."""
+    size: int | dict = 224              # of the short side, or {"shortest_edge": n}; {"height": h, "width": w} squashes
+    crop_size: int | dict = 224         # of the centre; or {"height": h, "width": w}
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+    ONLY = dict(do_resize=(True,), do_center_crop=(True,), do_rescale=(True,), do_normalize=(True,), resample=(3,),
+                rescale_factor=(1 / 255,))
+
+    def __call__(self, pictures):
+        """PIL pictures -> (n, 3, h, w) float32: resized in 8 bits, bicubic; the centre cropped; normalised."""
+        x = torch.from_numpy(np.stack([np.asarray(self._crop(self._resize(picture))) for picture in pictures]))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
+        return (x.permute(0, 3, 1, 2) / 255 - mean) / std
+
+    def _resize(self, picture):
+        size = {"shortest_edge": self.size} if isinstance(self.size, int) else self.size
+        if short := size.get("shortest_edge"):
+            sides = [int(short * n / min(picture.size)) for n in picture.size]      # rounded down, as there
+        else:
+            sides = size["width"], size["height"]
+        return picture.convert("RGB").resize(sides, Image.Resampling.BICUBIC)
+
+    def _crop(self, picture):
+        """What is beyond the picture is black."""
+        crop = dict(height=self.crop_size, width=self.crop_size) if isinstance(self.crop_size, int) else self.crop_size
+        left, top = (picture.width - crop["width"]) // 2, (picture.height - crop["height"]) // 2
+        return picture.crop((left, top, left + crop["width"], top + crop["height"]))

@@ -184,7 +184,7 @@ def _component_files(folder):
 def read_component(folder, Config):
     """One component's folder -> (config, tensors, where)."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"No config.json in {folder}: that is not a component of a Stable Diffusion folder.")
+        raise InputError(f"No config.json in {folder}: that is not the folder of a model.")
     tensors = {}
     for file in _component_files(folder):
         tensors |= read_tensors(file)

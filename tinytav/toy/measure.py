@@ -15,6 +15,7 @@ from PIL import Image
 from tinytav import pipeline, weights
 from tinytav.image_encoder import CLIP, CLIPConfig
 from tinytav.inflation import inflate
+from tinytav.metrics import psnr
 from tinytav.toy import draw, world
 
 
@@ -24,11 +25,6 @@ def renders(count, seed, held_out=False):
     scenes = [world.random_scene(rng, held_out) for _ in range(count)]
     pictures = np.stack([draw.render(scene, world.random_view(rng)) for scene in scenes])
     return scenes, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def psnr(x, y):
-    """Mean over pictures (n, 3, h, w) in [-1, 1] of 10 log10(4 / mean squared error), in dB."""
-    return (10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)))).mean().item()
 
 
 @torch.no_grad()
