@@ -32,7 +32,7 @@ def seconds(call, repeats, device):
         start = time.perf_counter()
         call()
         if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 

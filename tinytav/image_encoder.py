@@ -1,4 +1,4 @@
-"""CLIP whole: the vision tower beside the text tower, and the projections into their common space.
+"""CLIP whole: the vision tower beside the text tower, the projections into their common space, a picture's preparation.
 
 Radford et al., arXiv 2103.00020, figure 3; equal to transformers' CLIPModel. Nothing of Tune-A-Video needs it: the
 metrics do, and the toy's pre-training. Attribute names are the checkpoint's keys.

@@ -87,7 +87,8 @@ class Features:
 def rows(run, eye):
     """Yields (file, both consistencies, alignment, PSNR) of source.mp4, then of a run's samples; nan where undefined.
 
-    PSNR is that of a sample which should be the source: begun from the inverted clip, under the run's own prompt.
+    PSNR is that of a sample which should be the source: begun from the inverted clip, under the run's own prompt. What
+    the VAE loses counts too.
     """
     source, own = None, run.settings["prompt"]
     for path in sorted(run.path.glob("*.mp4"), key=lambda path: (path.name != "source.mp4", path.name)):
