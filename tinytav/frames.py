@@ -150,10 +150,10 @@ def write_gif(path, x, fps):
                                           duration=min(max(20, round(1000 / float(fps))), 655350)))     # 16 bits
 
 
-def write_strip(path, *rows, columns=8):
+def write_strip(path, *rows, columns=8, shown=SHOWN):
     """Clips, one below the other, each as a row of at most `columns` frames -> PNG. The source comes first."""
     rows = [x[np.linspace(0, len(x) - 1, min(columns, len(x))).round().astype(int)] for x in rows]
-    strip = np.concatenate([np.concatenate(list(to_uint8(x)), axis=1) for x in rows])
+    strip = np.concatenate([np.concatenate(list(to_uint8(x, shown)), axis=1) for x in rows])
     replace(path, lambda file: Image.fromarray(strip).save(file, "PNG"))
 
 

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinytav import frames, memory, weights
+from tinytav import cli, frames, memory, weights
+from tinytav.config import InputError
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.toy.experiment import Studio, Variant, make_clip
 from tinytav.toy.judge import MOTIONS
 from tinytav.toy.world import ATTRIBUTES
+from tinytav.weights import read_json
 
 VARIANTS = {
     "full method": Variant(),
@@ -36,8 +38,8 @@ VARIANTS = {
        for attention in ("spatial", "first", "sparse-causal", "full")},
 }
 QUICK = ("full method", "untuned", "no inversion", "frame by frame")
-REFERENCES = ("true edit", "source")        # what bounds the variants, both through the VAE
-SEEDS = {"full method": (33, 34, 35)}       # of the others only the first
+REFERENCES = ("source", "true edit")        # what bounds the variants, both through the VAE
+SEEDS = (33, 34, 35)                        # of the full method; the others have the first alone
 COLUMNS = dict(success="success", edited="edit right", kept="rest kept", phase="limbs", x="position", camera="camera",
                look="look agrees", psnr="PSNR", all_pairs="all pairs", neighbours="neighbours", text="text")
 PERCENT = ("success", "edited", "kept", *MOTIONS, "look")
@@ -46,33 +48,42 @@ PERCENT = ("success", "edited", "kept", *MOTIONS, "look")
 def work(args, i):
     """Test clip i by every variant: a file of frames and one of scores for each, unless they are there."""
     torch.set_num_threads(1)
-    studio = Studio(args.weights, make_clip("test", i), args.settings)
+    studio, folder = Studio(args.weights, make_clip("test", i), args.settings), args.out / str(i)
     true = [studio.judge.draw(scene)[1] for scene in (studio.clip.scene, *(edit.scene for edit in studio.clip.edits))]
-    write(args.out / f"{i}/true edit-33", lambda: torch.stack(true[1:]), studio)
-    write(args.out / f"{i}/source-33", lambda: torch.stack(true[:1] * len(studio.clip.edits)), studio)
-    jobs = [(VARIANTS[name], seed, name) for name in args.variants for seed in SEEDS.get(name, (33,))]
+    write(folder, f"true edit-{SEEDS[0]}", lambda: torch.stack(true[1:]), studio)
+    write(folder, f"source-{SEEDS[0]}", lambda: torch.stack(true[:1] * len(studio.clip.edits)), studio)
+    jobs = [(VARIANTS[name], seed, name) for name, seeds in args.plan.items() if name in VARIANTS for seed in seeds]
     for variant, seed, name in sorted(jobs, key=str):           # so that those which share a net stand together
-        write(args.out / f"{i}/{name}-{seed}", lambda: studio.edit(variant, seed), studio)
+        write(folder, f"{name}-{seed}", lambda: studio.edit(variant, seed), studio)
     return i
 
 
-def write(path, make, studio):
-    if path.with_suffix(".json").exists():
+def same_settings(file, settings):
+    """Raises InputError if what lies in the folder was made with others."""
+    if file.exists() and read_json(file) != settings:
+        raise InputError(f"{file.parent} holds results of other weights or settings: name another folder with --out.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    frames.replace(file, lambda temporary: Path(temporary).write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def write(folder, name, make, studio):
+    """make() -> frames (edits, f, 3, 64, 64), kept in name.safetensors, and their scores in name.json."""
+    if (folder / f"{name}.json").exists():
         return
     results = make()
     scores = json.dumps(studio.score(results))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = torch.stack([((x + 1) * 127.5).round().to(torch.uint8) for x in results])
-    frames.replace(path.with_suffix(".safetensors"), lambda file: save_file(dict(frames=pictures), file))
-    frames.replace(path.with_suffix(".json"), lambda file: Path(file).write_text(scores))
+    pictures = ((results + 1) * 127.5).round().to(torch.uint8).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    frames.replace(folder / f"{name}.safetensors", lambda file: save_file(dict(frames=pictures), file))
+    frames.replace(folder / f"{name}.json", lambda file: Path(file).write_text(scores))
 
 
 # ---- Tables and the picture -------------------------------------------------------------------------------------------
 
-def read(folder, clips, name):
+def read(args, name):
     """The scores of a variant's edits, all seeds together: [[{...}, ...] of a clip, ...]."""
-    return [[scores for seed in SEEDS.get(name, (33,)) for scores in json.loads((folder / f"{i}/{name}-{seed}.json").read_text())]
-            for i in range(clips)]
+    return [[scores for seed in args.plan[name] for scores in json.loads((args.out / f"{i}/{name}-{seed}.json").read_text())]
+            for i in range(args.clips)]
 
 
 def interval(clips, key):
@@ -86,23 +97,23 @@ def row(name, values):
     return f"| {name} | " + " | ".join(values) + " |"
 
 
-def table(folder, clips, variants):
+def table(args):
     """One row a variant: means over clips, seeds and edits, with 95 % intervals where a share of frames is meant."""
     lines = [row("", COLUMNS.values()), "|---|" + "---|" * len(COLUMNS)]
-    for name in (*REFERENCES, *variants):
-        values = {key: interval(read(folder, clips, name), key) for key in COLUMNS}
+    for name in args.plan:
+        values = {key: interval(read(args, name), key) for key in COLUMNS}
         lines.append(row(name, (f"{100 * mean:.0f} % ({100 * low:.0f}–{100 * high:.0f})" if key in PERCENT else f"{mean:.2f}"
                                 for key, (mean, low, high) in values.items())))
-    asked = [scores["name"] for clip in read(folder, clips, "source") for scores in clip]
+    asked = [scores["name"] for clip in read(args, "source") for scores in clip]
     chance = dict(edited=np.mean([1 / len(ATTRIBUTES[name]) for name in asked]),
                   kept=np.mean([1 / len(ATTRIBUTES[other]) for name in asked for other in ATTRIBUTES if other != name]),
                   **{part: 1 / len(offsets) for part, offsets in MOTIONS.items()})
     return "\n".join([*lines, row("chance", (f"{100 * chance[key]:.0f} %" if key in chance else "" for key in COLUMNS))])
 
 
-def by_attribute(folder, clips, name="full method"):
+def by_attribute(args, name="full method"):
     """How often each kind of edit is right, and edits to triples that were never trained on."""
-    edits = [scores for clip in read(folder, clips, name) for scores in clip]
+    edits = [scores for clip in read(args, name) for scores in clip]
     kinds = {attribute: [e for e in edits if e["name"] == attribute] for attribute in ATTRIBUTES}
     kinds |= {"held out": [e for e in edits if e["held_out"]]}
     lines = [row(f"{name}, by edit", ("edits", "edit right", "success")), "|---|---|---|---|"]
@@ -111,10 +122,10 @@ def by_attribute(folder, clips, name="full method"):
     return "\n".join(lines)
 
 
-def picture(folder, variants, clip=0, edit=0):
+def picture(args, clip=0, edit=0):
     """One edit of one clip: a row of frames for the source, the truth and each variant -> claims.png."""
-    rows = [load_file(folder / f"{clip}/{name}-33.safetensors")["frames"][edit] for name in ("source", "true edit", *variants)]
-    frames.write_strip(folder / "claims.png", *(x / 127.5 - 1 for x in rows), shown=64)
+    rows = [load_file(args.out / f"{clip}/{name}-{seeds[0]}.safetensors")["frames"][edit] for name, seeds in args.plan.items()]
+    frames.write_strip(args.out / "claims.png", *(x / 127.5 - 1 for x in rows), shown=64)
 
 
 def cost(sd):
@@ -145,18 +156,23 @@ def main():
     p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
     p.add_argument("--quick", action="store_true", help="two clips by the main variants, in three minutes")
     args = p.parse_args()
-    args.settings = vars(weights.load(args.weights).defaults)
-    args.variants = QUICK if args.quick else tuple(VARIANTS)
-    args.clips = 2 if args.quick else args.clips
+    sd = weights.load(args.weights)
+    args.settings = vars(sd.defaults)
+    same_settings(args.out / "settings.json", args.settings | dict(fingerprint=sd.fingerprint))
+    args.plan = dict.fromkeys((*REFERENCES, *(QUICK if args.quick else VARIANTS)), SEEDS[:1])
+    if args.quick:
+        args.clips = 2
+    else:
+        args.plan["full method"] = SEEDS
     with get_context("spawn").Pool(args.processes) as pool:
         for i in pool.imap_unordered(partial(work, args), range(args.clips)):
             print(f"clip {i} is done", flush=True)
-    text = "\n\n".join([table(args.out, args.clips, args.variants), by_attribute(args.out, args.clips)]
-                        + ([] if args.quick else [cost(weights.load(args.weights))]))
+    text = "\n\n".join([table(args), by_attribute(args)]
+                        + ([] if args.quick else [cost(sd)]))
     (args.out / "claims.md").write_text(text + "\n")
-    picture(args.out, args.variants)
+    picture(args)
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -38,8 +38,9 @@ class Judge:
         return clean, self.vae_trip(clean)
 
     @torch.no_grad()
+    @torch.autocast("cpu", torch.bfloat16)      # twice as quick
     def vae_trip(self, x):
-        return self.vae.decode(self.vae.encode(x)[0]).clamp(-1, 1)
+        return self.vae.decode(self.vae.encode(x)[0]).float().clamp(-1, 1)
 
     def nearest(self, x, alternatives):
         """For each frame of x (f, 3, h, w) the index of the nearest drawing.

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tinytav import frames, weights
-from tinytav.toy.claims import row, write
+from tinytav import cli, frames, weights
+from tinytav.toy.claims import row, same_settings, write
 from tinytav.toy.experiment import Studio, make_clip
 
 STEPS, RATES, GUIDANCES = (25, 100), (3e-4, 1e-3, 3e-3), (1., 3., 6., 12.)
@@ -31,12 +31,12 @@ def work(args, i):
             if step in STEPS:
                 noise = studio.invert(net)
                 for guidance in GUIDANCES:
-                    write(args.out / name(i, rate, step, guidance), lambda: studio.sample(net, noise, guidance), studio)
+                    write(args.out / str(i), name(rate, step, guidance), lambda: studio.sample(net, noise, guidance), studio)
     return i
 
 
-def name(clip, rate, step, guidance):
-    return f"{clip}/{rate:g}-{step}-{guidance:g}"
+def name(rate, step, guidance):
+    return f"{rate:g}-{step}-{guidance:g}"
 
 
 def table(folder, clips):
@@ -45,7 +45,7 @@ def table(folder, clips):
              "|---|" + "---|" * len(GUIDANCES)]
     for rate in RATES:
         for step in STEPS:
-            found = [[s for i in range(clips) for s in json.loads((folder / f"{name(i, rate, step, guidance)}.json").read_text())]
+            found = [[s for i in range(clips) for s in json.loads((folder / f"{i}/{name(rate, step, guidance)}.json").read_text())]
                      for guidance in GUIDANCES]
             lines.append(row(f"{rate:g}, {step}", (" / ".join(f"{100 * np.mean([s[key] for s in scores]):.0f} %"
                                                              for key in ("success", "edited")) for scores in found)))
@@ -54,7 +54,7 @@ def table(folder, clips):
 
 def picture(folder, clip=0, edit=0, frame=4):
     """A frame of one edit: a row for each learning rate and number of steps, a column for each guidance."""
-    rows = [torch.stack([load_file(folder / f"{name(clip, rate, step, guidance)}.safetensors")["frames"][edit, frame]
+    rows = [torch.stack([load_file(folder / f"{clip}/{name(rate, step, guidance)}.safetensors")["frames"][edit, frame]
                          for guidance in GUIDANCES]) for rate in RATES for step in STEPS]
     frames.write_strip(folder / "sweep.png", *(x / 127.5 - 1 for x in rows), shown=64)
 
@@ -66,7 +66,9 @@ def main():
     p.add_argument("--clips", type=int, default=4, help=" ")
     p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
     args = p.parse_args()
-    args.settings = vars(weights.load(args.weights).defaults)
+    sd = weights.load(args.weights)
+    args.settings = vars(sd.defaults)
+    same_settings(args.out / "settings.json", args.settings | dict(fingerprint=sd.fingerprint))
     with get_context("spawn").Pool(args.processes) as pool:
         for i in pool.imap_unordered(partial(work, args), range(args.clips)):
             print(f"clip {i} is done", flush=True)
@@ -77,4 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
