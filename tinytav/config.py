@@ -34,4 +34,8 @@ class Config:
         kinds = (int, float) if field.type is float else field.type
         if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
             raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not a {getattr(field.type, '__name__', field.type)}.")
+        most = 100 if "layers" in field.name else 2 ** 20
+        if any(not isinstance(v, str) and not 0 < v <= most for v in (value if isinstance(value, tuple) else [value])
+               if field.type is not bool):
+            raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not above 0 and up to {most}.")
         return value
