@@ -104,7 +104,7 @@ def clip_of_odd_size(rng, place):
 
 @kind(EITHER)
 def clip_of_huge_size(rng, place):
-    size = rng.choice([(8192, 16), (16, 8192), (4096, 2304), (2, 4096), (16384, 2)])
+    size = rng.choice([(8192, 16), (16, 8192), (2560, 1440), (2, 4096), (16384, 2)])
     return train(video(place / "in.mkv", 2, size, "ffv1", "bgr0").name)
 
 

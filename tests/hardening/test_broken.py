@@ -28,12 +28,12 @@ def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(wa
     (tmp_path / "in").mkdir()
     bad = tmp_path / "bad.py"
 
-    def verdict(code):
+    def verdict(code, limit=60):
         bad.write_text(code)
-        answer = warm(tmp_path, str(bad), limit=1, allowed=str(tmp_path / "in"))
+        answer = warm(tmp_path, str(bad), limit=limit, allowed=str(tmp_path / "in"))
         return trial.judge(answer, tmp_path, ["train.py"], broken.EITHER, trial.ERROR)
     assert "ends with 1: KeyError" in verdict("{}['x']")
-    assert "hangs" in verdict("while True: pass")
+    assert "hangs" in verdict("while True: pass", limit=1)
     assert "without a sentence" in verdict("import sys; sys.exit(2)")
     sentence = "; import sys; print('error: x', file=sys.stderr); sys.exit(2)"
     assert "for writing" in verdict("open('out', 'w')" + sentence)
@@ -80,10 +80,12 @@ def test_a_prompt_of_bytes_that_are_no_text_is_refused_before_a_run_is_made(warm
 
 @pytest.mark.parametrize("Config, settings", [
     (UNetConfig, dict(block_out_channels=[0, 16])), (UNetConfig, dict(layers_per_block=10 ** 9)),
-    (UNetConfig, dict(block_out_channels=[None, 16])), (TextEncoderConfig, dict(num_hidden_layers=2 ** 20)),
+    (UNetConfig, dict(block_out_channels=[None, 16])), (UNetConfig, dict(attention_head_dim=["2"] * 4)),
+    (UNetConfig, dict(attention_head_dim=7)), (TextEncoderConfig, dict(num_attention_heads=5)),
+    (TextEncoderConfig, dict(num_hidden_layers=2 ** 20)),
     (Schedule, dict(beta_start=-1.)), (Schedule, dict(beta_end=float("nan"))), (Schedule, dict(num_train_timesteps=10 ** 12))])
 def test_a_number_in_a_config_that_no_model_has_is_refused(Config, settings):
-    with pytest.raises(InputError, match="is not"):
+    with pytest.raises(InputError, match="is not|do not divide"):
         Config.from_json(settings)
 
 
@@ -116,7 +118,7 @@ def test_a_runs_tensors_of_another_type_or_shape_are_refused(warm, place, name, 
 def test_no_line_of_the_core_unpickles_or_opens_a_connection():
     for path in (*(ROOT / "tinytav").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"):
         text = path.read_text()
-        assert not re.search(r"torch\.load\(|import pickle|allow_pickle=True|\beval\(|\bexec\(|weights_only", text), path
+        assert not re.search(r"torch\.load\(|import pickle|allow_pickle=True|(?<!\.)\beval\(|\bexec\(|weights_only", text), path
         assert not re.search(r"import (socket|urllib|http|requests)|from (urllib|http|requests)", text), path
         assert ("from_pretrained" in text) == (path.name == "tokenizer.py"), path
 
