@@ -39,21 +39,19 @@ def tuned_net(run, sd, settings):
     """The inflated U-Net, with the run's tuned tensors if there is a run."""
     net = inflate(sd.unet, settings["frames"], settings["attention"], settings["norm"])
     if run:
-        tensors, parameters = run.read("tuned"), net.tuned()
-        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
-            raise InputError(f"{run.path / 'tuned.safetensors'} does not fit these weights.")
-        for name, p in parameters.items():
+        tensors = run.read("tuned", {name: p.shape for name, p in net.tuned().items()})
+        for name, p in net.tuned().items():
             p.copy_(tensors[name])
     return net
 
 
 def inverted(run, net, sd, empty, device, steps):
     """The clip's noise: as it was saved, or anew if it was made with another number of steps or another attention."""
+    mean, _ = run.clip(device)
     if net.attention == run.settings["attention"] and run.has("inversion"):
-        inversion = run.read("inversion")
+        inversion = run.read("inversion", dict(noise=mean.shape, steps=()))
         if int(inversion["steps"]) == steps:
             return inversion["noise"].to(device)
-    mean, _ = run.clip(device)
     return pipeline.last(tqdm(pipeline.invert(net, sd.schedule, mean, empty, steps), "inverting", steps, unit="step"))
 
 
@@ -62,8 +60,9 @@ def noise_shape(run, sd, settings, args):
     height = width = settings["size"] // sd.multiple * sd.multiple // sd.vae.cfg.factor
     if run and not hasattr(args, "size"):
         height, width = run.clip("cpu")[0].shape[3:]
-    if not height:
-        raise InputError(f"The size {settings['size']} is too small for this model: use a multiple of {sd.multiple}.")
+    if not sd.multiple <= settings["size"] <= frames.LARGEST:
+        raise InputError(f"The size {settings['size']} is not from {sd.multiple} to {frames.LARGEST}: use a multiple of "
+                         f"{sd.multiple}.")
     return 1, 4, settings["frames"], height, width
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 import tinytav
 from tinytav import cli, frames, memory, pipeline, runs, tuning
 from tinytav.config import InputError
-from tinytav.inflation import LOOKS_AT, inflate
+from tinytav.inflation import LOOKS_AT, VideoUNet, inflate
 from tinytav.runs import Run
 
 SETTINGS = ("size", "frames", "start", "stride", "steps", "lr", "attention", "norm", "seed", "preview")
@@ -40,13 +40,14 @@ def arguments():
 
 
 def start(args):
-    """A new run: read the clip, encode it once. Returns the run and what it was loaded with."""
+    """A new run: read the clip, encode it once. Returns the run, what it was loaded with, and is_tight."""
     if not hasattr(args, "prompt"):
         raise InputError('A clip and its caption are needed: python train.py clip.mp4 "a man is skiing".')
     if not args.prompt.strip():
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
     sd, device, dtype = cli.load_weights(args)
     cli.warn_of_the_unknown(sd, [args.prompt], args.clip)
+    sd.tokenizer([args.prompt, getattr(args, "preview", "")])               # before anything is written: are they text?
     settings = {name: value for name, value in vars(sd.defaults).items() if name != "draws"}
     settings |= {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
     x, indices, fps = frames.read(args.clip, settings["size"], sd.multiple, settings["frames"], args.start,
@@ -54,7 +55,10 @@ def start(args):
     if len(x) < settings["frames"]:
         print(f"{args.clip} has fewer than {settings['frames']} frames: using {len(x)}")
     print(f"clip: {args.clip}, {len(x)} frames of {x.shape[3]}x{x.shape[2]}")
+    checkpoint = is_tight(sd, settings, (1, 4, len(x), *(n // sd.vae.cfg.factor for n in x.shape[2:])), device)
     mean, std = pipeline.encode(sd.vae, x.to(device))
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise InputError("The VAE gives this clip latents that are not finite: try --precision fp32.")
     settings |= dict(
         clip=str(args.clip), prompt=args.prompt, weights=str(sd.path), fingerprint=sd.fingerprint, frames=len(x),
         indices=indices, fps=str(fps), tokenizer=getattr(args, "tokenizer", None),
@@ -68,12 +72,12 @@ def start(args):
     except BaseException:
         shutil.rmtree(run.path)
         raise
-    return run, sd, device, dtype
+    return run, sd, device, dtype, checkpoint
 
 
 def resume(args):
     """An unfinished run, with the weights and the precision it was begun with."""
-    run = Run.open(args.resume)
+    run = Run.open(args.resume).hold()
     if run.finished:
         raise InputError(f"{run.path} is finished: sample from it with sample.py --run.")
     if more := args.given - {"resume", "device", "precision", *cli.SOURCE}:
@@ -81,7 +85,14 @@ def resume(args):
     if args.precision == "auto":
         args.precision = run.settings["precision"]
     sd, device, dtype = cli.load_weights(args, run)
-    return run, sd, device, dtype
+    return run, sd, device, dtype, is_tight(sd, run.settings, run.clip("cpu")[0].shape, device)
+
+
+def is_tight(sd, settings, shape, device):
+    """Must tuning on latents of this shape checkpoint its gradients to fit? Raises InputError if it would not even so."""
+    with torch.device("meta"):
+        net = VideoUNet(sd.unet.cfg, shape[2], settings["attention"], settings["norm"])
+    return memory.is_tight(net, shape, (1, 77, sd.unet.cfg.cross_attention_dim), device, settings["size"], sd.multiple)
 
 
 class Stop:
@@ -137,8 +148,8 @@ def say_time_left(seconds, bar):
 
 def main():
     args = arguments()
-    run, sd, device, dtype = resume(args) if hasattr(args, "resume") else start(args)
-    print(f"run: {run.path}")
+    run, sd, device, dtype, checkpoint = resume(args) if hasattr(args, "resume") else start(args)
+    print(f"run: {run.path} (Ctrl-C stops it; go on with: python train.py --resume {run.path})")
     settings = run.settings
     torch.manual_seed(settings["seed"])                                     # draws T-Attn's first q, k and v
     net = inflate(sd.unet, settings["frames"], settings["attention"], settings["norm"])
@@ -147,8 +158,7 @@ def main():
           f"{len(net.tuned())} tuned ({sum(p.numel() for p in net.tuned().values()):,} parameters)")
     mean, std = run.clip(device)
     context, empty, wanted = sd.encode_prompts([settings["prompt"], "", settings.get("preview", "")]).split(1)
-    # twice: the gradients on their way back need about as much as what was kept for them
-    if 2 * memory.training_bytes(net, mean.shape, context.shape) > memory.free_bytes(device):
+    if checkpoint:
         memory.checkpoint_gradients(net)
 
     def preview(step):

@@ -54,14 +54,14 @@ def parts(args, sd, device, dtype, frames, size):
     yield "VAE, encoding a frame", lambda: pipeline.encode(sd.vae, x)
     yield "VAE, decoding a frame", lambda: pipeline.decode(sd.vae, noise[:, :, :1])
     empty, context = sd.encode_prompts(["", "a man is skiing"]).split(1)
-    sd.text_encoder = sd.vae = None
+    multiple, sd.text_encoder, sd.vae = sd.multiple, None, None
     net, steps = inflate(sd.unet, frames), args.repeats + 1
     cli.autocast(net, device, dtype, "forward")
     inverting = pipeline.invert(net, sd.schedule, noise, empty, steps)
     yield "inverting, a step", lambda: next(inverting)
     sampling = pipeline.sample(net, sd.schedule, noise, context, empty, steps, sd.defaults.guidance)
     yield "sampling with guidance, a step", lambda: next(sampling)
-    if 2 * memory.training_bytes(net, noise.shape, context.shape) > memory.free_bytes(device):
+    if memory.is_tight(net, noise.shape, context.shape, device, size, multiple):
         memory.checkpoint_gradients(net)
     optimizer = tuning.adamw(net.tuned(), sd.defaults.lr)
     tuned = tuning.tune(net, optimizer, sd.schedule, noise, torch.zeros_like(noise), context, args.seed, steps=steps)

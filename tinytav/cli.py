@@ -50,14 +50,17 @@ def name_of(dtype):
 def run(main):
     """Calls main() as a script: an InputError or a failing disk is a sentence and exit status 2, not a traceback."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names may hold bytes that are no text
     try:
         sys.exit(main())
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: the device's memory is too small: {str(error).splitlines()[0]} Use fewer --frames or a smaller "
-              "--size.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print(f"error: the memory is too small: {str(error).partition(chr(10))[0]} Half the --frames need about half of it, "
+              "half the --size a quarter.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -13,6 +13,7 @@ from .config import InputError
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FOLDER_FPS = Fraction(8)        # a folder of images has no clock; 8 is what the official code writes its results with
+LARGEST = 4096                  # pixels of the short side
 SHOWN = 256                     # smaller results are enlarged by a whole factor until their short side reaches this
 
 
@@ -24,8 +25,8 @@ def read(path, size, multiple, frames, start=0, stride=None, exact=True):
     sampled"). With exact=False a shorter clip gives all it has. Raises InputError.
     """
     path = Path(path)
-    if size < multiple:
-        raise InputError(f"The size {size} is too small for this model: use a multiple of {multiple}.")
+    if not multiple <= size <= LARGEST:
+        raise InputError(f"The size {size} is not from {multiple} to {LARGEST}: use a multiple of {multiple}.")
     if not path.exists():
         raise InputError(f"No such file: {path}.")
     pictures, fps = (_folder(path), FOLDER_FPS) if path.is_dir() else (_video(path), _fps(path))
@@ -72,6 +73,8 @@ def fit(picture, size, multiple):
     """A PIL picture -> RGB, short side `size`, aspect kept, then centre-cropped to multiples of `multiple`."""
     scale = size / min(picture.size)
     width, height = (round(n * scale) // multiple * multiple for n in picture.size)
+    if width * height > 16 * size * size:
+        raise InputError(f"A picture of {picture.size[0]}x{picture.size[1]} is too long and thin: crop it to less than 16:1.")
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -160,7 +163,7 @@ def write_strip(path, *rows, columns=8, shown=SHOWN):
 def replace(path, write):
     """write(temporary file), then rename it to `path`: a reader finds the old file or the new one, whole."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")          # no two processes write into one
     try:
         write(str(temporary))
         os.replace(temporary, path)

@@ -9,6 +9,7 @@ runs/<clip>/  run.json              everything that is needed to repeat it; writ
 """
 import itertools
 import json
+import os
 import re
 import time
 import warnings
@@ -20,7 +21,12 @@ from safetensors.torch import save_file
 
 from .config import PRECISIONS, InputError
 from .frames import replace
-from .weights import read_json, read_tensors
+from .weights import PREDICTIONS, read_json, read_tensors
+
+try:
+    import fcntl
+except ImportError:             # Windows: nothing there keeps two train.py off one run
+    fcntl = None
 
 NEEDED = dict(clip=str, prompt=str, weights=str, fingerprint=str, frames=int, fps=str, size=int, attention=str,
               norm=str, steps=int, lr=float, seed=int, ddim_steps=int, guidance=float, precision=str, finished=float)
@@ -35,9 +41,14 @@ class Run:
     @classmethod
     def create(cls, folder, name, settings):
         """A new folder, `name` or `name-2`, ...: a run is never overwritten. save() makes it a run."""
-        path = Path(folder) / new_name(Path(folder), slug(name))
-        path.mkdir(parents=True)
-        return cls(path, settings)
+        while True:
+            path = Path(folder) / new_name(Path(folder), slug(name))
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:     # another train.py was quicker
+                continue
+            lock(path)
+            return cls(path, settings)
 
     @classmethod
     def open(cls, path):
@@ -50,8 +61,12 @@ class Run:
             value = settings.get(name)
             if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
                 raise InputError(f"{path / 'run.json'}: {name} = {value!r} is not a {kind.__name__}.")
-        if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*)?", settings["fps"]) or settings["precision"] not in PRECISIONS:
-            raise InputError(f"{path / 'run.json'}: fps or precision is not what train.py writes.")
+            if kind is not str and not 0 <= value <= 2 ** 32:
+                raise InputError(f"{path / 'run.json'}: {name} = {value!r} is not from 0 to 2**32.")
+        if not re.fullmatch(r"[1-9]\d{0,8}(/[1-9]\d{0,8})?", settings["fps"]) or settings["precision"] not in PRECISIONS \
+                or settings.get("prediction") not in (None, *PREDICTIONS) \
+                or not all(isinstance(settings.get(name) or "", str) for name in ("tokenizer", "preview")):
+            raise InputError(f"{path / 'run.json'}: fps, precision, prediction, tokenizer or preview is not what train.py writes.")
         return cls(path, settings)
 
     @classmethod
@@ -77,6 +92,17 @@ class Run:
         if sd.fingerprint != self.settings["fingerprint"]:
             raise InputError(f"{self.path} was made with other weights ({self.settings['weights']}, fingerprint "
                              f"{self.settings['fingerprint']}) than {sd.path} ({sd.fingerprint}): name those with --weights.")
+        self.clip("cpu")
+
+    def hold(self):
+        """Lock the folder, and clear away what a killed process left there. Returns the run as it then stands."""
+        lock(self.path)
+        for file in self.path.glob(".*.part"):
+            file.unlink()
+        run = Run.open(self.path)
+        if run.finished:
+            (self.path / "state.safetensors").unlink(missing_ok=True)
+        return run
 
     def save(self):
         text = json.dumps(self.settings, indent=2) + "\n"
@@ -95,17 +121,22 @@ class Run:
         except safetensors.SafetensorError as error:
             raise InputError(f"{self.path / name}.safetensors cannot be written: {error}") from None
 
-    def read(self, name):
-        """name.safetensors -> dict of tensors. Raises InputError."""
+    def read(self, name, shapes=None):
+        """name.safetensors -> dict of tensors. Raises InputError unless all are finite and, where told, of these shapes."""
         if not self.has(name):
             raise InputError(f"{self.path} has no {name}.safetensors" + (
                 "." if self.finished else f": it is unfinished. Go on with python train.py --resume {self.path}."))
-        return read_tensors(self.path / f"{name}.safetensors")
+        tensors = read_tensors(self.path / f"{name}.safetensors")
+        if shapes and {key: z.shape for key, z in tensors.items()} != shapes \
+                or not all(z.dtype in (torch.float32, torch.int64) and z.isfinite().all() for z in tensors.values()):
+            raise InputError(f"{self.path / name}.safetensors does not fit this run, or holds NaN or infinite values.")
+        return tensors
 
     def clip(self, device):
         """Mean and std of the clip's latents, (1, 4, f, h, w) each. Raises InputError if they are not this run's."""
         tensors = self.read("clip")
-        if tensors.keys() != {"mean", "std"} or any(z.shape[2] != self.settings["frames"] for z in tensors.values()):
+        if tensors.keys() != {"mean", "std"} or tensors["mean"].shape != tensors["std"].shape or any(
+                z.ndim != 5 or z.shape[:3] != (1, 4, self.settings["frames"]) for z in tensors.values()):
             raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings['frames']} frames of run.json.")
         return tensors["mean"].to(device), tensors["std"].to(device)
 
@@ -118,6 +149,18 @@ class Run:
         replace(self.path / "loss.csv", lambda file: Path(file).write_text("\n".join(lines) + "\n"))
 
 
+def lock(folder):
+    """Keeps every other train.py off `folder` until this process ends, however it ends. Raises InputError."""
+    if not fcntl:
+        return
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"Another train.py is at work in {folder}: wait for it, or stop it.") from None
+    except OSError as error:    # some network drives
+        warnings.warn(f"{folder} cannot be locked ({error.strerror}): let no other train.py work there.")
+
+
 def slug(text):
     """A file name made of a prompt's letters and digits, whatever else it holds."""
     return "-".join(re.findall(r"\w+", text.lower()))[:60].strip("-") or "empty"
@@ -126,7 +169,7 @@ def slug(text):
 def new_name(folder, name, suffixes=("",)):
     """name, or name-2, ...: the first that folder holds with none of the suffixes."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if not any((folder / f"{name}{suffix}").exists() for suffix in suffixes))
+    return next(name for name in names if not any(os.path.lexists(folder / f"{name}{suffix}") for suffix in suffixes))
 
 
 def state_dict(net, optimizer, step):
@@ -142,7 +185,8 @@ def state_dict(net, optimizer, step):
 def load_state_dict(net, optimizer, state):
     """The inverse of state_dict. Returns the steps done. Raises InputError if the state is of another net."""
     shapes = {f"{what}.{name}": p.shape for what in ("tuned", "exp_avg", "exp_avg_sq") for name, p in net.tuned().items()}
-    if {name: z.shape for name, z in state.items() if "." in name} != shapes or "step" not in state:
+    shapes |= {"step": (), "losses": (int(state.get("step", torch.tensor(0)).sum()),)}
+    if {name: z.shape for name, z in state.items()} != shapes:
         raise InputError("state.safetensors does not fit this run's net: it cannot be resumed, only begun again.")
     step = int(state["step"])
     for name, p in net.tuned().items():

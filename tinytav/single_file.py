@@ -39,7 +39,7 @@ def components(tensors, where):
 
     Raises InputError, naming the file `where`, for anything that is not SD 1.x or SD 2.x.
     """
-    if CONTEXT not in tensors or FIRST not in tensors:
+    if not all(name in tensors and tensors[name].ndim > 1 for name in (CONTEXT, FIRST)):
         raise InputError(f"{where} is not a Stable Diffusion 1.x or 2.x checkpoint: it has no {CONTEXT}. A LoRA, a VAE "
                          "or an SDXL file cannot be used alone.")
     if (channels := tensors[FIRST].shape[1]) != 4:

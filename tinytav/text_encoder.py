@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .config import Config
+from .config import Config, InputError
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class TextEncoderConfig(Config):
     eos_token_id: int = 49407                       # where CLIP pools; a context needs none of it
 
     ONLY = dict(hidden_act=("quick_gelu", "gelu"), attention_dropout=(0,))
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(f"TextEncoderConfig: {self.num_attention_heads} heads do not divide {self.hidden_size} channels.")
 
 
 class Attention(nn.Module):

@@ -21,9 +21,11 @@ class Tokenizer:
     """`bpe`: a tokenizers.Tokenizer. Rows are `length` ids, filled with `pad`."""
 
     def __init__(self, bpe, pad=END, length=77):
+        if not (isinstance(length, int) and length > 2 and isinstance(pad, str)):
+            raise InputError(f"A tokenizer of model_max_length {length!r} and pad_token {pad!r} is not CLIP's.")
         self.bpe, self.length = bpe, length
         self.begin, self.end, self.pad = (self._id(token) for token in (BEGIN, END, pad))
-        self.size = bpe.get_vocab_size()
+        self.size = 1 + max(bpe.get_vocab().values())
         bpe.add_special_tokens([BEGIN, END, pad])       # never split, also where a prompt holds one: SD 2 pads with "!"
 
     def _id(self, token):
@@ -74,7 +76,10 @@ class Tokenizer:
         return torch.tensor([self._row(prompt) for prompt in prompts])
 
     def _row(self, prompt):
-        words = self.bpe.encode(prompt, add_special_tokens=False)
+        try:
+            words = self.bpe.encode(prompt, add_special_tokens=False)
+        except TypeError:
+            raise InputError(f"The prompt {prompt!r} holds bytes that are no text.") from None
         room = self.length - 2
         if len(words.ids) > room:
             warnings.warn(f"The prompt has {len(words.ids)} tokens, {room} are used: "

@@ -93,17 +93,21 @@ def load(path, tokenizer=None, prediction=None, dtype=torch.float32):
     pad = "!" if parts["text_encoder"][0].hidden_size == 1024 else END      # where no tokenizer_config.json tells
     models = {name: build(MODELS[name][0], *parts[name], dtype) for name in MODELS}
     tokenizer = _find_tokenizer(path, tokenizer, pad)
-    if tokenizer.size > parts["text_encoder"][0].vocab_size:
-        raise InputError(f"The tokenizer knows {tokenizer.size} tokens, the text encoder in {path} only "
-                         f"{parts['text_encoder'][0].vocab_size}: they do not belong together.")
+    text = parts["text_encoder"][0]
+    if tokenizer.size > text.vocab_size or tokenizer.length > text.max_position_embeddings:
+        raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text encoder in "
+                         f"{path} only {text.vocab_size} and {text.max_position_embeddings}: they do not belong together.")
     return StableDiffusion(tokenizer, schedule=schedule, path=path, defaults=defaults,
                            fingerprint=fingerprint(parts, schedule), **models)
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):
     """Model(config) holding `tensors` (a dict), which must fit exactly; floating-point ones are turned into dtype."""
-    with torch.device("meta"):
-        model = Model(config)
+    try:
+        with torch.device("meta"):
+            model = Model(config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:     # torch's words for numbers that clash
+        raise InputError(f"{where}: no {Model.__name__} can be built of its config.json: {error}.") from None
     wanted = model.state_dict()
     tensors = modern_names(tensors, wanted)
     problems = _listed("missing", wanted.keys() - tensors.keys()) + _listed("unexpected", tensors.keys() - wanted.keys())
@@ -113,7 +117,7 @@ def build(Model, config, tensors, where, dtype=torch.float32):
             tensor = tensor.reshape(shape)                      # a 1x1 convolution saved as a linear layer, or vice versa
         if tensor.shape != shape:
             problems.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
-        elif not tensor.is_meta and not tensor.isfinite().all():
+        elif not tensor.is_meta and not tensor.float().isfinite().all():
             problems.append(f"{name} holds NaN or infinite values")
         tensors[name] = tensor.to(dtype)
     if problems:
@@ -148,7 +152,7 @@ def read_json(path):
     """The JSON object in a file. Raises InputError."""
     try:
         d = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(d, dict):
         raise InputError(f"{path} holds a {type(d).__name__}, not a JSON object.")

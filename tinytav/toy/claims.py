@@ -145,7 +145,7 @@ def measured(sd, count, attention):
     start = time.time()
     with torch.no_grad():
         net(*inputs)
-    return products / 1e9, memory.training_bytes(net, inputs[0].shape, inputs[2].shape) / 1e6, time.time() - start
+    return products / 1e9, memory.training_bytes(net, inputs[0].shape, inputs[2].shape)[0] / 1e6, time.time() - start
 
 
 def main():

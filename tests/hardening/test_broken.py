@@ -1,0 +1,146 @@
+"""Broken input, the quick part: one case of each kind, and each kind of failure that the whole has found, by name."""
+import json
+import re
+
+import broken
+import pytest
+import torch
+import trial
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tinytav import frames
+from tinytav.config import InputError
+from tinytav.ddim import Schedule
+from tinytav.text_encoder import TextEncoderConfig
+from tinytav.tokenizer import Tokenizer
+from tinytav.unet import UNetConfig
+from tinytav.weights import load, read_json
+from warm import ROOT
+
+
+@pytest.mark.parametrize("name", broken.KINDS)
+def test_broken_input_gives_a_sentence_or_a_right_result(warm, stock, name):
+    _, problem, answer = trial.trial(warm, stock, name, seed=1000)
+    assert not problem, f"{problem}\n{answer.err}"
+
+
+def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(warm, tmp_path):
+    (tmp_path / "in").mkdir()
+    bad = tmp_path / "bad.py"
+
+    def verdict(code, limit=60):
+        bad.write_text(code)
+        answer = warm(tmp_path, str(bad), limit=limit, allowed=str(tmp_path / "in"))
+        return trial.judge(answer, tmp_path, ["train.py"], broken.EITHER, trial.ERROR)
+    assert "ends with 1: KeyError" in verdict("{}['x']")
+    assert "hangs" in verdict("while True: pass", limit=1)
+    assert "without a sentence" in verdict("import sys; sys.exit(2)")
+    sentence = "; import sys; print('error: x', file=sys.stderr); sys.exit(2)"
+    assert "for writing" in verdict("open('out', 'w')" + sentence)
+    assert "pickle.find_class" in verdict("import pickle; pickle.loads(b'cos\\ngetcwd\\n)R.')" + sentence)
+    assert "MB of memory" in verdict("x = b'x' * 2 ** 31" + sentence)
+    assert verdict("open('in/out', 'w')" + sentence) == ""
+
+
+# ---- found by the whole ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [(8192, 16), (16, 8192)])
+def test_a_picture_that_is_long_and_thin_is_refused_and_not_enlarged_for_minutes(size):
+    with pytest.raises(InputError, match="too long and thin"):
+        frames.fit(Image.new("RGB", size), 512, 64)
+
+
+def test_a_size_beyond_reason_is_refused_before_its_memory_is_taken(tmp_path):
+    with pytest.raises(InputError, match="not from 4 to 4096"):
+        frames.read(tmp_path, 100_000, 4, 2)
+
+
+@pytest.mark.parametrize("settings", [dict(model_max_length=10 ** 30), dict(model_max_length="77"), dict(model_max_length=78),
+                                      dict(pad_token=5), dict(pad_token=None), dict(model_max_length=1)])
+def test_a_tokenizers_settings_of_wrong_types_are_refused(place, settings):
+    (place / "w/tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="is not CLIP's|do not belong together"):
+        load(place / "w")
+
+
+def test_a_vocabulary_with_a_number_beyond_the_text_encoder_is_refused(place):
+    file = place / "w/tokenizer/vocab.json"
+    vocab = json.loads(file.read_text())
+    file.write_text(json.dumps(vocab | {"a</w>": 10 ** 6}))
+    with pytest.raises(InputError, match="do not belong together"):
+        load(place / "w")
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused_before_a_run_is_made(warm, place):
+    with pytest.raises(InputError, match="no text"):
+        Tokenizer.from_folder(place / "w/tokenizer")(["\udcff"])
+    answer = warm(place, *broken.train("clip.mp4", "\udcff"))
+    assert answer.status == 2 and not (place / "out").exists()
+
+
+@pytest.mark.parametrize("Config, settings", [
+    (UNetConfig, dict(block_out_channels=[0, 16])), (UNetConfig, dict(layers_per_block=10 ** 9)),
+    (UNetConfig, dict(block_out_channels=[None, 16])), (UNetConfig, dict(attention_head_dim=["2"] * 4)),
+    (UNetConfig, dict(attention_head_dim=7)), (TextEncoderConfig, dict(num_attention_heads=5)),
+    (TextEncoderConfig, dict(num_hidden_layers=2 ** 20)),
+    (Schedule, dict(beta_start=-1.)), (Schedule, dict(beta_end=float("nan"))), (Schedule, dict(num_train_timesteps=10 ** 12))])
+def test_a_number_in_a_config_that_no_model_has_is_refused(Config, settings):
+    with pytest.raises(InputError, match="is not|do not divide"):
+        Config.from_json(settings)
+
+
+def test_numbers_in_a_config_that_clash_are_refused(place):
+    config = json.loads((place / "w/unet/config.json").read_text())
+    (place / "w/unet/config.json").write_text(json.dumps(config | dict(norm_num_groups=7)))
+    with pytest.raises(InputError, match="w/unet: no UNet can be built"):
+        load(place / "w")
+
+
+def test_json_nested_beyond_the_stack_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("change", [lambda z: z.int(), lambda z: z / 0, lambda z: z[..., :1], lambda z: z[0]])
+@pytest.mark.parametrize("name", ["clip", "tuned", "inversion"])
+def test_a_runs_tensors_of_another_type_or_shape_are_refused(warm, place, name, change):
+    file = place / f"runs/done/{name}.safetensors"
+    tensors = {key: z.clone() for key, z in load_file(file).items()}
+    key = "noise" if name == "inversion" else sorted(tensors)[-1]
+    save_file(tensors | {key: change(tensors[key]).contiguous()}, file)
+    answer = warm(place, "sample.py", "--run", "runs/done", "--prompt", "a")
+    assert answer.status == 2 and re.search("does not fit this run|does not hold", answer.err) and "Traceback" not in answer.err
+
+
+# ---- trust -------------------------------------------------------------------------------------------------------------
+
+def test_no_line_of_the_core_unpickles_or_opens_a_connection():
+    for path in (*(ROOT / "tinytav").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"):
+        text = path.read_text()
+        assert not re.search(r"torch\.load\(|import pickle|allow_pickle=True|(?<!\.)\beval\(|\bexec\(|weights_only", text), path
+        assert not re.search(r"import (socket|urllib|http|requests)|from (urllib|http|requests)", text), path
+        assert ("from_pretrained" in text) == (path.name == "tokenizer.py"), path
+
+
+@pytest.mark.parametrize("file", ["w/unet/diffusion_pytorch_model.safetensors", "w/tokenizer/vocab.json", "w/defaults.json",
+                                  "w/tokenizer/merges.txt", "clip.mp4", "runs/done/clip.safetensors", "runs/done/run.json",
+                                  "runs/done/tuned.safetensors", "runs/done/inversion.safetensors"])
+def test_a_pickle_in_the_place_of_any_file_is_not_run(warm, place, file):
+    (place / file).write_bytes(b"cos\nsystem\n(S'touch " + str(place / "pwned").encode() + b"'\ntR.")
+    argv = ["sample.py", "--run", "runs/done", "--prompt", "a"] if "runs" in file else broken.train("clip.mp4")
+    answer = warm(place, *argv)
+    assert answer.status == 2 and "error: " in answer.err and not answer.broken and not (place / "pwned").exists()
+
+
+def test_a_hub_tokenizer_is_the_one_thing_that_asks_the_network(warm, place):
+    calls = warm(place, *broken.train("clip.mp4"))
+    assert calls.status == 0 and "socket" not in calls.broken
+
+
+def test_a_run_is_sampled_from_another_folder_by_naming_the_weights(warm, place, tmp_path):
+    (tmp_path / "other").mkdir()
+    answer = warm(tmp_path / "other", "sample.py", "--run", place / "runs/done", "--prompt", "a", allowed=str(tmp_path))
+    assert answer.status == 2 and "No weights at w: name" in answer.err
+    argv = ("sample.py", "--run", place / "runs/done", "--prompt", "a", "--weights", place / "w")
+    assert warm(tmp_path / "other", *argv, allowed=str(tmp_path)).status == 0

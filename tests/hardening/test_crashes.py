@@ -1,0 +1,201 @@
+"""Crashes, the quick part: some moments of each kind, full disks, closed folders, two processes, and too little memory."""
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import broken
+import crashes
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tinytav import inflate, memory, runs
+from tinytav.config import InputError
+from tinytav.frames import replace
+from tinytav.weights import load
+from warm import ROOT, Touches, Warm
+
+WRITERS = {"text": lambda file: Path(file).write_text("new" * 100_000),
+           "tensors": lambda file: save_file({"new": torch.ones(50_000)}, file),
+           "picture": lambda file: Image.new("RGB", (300, 300), "red").save(file, "PNG")}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_killed_at_any_moment_of_writing_a_file_is_the_old_one_or_the_new_one(tmp_path, kind):
+    """Every moment, one after the other, until the process lives to the end."""
+    path, old = tmp_path / "file", b"old" * 70_000
+    replace(path, WRITERS[kind])
+    new = path.read_bytes()
+    for moment in itertools.count(1):
+        path.write_bytes(old)
+        if not (pid := os.fork()):
+            try:
+                sys.setprofile(Touches((signal.SIGKILL, moment, 0), os.open(os.devnull, os.O_WRONLY)))
+                replace(path, WRITERS[kind])
+            finally:
+                os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert path.read_bytes() in (old, new), f"torn at moment {moment}"
+        if ended == 0:
+            break
+    assert moment > 4 and path.read_bytes() == new
+
+
+def test_ended_at_random_moments_both_commands_leave_whole_files_and_go_on(warm, tmp_path):
+    (tmp_path / "stock").mkdir()
+    times, failures = crashes.stock(tmp_path / "stock", warm), []
+    crashes.many(warm, tmp_path / "stock", times, range(1000, 1002), failures.append)
+    assert not failures
+
+
+def test_the_harness_sees_a_torn_file(tmp_path):
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "loss.csv").write_text("step,loss\n1,0.5\n")
+        save_file({"step": torch.tensor(1), "losses": torch.zeros(1)}, tmp_path / name / "state.safetensors")
+    assert crashes.torn(tmp_path / "run", tmp_path / "whole") == ""
+    (tmp_path / "run/loss.csv").write_text("step,loss\n1,0.")
+    assert "loss.csv is torn" in crashes.torn(tmp_path / "run", tmp_path / "whole")
+    (tmp_path / "run/loss.csv").unlink()
+    data = (tmp_path / "run/state.safetensors").read_bytes()
+    (tmp_path / "run/state.safetensors").write_bytes(data[:-1])
+    assert "state.safetensors is torn" in crashes.torn(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [3000, 20_000, 60_000])
+def test_a_full_disk_is_a_sentence_and_tears_nothing(warm, place, size):
+    before = {file: file.read_bytes() for file in (place / "runs").rglob("*") if file.is_file()}
+    for argv in (broken.train("clip.mp4"), ["train.py", "--resume", "runs/half"], ["sample.py", "--run", "runs/done", "--prompt", "a"]):
+        answer = warm(place, *argv, file_size=size)
+        assert answer.status == 2 and "error: " in answer.err or size == 60_000 and answer.status == 0
+        assert "Traceback" not in answer.err
+    assert not list((place / "out").glob("*")) or (place / "out/clip/run.json").exists()
+    assert all(file.read_bytes() == data for file, data in before.items() if file.name != "loss.csv")
+    assert not list(place.rglob("*.part"))
+    assert warm(place, "train.py", "--resume", "runs/half").status == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become someone who may not write")
+def test_a_folder_without_write_permission_is_a_sentence(warm, place):
+    with tempfile.TemporaryDirectory() as folder:           # pytest's own folder is closed to others
+        os.chmod(folder, 0o755)
+        there = Path(folder) / "place"
+        shutil.copytree(place, there)
+        for file in there.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        for argv in (broken.train("clip.mp4"), ["train.py", "--resume", "runs/half"],
+                     ["sample.py", "--run", "runs/done", "--prompt", "a"]):
+            answer = warm(there, *argv, user=65534)
+            assert answer.status == 2 and "ermission denied" in answer.err and "Traceback" not in answer.err
+
+
+def test_two_train_py_on_one_run_are_one_too_many(warm, place):
+    """The second is refused while the first holds the folder, and not after it was killed."""
+    code = "import sys, time, signal; from tinytav import runs; runs.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, place / "runs/half"], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    before = {file: file.read_bytes() for file in (place / "runs/half").iterdir()}
+    answer = warm(place, "train.py", "--resume", "runs/half")
+    assert answer.status == 2 and "Another train.py is at work in runs/half" in answer.err
+    assert before == {file: file.read_bytes() for file in (place / "runs/half").iterdir()}
+    holder.kill(), holder.wait()
+    assert warm(place, "train.py", "--resume", "runs/half").status == 0
+
+
+def test_a_run_being_tuned_cannot_be_resumed(place):
+    run = runs.Run.create(place / "out", "clip", {})
+    with pytest.raises(InputError, match="Another train.py is at work"):
+        runs.lock(run.path)
+
+
+def test_two_train_py_begun_at_once_make_two_runs(warm, place, monkeypatch):
+    other, answers = Warm(), []
+    threads = [threading.Thread(target=lambda w=w: answers.append(w(place, *broken.train("clip.mp4")))) for w in (warm, other)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    other.close()
+    assert [answer.status for answer in answers] == [0, 0]
+    assert {run.name for run in (place / "out").iterdir()} == {"clip", "clip-2"}
+    names = iter(["clip", "clip", "clip-3"])                # both saw the same free name; a dangling link is no hang either
+    monkeypatch.setattr(runs, "new_name", lambda folder, name: next(names))
+    assert runs.Run.create(place / "out", "clip", {}).path.name == "clip-3"
+
+
+def test_a_dangling_link_is_not_taken_for_a_free_name(tmp_path):
+    (tmp_path / "clip").symlink_to("nowhere")
+    assert runs.new_name(tmp_path, "clip") == "clip-2"
+
+
+def test_resuming_clears_away_what_a_killed_process_left(warm, place):
+    (place / "runs/half/.state.safetensors.1.part").write_bytes(b"half")
+    assert warm(place, "train.py", "--resume", "runs/half").status == 0
+    assert not list((place / "runs/half").glob(".*"))
+    (place / "runs/half/state.safetensors").write_bytes(b"left between the last two lines")
+    assert "is finished" in warm(place, "train.py", "--resume", "runs/half").err
+    assert not (place / "runs/half/state.safetensors").exists()
+
+
+def test_two_processes_never_write_into_one_temporary_file(tmp_path):
+    seen = []
+    replace(tmp_path / "a", lambda file: (seen.append(file), Path(file).write_text("x")))
+    assert str(os.getpid()) in seen[0]
+
+
+def test_a_learning_rate_that_breaks_the_net_keeps_the_state(warm, place):
+    answer = warm(place, *broken.train("clip.mp4"), "--lr", "1e30")
+    assert answer.status == 2 and "at step 2" in answer.err and "--lr" in answer.err
+    assert (place / "out/clip/state.safetensors").exists()
+
+
+def test_a_clip_whose_latents_are_not_finite_makes_no_run(warm, place):
+    file = place / "w/vae/diffusion_pytorch_model.safetensors"
+    save_file({name: z * 1e30 if name in ("encoder.conv_out.weight", "quant_conv.weight") else z for name, z in load_file(file).items()}, file)
+    answer = warm(place, *broken.train("clip.mp4"))
+    assert answer.status == 2 and "latents that are not finite" in answer.err and not (place / "out").exists()
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+def test_too_little_memory_is_told_beforehand_with_settings_that_would_fit(stock, monkeypatch):
+    sd = load(stock / "w")
+
+    def fit(frames, size):
+        net = inflate(sd.unet, frames)
+        return memory.is_tight(net, (1, 4, frames, size // 2, size // 2), (1, 77, 24), torch.device("cpu"), size, 4)
+    assert not fit(24, 64)
+    kept, least = memory.training_bytes(inflate(sd.unet, 24), (1, 4, 24, 32, 32), (1, 77, 24))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1.2 * kept)
+    assert 2.5 * least < 1.1 * kept and fit(24, 64)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: least)
+    with pytest.raises(InputError, match="memory, even with gradient checkpointing") as error:
+        fit(24, 64)
+    _, frames, _, size = str(error.value).partition("use ")[2].rstrip(".").replace("or ", "").split()
+    assert 1 < int(frames) < 24 and 8 < int(size) < 64
+    fit(int(frames), 64), fit(24, int(size))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    with pytest.raises(InputError, match="use a machine that has more"):
+        fit(24, 64)
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path):
+    def group(folder, limit, used):
+        (tmp_path / folder).mkdir(parents=True)
+        names = ("limit_in_bytes", "usage_in_bytes") if folder.startswith("memory") else ("max", "current")
+        for name, value in zip(names, (limit, used)):
+            (tmp_path / folder / f"memory.{name}").write_text(f"{value}\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 5\nactive_file 30\ninactive_file 4\n")
+    (tmp_path / "mine").write_text("4:memory:/a/b\n2:cpu:/x\n0::/s/t\n")
+    free = lambda: memory.group_bytes(tmp_path, tmp_path / "mine")
+    assert free() == float("inf")
+    group("s", 5000, 1000)
+    group("s/t", "max", 10)
+    assert free() == 4034
+    group("memory/a/b", 2000, 1000)
+    assert free() == 1034
+    assert memory.group_bytes(tmp_path, tmp_path / "none") == float("inf")
+    assert memory.group_bytes() > 0

@@ -1,0 +1,148 @@
+"""Runs train.py and sample.py as fresh processes in a fraction of a second: forked from one that has imported torch.
+
+The forked child is the script from its first line on, with its own memory, files and end, so that a hang, a crash of a
+C library and the peak of memory are seen of each case alone. In the child an audit hook reports every file opened for
+writing outside the allowed folder, every class that a pickle asks for, and every use of the network.
+"""
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
+# calls into C between which a file can be torn: a killed process may leave what lies on the disk between any two
+TOUCHES = {"open", "replace", "rename", "serialize_file", "write", "writelines", "flush", "close", "unlink", "mkdir",
+           "sendfile", "truncate", "link", "remove", "rmdir", "fsync", "__exit__"}
+
+
+class Warm:
+    """Call it: warm(cwd, "train.py", "clip.mp4", ...) -> status, out, err, broken rules, seconds, peak memory in MB."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
+
+    def __call__(self, cwd, script, *args, limit=60, allowed=".", **job):
+        job |= dict(cwd=str(cwd), script=script, args=[str(arg) for arg in args], limit=limit, allowed=allowed)
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return SimpleNamespace(**json.loads(self.process.stdout.readline()))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve():
+    """The warm process: one JSON job a line, each answered by a line."""
+    sys.path.insert(0, str(ROOT))
+    import av, torch, tqdm, tinytav, tinytav.cli, tinytav.frames, tinytav.memory, tinytav.runs      # noqa: E401, F401
+    import torch._dynamo, torch._inductor.config                           # what the optimizer would import
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = SimpleNamespace(**({"count": False, "kill": None, "signal": None, "file_size": None, "user": None} | json.loads(line)))
+        files = dict(zip(("out", "err", "broken", "touches"), map(os.memfd_create, "oebt")))
+        pid = os.fork()
+        if pid == 0:
+            child(job, files)
+        answer = watch(pid, job)
+        for name, file in files.items():
+            answer[name] = os.pread(file, 10 ** 6, 0).decode(errors="replace")
+            os.close(file)
+        print(json.dumps(answer), flush=True)
+
+
+def watch(pid, job):
+    """Waits for the child; sends it the signal that the job asks for; ends it at the time limit."""
+    began, sent, hang = time.time(), False, False
+    while not (ended := os.wait4(pid, os.WNOHANG))[0]:
+        seconds = time.time() - began
+        if job.signal and not sent and seconds > job.signal[1]:
+            os.kill(pid, job.signal[0])
+            sent = True
+        if not hang and seconds > job.limit:
+            os.kill(pid, signal.SIGKILL)
+            hang = True
+        time.sleep(0.002)
+    return dict(status=os.waitstatus_to_exitcode(ended[1]), hang=hang, seconds=time.time() - began, sent=sent,
+                peak=ended[2].ru_maxrss // 1024)
+
+
+def child(job, files):
+    """Becomes the script. Never returns."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(files["out"], 1), os.dup2(files["err"], 2)
+    sys.stdin = open(0)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, errors=e) for n, e in ((1, "strict"), (2, "backslashreplace")))
+    sys.dont_write_bytecode = True
+    code = 1
+    try:
+        os.chdir(job.cwd)
+        if job.user is not None:
+            os.setgid(job.user), os.setuid(job.user)
+        if job.file_size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_size, job.file_size))
+        sys.addaudithook(guard(os.path.realpath(job.allowed), files["broken"]))
+        sys.argv = [job.script, *job.args]
+        if job.count or job.kill:
+            sys.setprofile(Touches(job.kill, files["touches"]))
+        runpy.run_path(str(ROOT / job.script), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.setprofile(None)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def guard(allowed, report):
+    """An audit hook that writes broken rules into the file `report`."""
+    def inside(path):
+        path = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else None      # else an open file's number
+        return path is None or path == os.devnull or os.path.realpath(path).startswith(allowed + os.sep) \
+            or os.path.realpath(path) == allowed
+
+    def hook(event, args):
+        if event == "open" and isinstance(args[2], int) and args[2] & WRITES and not inside(args[0]):
+            os.write(report, f"opens {args[0]!r} for writing\n".encode())
+        elif event in CHANGES and not all(inside(path) for path in args[:2 if event == "os.rename" else 1]):
+            os.write(report, f"{event} {args!r}\n".encode())
+        elif event == "pickle.find_class" or event in ("socket.connect", "socket.getaddrinfo", "os.system", "subprocess.Popen"):
+            os.write(report, f"{event} {args!r}\n".encode())
+    return hook
+
+
+class Touches:
+    """A profile hook: counts the moments at which files are touched, and at the chosen one kills the process.
+
+    kill: (signal's number, moment, seconds to wait); with seconds, an alarm kills it in the midst of the call.
+    """
+
+    def __init__(self, kill, report):
+        self.kill, self.report, self.count = kill, report, 0
+
+    def __call__(self, frame, event, function):
+        if event not in ("c_call", "c_return") or function.__name__ not in TOUCHES:
+            return
+        self.count += 1
+        os.pwrite(self.report, str(self.count).encode(), 0)
+        if self.kill and self.count == self.kill[1]:
+            if self.kill[2]:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, self.kill[2])
+            else:
+                os.kill(os.getpid(), self.kill[0])
+
+
+if __name__ == "__main__":
+    serve()
