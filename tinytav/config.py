@@ -34,6 +34,8 @@ class Config:
         kinds = (int, float) if field.type is float else field.type
         if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
             raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not a {getattr(field.type, '__name__', field.type)}.")
+        if isinstance(value, Config):
+            return value
         kind = type(field.default[0] if isinstance(field.default, tuple) else field.default)
         most = 100 if "layers" in field.name else 2 ** 20
         for v in value if isinstance(value, tuple) else (value,):
