@@ -34,11 +34,11 @@ class Config:
         kinds = (int, float) if field.type is float else field.type
         if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
             raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not a {getattr(field.type, '__name__', field.type)}.")
-        if isinstance(value, Config):
-            return value
-        kind = type(field.default[0] if isinstance(field.default, tuple) else field.default)
+        like = field.default[0] if isinstance(field.default, tuple) else field.default
         most = 100 if "layers" in field.name else 2 ** 20
         for v in value if isinstance(value, tuple) else (value,):
-            if not isinstance(v, (int, kind)) or kind in (int, float) and not 0 < v <= most:
-                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not {kind.__name__}, above 0 and up to {most}.")
+            if isinstance(value, tuple) and not isinstance(v, (int, type(like))):
+                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not all {type(like).__name__}.")
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and not 0 < v <= most:
+                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not above 0 and up to {most}.")
         return value
