@@ -155,7 +155,7 @@ def told(rng):
 
 def mistaken(scene, names, rng):
     """The scene with one of the named attributes changed: often the activity, which shows in the fewest pixels."""
-    name = "activity" if "activity" in names and rng.random() < 0.4 else rng.choice(names)
+    name = "activity" if "activity" in names and rng.random() < 0.7 else rng.choice(names)
     return replace(scene, **{name: rng.choice([value for value in world.ATTRIBUTES[name] if value != getattr(scene, name)])})
 
 
@@ -164,8 +164,8 @@ class Run:
 
     def __init__(self, args, model):
         recipe = RECIPES[args.stage]
-        self.args, self.lr, self.batch = args, recipe.lr, args.batch or recipe.batch
-        self.parameters = dict(model.train().named_parameters())
+        self.args, self.model, self.lr, self.batch = args, model, recipe.lr, args.batch or recipe.batch
+        self.parameters = {name: p for name, p in model.train().named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         groups = [dict(params=[p for p in self.parameters.values() if (p.ndim > 1) == matrix],
                        weight_decay=recipe.decay * matrix) for matrix in (True, False)]
@@ -234,7 +234,7 @@ class Run:
             if self.elapsed - saved > min(90, budget / 10):
                 self.save()
                 saved = self.elapsed
-        return self.average
+        return self.model.state_dict() | self.average
 
 
 # ---- The three stages -------------------------------------------------------------------------------------------------
@@ -261,7 +261,6 @@ def train_clip(args):
     """Each picture finds its caption in the batch, and the reverse. Radford et al., arXiv 2103.00020, figure 3.
 
     Among the captions stands one more for each picture, wrong in one attribute: Yuksekgonul et al., arXiv 2210.01936.
-    A U-Net trained on the text tower before has to be trained further after it.
     """
     files = {path.name: path.read_text(encoding="utf-8") for path in (args.start / "tokenizer").iterdir()
              } if args.start else build_tokenizer()
@@ -272,6 +271,7 @@ def train_clip(args):
     scenes, pictures = draw_many(args.seed, args.pictures)
     model = CLIP(CLIPConfig.from_json(config))
     initialise_clip(model)
+    model.text_model.requires_grad_(not args.keep_text)
 
     def loss_of(chosen, rng, generator):
         names = [told(rng) for _ in chosen]
@@ -355,6 +355,7 @@ def main(argv=None):
     parser.add_argument("--minutes", type=float, required=True, help="of training, without the drawing before it")
     parser.add_argument("--out", type=Path, default=Path("weights/toy"))
     parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
+    parser.add_argument("--keep-text", action="store_true", help="clip: not the text tower, because a U-Net hangs on it")
     parser.add_argument("--pictures", type=int, default=60000, help="drawn to train on")
     parser.add_argument("--batch", type=int, help="otherwise as the stage's recipe says")
     parser.add_argument("--threads", type=int, default=1, help="parts of a batch done at once; OMP_NUM_THREADS cores each")
