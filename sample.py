@@ -61,8 +61,8 @@ def noise_shape(run, sd, settings, args):
     if run and not hasattr(args, "size"):
         height, width = run.clip("cpu")[0].shape[3:]
     if not sd.multiple <= settings["size"] <= frames.LARGEST:
-        raise InputError(f"The size {settings['size']} is not from {sd.multiple} to {frames.LARGEST}: use a multiple of "
-                         f"{sd.multiple}.")
+        raise InputError(f"The size {settings['size']} is not from {sd.multiple} to {frames.LARGEST}: use a multiple "
+                         f"of {sd.multiple}.")
     return 1, 4, settings["frames"], height, width
 
 

@@ -38,5 +38,6 @@ class Config:
         most = 100 if "layers" in field.name else 2 ** 20
         for v in value if isinstance(value, tuple) else (value,):
             if not isinstance(v, (int, kind)) or kind in (int, float) and not 0 < v <= most:
-                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not {kind.__name__}, above 0 and up to {most}.")
+                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not {kind.__name__}, above 0 and up to "
+                                 f"{most}.")
         return value
