@@ -85,7 +85,7 @@ def _open(file):
 def _video(path):
     """Yields one function per decoded frame, which turns it into a picture: counting frames converts none."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
@@ -102,7 +102,7 @@ def upright(frame):
 
 def _fps(path):
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             return stream.average_rate or stream.guessed_rate or FOLDER_FPS
     except (av.FFmpegError, IndexError):
