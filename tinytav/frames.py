@@ -85,13 +85,13 @@ def _open(file):
 def _video(path):
     """Yields one function per decoded frame, which turns it into a picture: counting frames converts none."""
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
                 yield lambda frame=frame: upright(frame)
-    except (av.FFmpegError, IndexError) as error:
-        reason = "it has no video stream" if isinstance(error, IndexError) else error.strerror
+    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:       # the last: names within it that are no text
+        reason = "it has no video stream" if isinstance(error, IndexError) else getattr(error, "strerror", error)
         raise InputError(f"{path} cannot be read as a video: {reason}.") from None
 
 
@@ -102,10 +102,10 @@ def upright(frame):
 
 def _fps(path):
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path)) as container:
             stream = container.streams.video[0]
             return stream.average_rate or stream.guessed_rate or FOLDER_FPS
-    except (av.FFmpegError, IndexError):
+    except (av.FFmpegError, IndexError, UnicodeDecodeError):
         return FOLDER_FPS               # _video says what is wrong
 
 

@@ -120,4 +120,5 @@ def many(warm, stock, times, seeds, report=print):
                 counts.setdefault(kind, Counter()).update(["cases", "failures" if problem else "right result"])
                 if problem:
                     report(f"FAILURE {kind}, seed {seed}: {problem}")
+        report(f"up to moment {seed}: {dict(sum(counts.values(), Counter()))}") if report is print else None
     return counts
