@@ -62,7 +62,7 @@ def fit(picture, size, multiple):
     scale = size / min(picture.size)
     width, height = (round(n * scale) // multiple * multiple for n in picture.size)
     if width * height > 16 * size * size:
-        raise InputError(f"Pictures of {'x'.join(map(str, picture.size))} are too long and thin: crop them to 16:1 or less.")
+        raise InputError(f"Pictures of {'x'.join(map(str, picture.size))} are too long and thin: crop them to 16:1.")
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 

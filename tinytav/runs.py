@@ -123,7 +123,7 @@ class Run:
             raise InputError(f"{self.path / name}.safetensors cannot be written: {error}") from None
 
     def read(self, name, shapes=None):
-        """name.safetensors -> dict of tensors. Raises InputError unless they are finite and, where told, of these shapes."""
+        """name.safetensors -> dict of tensors. Raises InputError if they are not finite or not of these shapes."""
         if not self.has(name):
             raise InputError(f"{self.path} has no {name}.safetensors" + (
                 "." if self.finished else f": it is unfinished. Go on with python train.py --resume {self.path}."))
