@@ -15,7 +15,8 @@ def arguments():
     p = cli.parser(__doc__)
     p.add_argument("--prompt", nargs="+", action="extend", required=True, help="one or several; each makes a clip")
     p.add_argument("--run", metavar="PATH", help="a folder that train.py made; else the newest in runs/")
-    p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="without inversion: how many; 1 is a picture")
+    p.add_argument("--frames", type=cli.number(int, 1, 1000), metavar="N",
+                   help="without inversion: how many; 1 is a picture")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N",
                    help="without inversion: pixels of a square; else the weights' own")
     p.add_argument("--no-inversion", action="store_true", default=False, help="begin with random noise")
@@ -61,8 +62,8 @@ def noise_shape(run, sd, settings, args):
     if run and not hasattr(args, "size"):
         height, width = run.clip("cpu")[0].shape[3:]
     if not sd.multiple <= settings["size"] <= frames.LARGEST:
-        raise InputError(f"The size {settings['size']} is not from {sd.multiple} to {frames.LARGEST}: use a multiple of "
-                         f"{sd.multiple}.")
+        raise InputError(f"The size {settings['size']} is not from {sd.multiple} to {frames.LARGEST}: use a multiple "
+                         f"of {sd.multiple}.")
     return 1, 4, settings["frames"], height, width
 
 

@@ -89,7 +89,7 @@ def resume(args):
 
 
 def is_tight(sd, settings, shape, device):
-    """Must tuning on latents of this shape checkpoint its gradients to fit? Raises InputError if it would not even so."""
+    """Must tuning on latents of this shape checkpoint its gradients to fit? Raises InputError if it cannot."""
     with torch.device("meta"):
         net = VideoUNet(sd.unet.cfg, shape[2], settings["attention"], settings["norm"])
     return memory.is_tight(net, shape, (1, 77, sd.unet.cfg.cross_attention_dim), device, settings["size"], sd.multiple)

@@ -59,8 +59,8 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        print(f"error: the memory is too small: {str(error).partition(chr(10))[0]} Half the --frames need about half of it, "
-              "half the --size a quarter.", file=sys.stderr)
+        print(f"error: the memory is too small: {str(error).partition(chr(10))[0]} Half the --frames need about half of "
+              "it, half the --size a quarter.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -74,7 +74,7 @@ def fit(picture, size, multiple):
     scale = size / min(picture.size)
     width, height = (round(n * scale) // multiple * multiple for n in picture.size)
     if width * height > 16 * size * size:
-        raise InputError(f"A picture of {picture.size[0]}x{picture.size[1]} is too long and thin: crop it to less than 16:1.")
+        raise InputError(f"Pictures of {'x'.join(map(str, picture.size))} are too long and thin: crop them to 16:1.")
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -102,8 +102,8 @@ def _video(path):
             stream.thread_type = "AUTO"
             for frame in container.decode(stream):
                 yield lambda frame=frame: upright(frame)
-    except (av.FFmpegError, IndexError) as error:
-        reason = "it has no video stream" if isinstance(error, IndexError) else error.strerror
+    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:       # the last: names within it that are no text
+        reason = "it has no video stream" if isinstance(error, IndexError) else getattr(error, "strerror", error)
         raise InputError(f"{path} cannot be read as a video: {reason}.") from None
 
 
@@ -117,7 +117,7 @@ def _fps(path):
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             return stream.average_rate or stream.guessed_rate or FOLDER_FPS
-    except (av.FFmpegError, IndexError):
+    except (av.FFmpegError, IndexError, UnicodeDecodeError):
         return FOLDER_FPS               # _video says what is wrong
 
 

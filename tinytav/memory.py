@@ -54,7 +54,7 @@ def training_bytes(net, latent_shape, context_shape):
 def is_tight(net, latent_shape, context_shape, device, size, multiple):
     """Does a step of tuning fit only with gradient checkpointing?
 
-    Raises InputError where it does not even so, naming settings that would: memory grows with the frames and the pixels.
+    Raises InputError where it does not even so, naming settings that would: memory grows with frames and pixels.
     """
     kept, least = training_bytes(net, latent_shape, context_shape)
     moments = 12 * sum(p.numel() for p in net.tuned().values())             # a gradient and AdamW's two, float32
@@ -64,8 +64,8 @@ def is_tight(net, latent_shape, context_shape, device, size, multiple):
         share = max(0, free - moments) / (least - moments)
         settings = {"--frames": int(net.frames * share), "--size": int(size * share ** 0.5) // multiple * multiple}
         use = " or ".join(f"{name} {value}" for name, value in settings.items() if value) or "a machine that has more"
-        raise InputError(f"A step of tuning needs about {least / 2 ** 30:.2f} GB of memory, even with gradient checkpointing, "
-                         f"and {free / 2 ** 30:.2f} GB are free: use {use}.")
+        raise InputError(f"A step of tuning needs about {least / 2 ** 30:.2f} GB of memory, even with gradient "
+                         f"checkpointing, and {free / 2 ** 30:.2f} GB are free: use {use}.")
     return whole > free
 
 
@@ -92,7 +92,7 @@ def group_bytes(root="/sys/fs/cgroup", mine="/proc/self/cgroup"):
         names = ("max", "current") if kinds == "" else ("limit_in_bytes", "usage_in_bytes")
         top = Path(root, kinds)
         here = top / path.strip("/")
-        for folder in (top, here, *here.parents):               # the limits above count too; a container sees only its top
+        for folder in (top, here, *here.parents):               # the limits above count too; a container sees its top
             try:
                 limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

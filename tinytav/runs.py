@@ -63,10 +63,11 @@ class Run:
                 raise InputError(f"{path / 'run.json'}: {name} = {value!r} is not a {kind.__name__}.")
             if kind is not str and not 0 <= value <= 2 ** 32:
                 raise InputError(f"{path / 'run.json'}: {name} = {value!r} is not from 0 to 2**32.")
-        if not re.fullmatch(r"[1-9]\d{0,8}(/[1-9]\d{0,8})?", settings["fps"]) or settings["precision"] not in PRECISIONS \
-                or settings.get("prediction") not in (None, *PREDICTIONS) \
+        if not re.fullmatch(r"[1-9]\d{0,8}(/[1-9]\d{0,8})?", settings["fps"]) \
+                or settings["precision"] not in PRECISIONS or settings.get("prediction") not in (None, *PREDICTIONS) \
                 or not all(isinstance(settings.get(name) or "", str) for name in ("tokenizer", "preview")):
-            raise InputError(f"{path / 'run.json'}: fps, precision, prediction, tokenizer or preview is not what train.py writes.")
+            raise InputError(f"{path / 'run.json'}: fps or precision, prediction, tokenizer or preview is not what "
+                             "train.py writes.")
         return cls(path, settings)
 
     @classmethod
@@ -122,7 +123,7 @@ class Run:
             raise InputError(f"{self.path / name}.safetensors cannot be written: {error}") from None
 
     def read(self, name, shapes=None):
-        """name.safetensors -> dict of tensors. Raises InputError unless all are finite and, where told, of these shapes."""
+        """name.safetensors -> dict of tensors. Raises InputError if they are not finite or not of these shapes."""
         if not self.has(name):
             raise InputError(f"{self.path} has no {name}.safetensors" + (
                 "." if self.finished else f": it is unfinished. Go on with python train.py --resume {self.path}."))

@@ -29,7 +29,7 @@ class TextEncoderConfig(Config):
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
-            raise InputError(f"TextEncoderConfig: {self.num_attention_heads} heads do not divide {self.hidden_size} channels.")
+            raise InputError(f"TextEncoderConfig: {self.num_attention_heads} heads do not divide {self.hidden_size}.")
 
 
 class Attention(nn.Module):

@@ -53,7 +53,7 @@ class UNetConfig(Config):
         elif len(heads) != stages:
             raise InputError(f"UNetConfig: {len(heads)} attention_head_dim for {stages} block_out_channels.")
         if any(dim % heads for dim, heads in zip(self.block_out_channels, self.attention_head_dim)):
-            raise InputError(f"UNetConfig: {self.attention_head_dim} heads do not divide {self.block_out_channels} channels.")
+            raise InputError(f"UNetConfig: {self.attention_head_dim} heads do not divide {self.block_out_channels}.")
         for types, plain in ((self.down_block_types, "DownBlock2D"), (self.up_block_types, "UpBlock2D")):
             if len(types) != stages or any(kind not in (plain, "CrossAttn" + plain) for kind in types):
                 raise InputError(f"UNetConfig: the block types {types} are not implemented; "

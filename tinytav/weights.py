@@ -95,8 +95,8 @@ def load(path, tokenizer=None, prediction=None, dtype=torch.float32):
     tokenizer = _find_tokenizer(path, tokenizer, pad)
     text = parts["text_encoder"][0]
     if tokenizer.size > text.vocab_size or tokenizer.length > text.max_position_embeddings:
-        raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text encoder in "
-                         f"{path} only {text.vocab_size} and {text.max_position_embeddings}: they do not belong together.")
+        raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text encoder "
+                         f"in {path} {text.vocab_size} and {text.max_position_embeddings}: they do not belong together.")
     return StableDiffusion(tokenizer, schedule=schedule, path=path, defaults=defaults,
                            fingerprint=fingerprint(parts, schedule), **models)
 

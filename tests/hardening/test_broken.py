@@ -50,6 +50,19 @@ def test_a_picture_that_is_long_and_thin_is_refused_and_not_enlarged_for_minutes
         frames.fit(Image.new("RGB", size), 512, 64)
 
 
+def test_names_within_a_video_that_are_no_text_are_a_sentence(tmp_path):
+    path = broken.video(tmp_path / "in.mp4")
+    assert b"VideoHandler" in (data := path.read_bytes())
+    path.write_bytes(data.replace(b"VideoHandler", b"Video\xc8\xffdler"))
+    with pytest.raises(InputError, match="cannot be read as a video"):
+        frames.read(path, 16, 4, 4)
+
+
+def test_frames_beyond_reason_are_refused_before_their_memory_is_taken(warm, place):
+    answer = warm(place, "sample.py", "--weights", "w", "--prompt", "a", "--frames", 1_000_000)
+    assert answer.status == 2 and "not from 1 to 1000" in answer.err
+
+
 def test_a_size_beyond_reason_is_refused_before_its_memory_is_taken(tmp_path):
     with pytest.raises(InputError, match="not from 4 to 4096"):
         frames.read(tmp_path, 100_000, 4, 2)

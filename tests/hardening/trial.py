@@ -114,5 +114,5 @@ def many(warm, stock, seeds, names=tuple(broken.KINDS), real=False, report=print
             counts[name].update(["cases", "failures" if problem else outcome])
             if problem:
                 report(f"FAILURE {name!r} seed {seed}: {problem}")
-        report(f"seed {seed}: {len(names)} cases tried") if report is print else None
+        report(f"up to seed {seed}: {dict(sum(counts.values(), Counter()))}")
     return counts
