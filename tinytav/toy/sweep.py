@@ -18,7 +18,7 @@ from tinytav import cli, frames, weights
 from tinytav.toy.claims import row, same_settings, write
 from tinytav.toy.experiment import Studio, make_clip
 
-STEPS, RATES, GUIDANCES = (25, 100), (3e-4, 1e-3, 3e-3), (1., 3., 6., 12.)
+STEPS, RATES, GUIDANCES = (20, 80), (3e-4, 1e-3, 3e-3), (1., 3., 6., 12.)
 
 
 def work(args, i):
