@@ -21,8 +21,9 @@ from tinytav.frames import replace
 from tinytav.weights import load
 from warm import ROOT, Touches, Warm
 
+NEW = {"new": torch.ones(50_000)}        # made here: in a fork, torch's threads are gone and more than one would be waited for
 WRITERS = {"text": lambda file: Path(file).write_text("new" * 100_000),
-           "tensors": lambda file: save_file({"new": torch.ones(50_000)}, file),
+           "tensors": lambda file: save_file(NEW, file),
            "picture": lambda file: Image.new("RGB", (300, 300), "red").save(file, "PNG")}
 
 
