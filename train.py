@@ -115,10 +115,10 @@ class Stop:
 def tune(run, net, schedule, mean, std, context, on_cpu, preview):
     """The loop: progress, checkpoints, previews. Returns the number of the signal that stopped it, or 0."""
     optimizer, total = tuning.adamw(net.tuned(), run.settings["lr"]), run.settings["steps"]
-    first, losses = 0, []
+    losses = []
     if run.has("state"):
-        state = run.read("state")
-        first, losses = runs.load_state_dict(net, optimizer, state), state["losses"].tolist()
+        losses = runs.load_state_dict(net, optimizer, run.read("state"))
+    first = len(losses)
     steps = tuning.tune(net, optimizer, schedule, mean, std, context, run.settings["seed"], first, total)
     began, due, shown = time.time(), 0., [total * i // 4 for i in (1, 2, 3, 4)]
     with Stop() as stop, tqdm(total=total, initial=first, desc="tuning", unit="step") as bar:
@@ -130,7 +130,7 @@ def tune(run, net, schedule, mean, std, context, on_cpu, preview):
                 preview(step)
             if stop.signal or step == total or time.time() > due:
                 start = time.time()
-                run.write("state", runs.state_dict(net, optimizer, step) | {"losses": torch.tensor(losses)})
+                run.write("state", runs.state_dict(net, optimizer, losses))
                 run.write_losses(losses)
                 due = time.time() + 20 * (time.time() - start)              # a twentieth of the time goes into saving
             if stop.signal:

@@ -89,14 +89,14 @@ def test_resuming_equals_not_having_stopped():
     results = []
     for stops in ((6,), (2, 6)):
         net, mean, (context, _) = setting()
-        optimizer, first = tuning.adamw(net.tuned(), lr=1e-2), 0
+        optimizer, losses = tuning.adamw(net.tuned(), lr=1e-2), []
         for stop in stops:
-            for first, _ in tuning.tune(net, optimizer, Schedule(), mean, 0.1 * mean.abs(), context, 7, first, stop):
-                pass
-            state = {name: z.clone() for name, z in runs.state_dict(net, optimizer, first).items()}
+            losses += [loss for _, loss in tuning.tune(net, optimizer, Schedule(), mean, 0.1 * mean.abs(), context, 7,
+                                                       len(losses), stop)]
+            state = {name: z.clone() for name, z in runs.state_dict(net, optimizer, losses).items()}
             net, *_ = setting()
             optimizer = tuning.adamw(net.tuned(), lr=1e-2)
-            first = runs.load_state_dict(net, optimizer, state)
+            losses = runs.load_state_dict(net, optimizer, state)
         results.append(state)
     assert results[0]["step"] == 6
     for name in results[0]:

@@ -173,9 +173,9 @@ def new_name(folder, name, suffixes=("",)):
     return next(name for name in names if not any(os.path.lexists(folder / f"{name}{suffix}") for suffix in suffixes))
 
 
-def state_dict(net, optimizer, step):
-    """All that resuming needs, as flat named tensors: tuned tensors, AdamW's moments, steps done."""
-    state = {"step": torch.tensor(step)}
+def state_dict(net, optimizer, losses):
+    """All that resuming needs, as flat named tensors: tuned tensors, AdamW's moments, the loss of each step done."""
+    state = {"step": torch.tensor(len(losses)), "losses": torch.tensor(losses)}
     for name, p in net.tuned().items():
         moments = optimizer.state[p]
         state |= {f"tuned.{name}": p.detach(), f"exp_avg.{name}": moments["exp_avg"],
@@ -184,7 +184,7 @@ def state_dict(net, optimizer, step):
 
 
 def load_state_dict(net, optimizer, state):
-    """The inverse of state_dict. Returns the steps done. Raises InputError if the state is of another net."""
+    """The inverse of state_dict. Returns the losses. Raises InputError if the state is of another net."""
     shapes = {f"{what}.{name}": p.shape for what in ("tuned", "exp_avg", "exp_avg_sq") for name, p in net.tuned().items()}
     shapes |= {"step": (), "losses": (int(state.get("step", torch.tensor(0)).sum()),)}
     if {name: z.shape for name, z in state.items()} != shapes:
@@ -194,4 +194,4 @@ def load_state_dict(net, optimizer, state):
         p.data.copy_(state[f"tuned.{name}"])
         optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"exp_avg.{name}"].to(p.device).clone(),
                               "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(p.device).clone()}
-    return step
+    return state["losses"].tolist()
