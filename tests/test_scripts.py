@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 
 ROOT = Path(__file__).parents[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores Ctrl-C, and so would its children
 
 
 def command(script, *args):
