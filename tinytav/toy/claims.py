@@ -158,7 +158,7 @@ def main():
     p.add_argument("--out", type=Path, default=Path("claims"), help="folder for what is made")
     p.add_argument("--clips", type=int, default=12, help=" ")
     p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
-    p.add_argument("--quick", action="store_true", help="two clips, with and without inversion, in about three minutes")
+    p.add_argument("--quick", action="store_true", help="two clips, with and without inversion, in some minutes")
     args = p.parse_args()
     sd = weights.load(args.weights)
     args.settings = vars(sd.defaults)
