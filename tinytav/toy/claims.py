@@ -152,25 +152,36 @@ def measured(sd, count, attention):
     return products / 1e9, memory.training_bytes(net, inputs[0].shape, inputs[2].shape)[0] / 1e6, time.time() - start
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parser(description, out, clips):
+    """The flags that claims and sweep have in common."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--weights", type=Path, default=Path("weights/toy"), help=" ")
-    p.add_argument("--out", type=Path, default=Path("claims"), help="folder for what is made")
-    p.add_argument("--clips", type=int, default=12, help=" ")
+    p.add_argument("--out", type=Path, default=Path(out), help="folder for what is made")
+    p.add_argument("--clips", type=int, default=clips, help=" ")
     p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
+    return p
+
+
+def every_clip(work, args, sd):
+    """work(args, i) for each clip, with the weights' own settings as args.settings."""
+    args.settings = vars(sd.defaults)
+    same_settings(args.out / "settings.json", args.settings | dict(fingerprint=sd.fingerprint))
+    with get_context("spawn").Pool(args.processes) as pool:
+        for i in pool.imap_unordered(partial(work, args), range(args.clips)):
+            print(f"clip {i} is done", flush=True)
+
+
+def main():
+    p = parser(__doc__.partition("\n")[0], "claims", 12)
     p.add_argument("--quick", action="store_true", help="two clips, with and without inversion, in some minutes")
     args = p.parse_args()
     sd = weights.load(args.weights)
-    args.settings = vars(sd.defaults)
-    same_settings(args.out / "settings.json", args.settings | dict(fingerprint=sd.fingerprint))
     args.plan = dict.fromkeys((*REFERENCES, *(QUICK if args.quick else VARIANTS)), SEEDS[:1])
     if args.quick:
         args.clips = 2
     else:
         args.plan["full method"] = SEEDS
-    with get_context("spawn").Pool(args.processes) as pool:
-        for i in pool.imap_unordered(partial(work, args), range(args.clips)):
-            print(f"clip {i} is done", flush=True)
+    every_clip(work, args, sd)
     text = "\n\n".join([table(args), by_attribute(args)]
                         + ([] if args.quick else [cost(sd)]))
     (args.out / "claims.md").write_text(text + "\n")

@@ -4,10 +4,7 @@
 
 Writes the table sweep.md and the picture sweep.png, in which an edit goes from ignored to collapsed.
 """
-import argparse
 import json
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tinytav import cli, frames, weights
-from tinytav.toy.claims import row, same_settings, write
+from tinytav.toy.claims import every_clip, parser, row, write
 from tinytav.toy.experiment import Studio, make_clip
 
 STEPS, RATES, GUIDANCES = (20, 80), (3e-4, 1e-3, 3e-3), (1., 3., 6., 12.)
@@ -60,18 +57,8 @@ def picture(folder, clip=0, edit=0, frame=4):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--weights", type=Path, default=Path("weights/toy"), help=" ")
-    p.add_argument("--out", type=Path, default=Path("sweep"), help="folder for what is made")
-    p.add_argument("--clips", type=int, default=4, help=" ")
-    p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
-    args = p.parse_args()
-    sd = weights.load(args.weights)
-    args.settings = vars(sd.defaults)
-    same_settings(args.out / "settings.json", args.settings | dict(fingerprint=sd.fingerprint))
-    with get_context("spawn").Pool(args.processes) as pool:
-        for i in pool.imap_unordered(partial(work, args), range(args.clips)):
-            print(f"clip {i} is done", flush=True)
+    args = parser(__doc__.partition("\n")[0], "sweep", 4).parse_args()
+    every_clip(work, args, weights.load(args.weights))
     text = table(args.out, args.clips)
     (args.out / "sweep.md").write_text(text + "\n")
     picture(args.out)
