@@ -89,10 +89,17 @@ def test_same_seed_same_bits_with_or_without_previews(place):
     assert len(list((place / "again/clip").glob("preview-*.gif"))) == 4
 
 
+@pytest.fixture(scope="module")
+def long(place):
+    """A run of many steps that nothing stopped: its arguments and its folder."""
+    args = "clip.mp4", "a man is skiing", "--weights", "w", "--steps", 60
+    call(place, "train.py", *args, "--out", "whole")
+    return args, place / "whole/clip"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_stopped_resumes_to_the_same_bits(place, number):
-    out, args = f"stopped{number}", ("clip.mp4", "a man is skiing", "--weights", "w", "--steps", 60)
-    call(place, "train.py", *args, "--out", f"whole{number}")
+def test_a_run_that_is_stopped_resumes_to_the_same_bits(place, long, number):
+    (args, whole), out = long, f"stopped{number}"
     process = subprocess.Popen(command("train.py", *args, "--out", out), cwd=place, stderr=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     state = place / out / "clip/state.safetensors"
@@ -108,7 +115,7 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bits(place, number):
     call(place, "train.py", "--resume", f"{out}/clip")
     assert not state.exists()
     for name in ("tuned.safetensors", "inversion.safetensors", "loss.csv"):
-        assert (place / out / "clip" / name).read_bytes() == (place / f"whole{number}/clip" / name).read_bytes()
+        assert (place / out / "clip" / name).read_bytes() == (whole / name).read_bytes()
     call(place, "train.py", "--resume", f"{out}/clip", status=2)            # it is finished
 
 

@@ -7,19 +7,18 @@ stays in the folder, so a run that was stopped goes on. Writes the tables claims
 """
 import argparse
 import json
-import time
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
-from tinytav import cli, frames, memory, weights
+from tinytav import cli, frames, metrics, weights
 from tinytav.config import InputError
-from tinytav.inflation import VideoUNet, inflate
+from tinytav.toy import cost, measure
 from tinytav.toy.experiment import Studio, Variant, make_clip
 from tinytav.toy.judge import MOTIONS
 from tinytav.toy.world import ATTRIBUTES
@@ -46,6 +45,7 @@ ROBUST = (("full method", "no inversion", "x", 0.2), ("full method", "no inversi
           ("true edit", "full method", "success", 0.1), ("true edit", "full method", "psnr", 2))
 COLUMNS = dict(success="success", edited="edit right", kept="rest kept", phase="limbs", x="position", camera="camera",
                look="look agrees", psnr="PSNR", all_pairs="all pairs", neighbours="neighbours", text="text")
+MARGIN = 150        # pixels before a picture's rows, for their names
 PERCENT = ("success", "edited", "kept", *MOTIONS, "look")
 
 
@@ -128,28 +128,35 @@ def by_attribute(args, name="full method"):
 
 def picture(args, clip=0, edit=0):
     """One edit of one clip: a row of frames for the source, the truth and each variant -> claims.png."""
-    rows = [load_file(args.out / f"{clip}/{name}-{seeds[0]}.safetensors")["frames"][edit] for name, seeds in args.plan.items()]
-    frames.write_strip(args.out / "claims.png", *(x / 127.5 - 1 for x in rows), shown=64)
+    labelled(args.out / "claims.png", {name: load_file(args.out / f"{clip}/{name}-{seeds[0]}.safetensors")["frames"][edit]
+                                       for name, seeds in args.plan.items()})
 
 
-def cost(sd):
-    """What attention costs: multiply-adds of its two products, and the net's memory for a tuning step and seconds."""
-    lines = [row("frames", ("ST-Attn, GFLOP", "full, GFLOP", "ST-Attn, MB", "full, MB", "ST-Attn, s", "full, s")), "|---|" + "---|" * 6]
-    for count in (4, 8, 16, 32, 64):
-        found = [measured(sd, count, attention) for attention in ("sparse-causal", "full")]
-        lines.append(row(count, (f"{x:.2f}" for pair in zip(*found) for x in pair)))
-    return "\n".join(lines)
+def labelled(path, rows):
+    """{name: pictures (n, 3, h, w) uint8} -> PNG, a row each, its name before it."""
+    strips = np.stack([x.permute(2, 0, 3, 1).flatten(1, 2).numpy() for x in rows.values()])        # (rows, h, n w, 3)
+    height = strips.shape[1]
+    image = Image.new("RGB", (MARGIN + strips.shape[2], len(rows) * height), "white")
+    for i, (name, strip) in enumerate(zip(rows, strips)):
+        image.paste(Image.fromarray(strip), (MARGIN, i * height))
+        ImageDraw.Draw(image).text((4, i * height + height // 2 - 6), name, "black")
+    frames.replace(path, lambda file: image.save(file, "PNG"))
 
 
-def measured(sd, count, attention):
-    net, inputs = inflate(sd.unet, count, attention), (torch.randn(1, 4, count, 16, 16), torch.zeros(1), sd.encode_prompts([""]))
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        VideoUNet(net.cfg, count, attention)(*(x.to("meta") for x in inputs))
-    products = sum(ops.get(torch.ops.aten.bmm, 0) for name, ops in counter.get_flop_counts().items() if name.endswith("attn1"))
-    start = time.time()
-    with torch.no_grad():
-        net(*inputs)
-    return products / 1e9, memory.training_bytes(net, inputs[0].shape, inputs[2].shape)[0] / 1e6, time.time() - start
+def costs(sd):
+    """What attention costs in operations, in what a tuning step keeps, and in time for one call of the net."""
+    kinds = [f"{attention}, {unit}" for unit in ("GFLOP", "MB", "s") for attention in ("ST-Attn", "full")]
+    return "\n".join([row("frames", kinds), "|---|" + "---|" * len(kinds),
+                      *(row(count, (f"{x:.2f}" for x in found)) for count, *found in cost.rows(sd))])
+
+
+def verbs(folder, sd, count=100):
+    """Do single images of the image net show what their captions say? Asked of CLIP, beside drawings, which are its ceiling."""
+    eye, (scenes, drawn) = metrics.Features(folder / "clip"), measure.renders(count, "verbs")
+    sampled = measure.sample(sd, scenes, sd.defaults.ddim_steps, sd.defaults.guidance)
+    lines = [row("single images, seen by CLIP", ATTRIBUTES), "|---|" + "---|" * len(ATTRIBUTES)]
+    return "\n".join(lines + [row(what, (f"{100 * measure.accuracy(eye, name, scenes, x):.0f} %" for name in ATTRIBUTES))
+                              for what, x in (("drawings", drawn), ("the U-Net's", sampled))])
 
 
 def parser(description, out, clips):
@@ -182,8 +189,7 @@ def main():
     else:
         args.plan["full method"] = SEEDS
     every_clip(work, args, sd)
-    text = "\n\n".join([table(args), by_attribute(args)]
-                        + ([] if args.quick else [cost(sd)]))
+    text = "\n\n".join([table(args), by_attribute(args)] + ([] if args.quick else [verbs(args.weights, sd), costs(sd)]))
     (args.out / "claims.md").write_text(text + "\n")
     picture(args)
     print(text)

@@ -29,7 +29,7 @@ class Judge:
 
     def __init__(self, vae, motion, frames=8):
         self.vae, self.views = vae, world.views(motion, frames)
-        self.draw = lru_cache(maxsize=400)(self._draw)
+        self.draw = lru_cache(maxsize=1000)(self._draw)       # 0.8 GB
 
     def _draw(self, scene, part="phase", offset=0):
         """The scene with `offset` added to one part of every view: clean and through the VAE, (f, 3, 64, 64) each."""
@@ -38,9 +38,8 @@ class Judge:
         return clean, self.vae_trip(clean)
 
     @torch.no_grad()
-    @torch.autocast("cpu", torch.bfloat16)      # twice as quick
     def vae_trip(self, x):
-        return self.vae.decode(self.vae.encode(x)[0]).float().clamp(-1, 1)
+        return self.vae.decode(self.vae.encode(x)[0]).clamp(-1, 1)
 
     def nearest(self, x, alternatives):
         """For each frame of x (f, 3, h, w) the index of the nearest drawing.

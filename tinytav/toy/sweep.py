@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tinytav import cli, frames, weights
-from tinytav.toy.claims import every_clip, parser, row, write
+from tinytav import cli, weights
+from tinytav.toy.claims import every_clip, labelled, parser, row, write
 from tinytav.toy.experiment import Studio, make_clip
 
-STEPS, RATES, GUIDANCES = (20, 80), (3e-4, 1e-3, 3e-3), (1., 3., 6., 12.)
+STEPS, RATES, GUIDANCES = (20, 80), (3e-4, 3e-3), (1., 3., 6., 12.)
 
 
 def work(args, i):
@@ -51,9 +51,9 @@ def table(folder, clips):
 
 def picture(folder, clip=0, edit=0, frame=4):
     """A frame of one edit: a row for each learning rate and number of steps, a column for each guidance."""
-    rows = [torch.stack([load_file(folder / f"{clip}/{name(rate, step, guidance)}.safetensors")["frames"][edit, frame]
-                         for guidance in GUIDANCES]) for rate in RATES for step in STEPS]
-    frames.write_strip(folder / "sweep.png", *(x / 127.5 - 1 for x in rows), shown=64)
+    labelled(folder / "sweep.png", {f"{rate:g}, {step} steps": torch.stack(
+        [load_file(folder / f"{clip}/{name(rate, step, guidance)}.safetensors")["frames"][edit, frame] for guidance in GUIDANCES])
+        for rate in RATES for step in STEPS})
 
 
 def main():

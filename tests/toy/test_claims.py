@@ -1,0 +1,66 @@
+"""The claims' arithmetic, on scores written by hand, and what attention costs."""
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tinytav.config import InputError
+from tinytav.inflation import inflate
+from tinytav.toy import claims, cost
+from tinytav.unet import UNet, UNetConfig
+
+SCORE = dict.fromkeys(claims.COLUMNS, 0.5) | dict(name="place", held_out=False)
+
+
+@pytest.fixture
+def args(tmp_path):
+    """Two clips of two edits each: in the first clip one succeeds, in the second none."""
+    for i, successes in enumerate([(1, 0), (0, 0)]):
+        (tmp_path / str(i)).mkdir()
+        for name in ("source", "full method"):
+            scores = [SCORE | dict(success=success, held_out=i == 1) for success in successes]
+            (tmp_path / f"{i}/{name}-33.json").write_text(json.dumps(scores))
+    return Namespace(out=tmp_path, clips=2, plan={"source": (33,), "full method": (33,)})
+
+
+def test_a_mean_is_over_clips_and_its_interval_spans_them(args):
+    mean, low, high = claims.interval(claims.read(args, "full method"), "success")
+    assert (mean, low, high) == (0.25, 0, 0.5)
+    assert claims.interval(claims.read(args, "full method"), "psnr") == (0.5, 0.5, 0.5)
+
+
+def test_the_table_has_a_row_a_variant_and_the_level_of_chance(args):
+    heads, _, source, full, chance = claims.table(args).splitlines()
+    assert heads.count("|") == full.count("|") == chance.count("|")
+    assert full.startswith("| full method | 25 % (0–50) | 50 % (50–50) |")
+    assert chance.startswith("| chance |  | 17 % |") and "| 33 % | 25 % |" in chance        # place: one of six; position, camera
+
+
+def test_each_kind_of_edit_is_counted_apart(args):
+    lines = claims.by_attribute(args).splitlines()
+    assert lines[2:] == ["| place | 4 | 50 % | 25 % |", "| held out | 2 | 50 % | 0 % |"]
+
+
+def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
+    claims.same_settings(tmp_path / "out/settings.json", dict(steps=1))
+    claims.same_settings(tmp_path / "out/settings.json", dict(steps=1))
+    with pytest.raises(InputError, match="other weights or settings"):
+        claims.same_settings(tmp_path / "out/settings.json", dict(steps=2))
+
+
+def test_a_picture_has_a_named_row_for_each_variant(tmp_path):
+    rows = {"a": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "b": torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)}
+    claims.labelled(tmp_path / "x.png", rows)
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.size == (claims.MARGIN + 16, 16)
+    assert [picture.getpixel((claims.MARGIN + 15, y)) for y in (7, 8)] == [(0, 0, 0), (200, 200, 200)]
+
+
+def test_sparse_causal_attention_grows_with_the_frames_and_full_attention_with_their_square():
+    net = UNet(UNetConfig.from_json(json.loads((Path(__file__).parents[2] / "weights/toy/unet/config.json").read_text())))
+    gflop = {(count, attention): cost.gflop(inflate(net, count, attention), (1, 4, count, 16, 16), (1, 77, net.cfg.cross_attention_dim))
+             for count in (4, 8) for attention in ("sparse-causal", "full")}
+    assert gflop[8, "sparse-causal"] == 2 * gflop[4, "sparse-causal"] and gflop[8, "full"] == 4 * gflop[4, "full"]
+    assert gflop[4, "full"] == 2 * gflop[4, "sparse-causal"]                # four frames' keys for two
