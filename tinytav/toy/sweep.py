@@ -49,7 +49,7 @@ def table(folder, clips):
     return "\n".join(lines)
 
 
-def picture(folder, clip=0, edit=0, frame=4):
+def picture(folder, clip=0, edit=2, frame=4):
     """A frame of one edit: a row for each learning rate and number of steps, a column for each guidance."""
     labelled(folder / "sweep.png", {f"{rate:g}, {step} steps": torch.stack(
         [load_file(folder / f"{clip}/{name(rate, step, guidance)}.safetensors")["frames"][edit, frame] for guidance in GUIDANCES])
