@@ -199,7 +199,8 @@ def edited(place, name, **changes):
 @pytest.mark.parametrize("changes, message", [
     (dict(frames=4), "does not hold the 4 frames"), (dict(fps="abc"), "fps or precision"), (dict(fps="0"), "fps or precision"),
     (dict(precision="fp8"), "fps or precision"), (dict(finished="yes"), "finished = 'yes' is not a float"),
-    (dict(seed=None), "seed = None is not a int"), (dict(attention="sideways"), "sideways")])
+    (dict(seed=None), "seed = None is not a int"), (dict(seed=2 ** 40), "seed = 1099511627776 is not from 0 to 2**32"),
+    (dict(frames=-3), "frames = -3 is not from 0"), (dict(attention="sideways"), "sideways")])
 def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):
     run = edited(place, f"edited{abs(hash(str(changes)))}", **changes)
     done = call(place, "sample.py", "--run", run, "--prompt", "x", "--no-inversion", status=2)

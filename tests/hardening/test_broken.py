@@ -1,6 +1,7 @@
 """Broken input, the quick part: one case of each kind, and each kind of failure that the whole has found, by name."""
 import json
 import re
+import warnings
 
 import broken
 import pytest
@@ -8,7 +9,7 @@ import torch
 import trial
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tinytav import frames
+from tinytav import cli, frames
 from tinytav.config import InputError
 from tinytav.ddim import Schedule
 from tinytav.text_encoder import TextEncoderConfig
@@ -89,6 +90,24 @@ def test_a_prompt_of_bytes_that_are_no_text_is_refused_before_a_run_is_made(warm
         Tokenizer.from_folder(place / "w/tokenizer")(["\udcff"])
     answer = warm(place, *broken.train("clip.mp4", "\udcff"))
     assert answer.status == 2 and not (place / "out").exists()
+
+
+def test_a_clip_whose_name_is_no_text_is_read_and_its_name_printed_escaped(warm, place):
+    (place / "clip.mp4").rename(place / "\udcff.mp4")
+    answer = warm(place, *broken.train("\udcff.mp4"))
+    assert answer.status == 0 and "clip: \\udcff.mp4" in answer.out, answer.err
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("can't allocate memory: 9 bytes")])
+def test_memory_that_runs_out_is_a_sentence_and_any_other_error_of_torch_a_bug(error, capsys, monkeypatch):
+    def fail(error):
+        raise error
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)      # run() sets it
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: fail(error))
+    assert capsys.readouterr().err.startswith(f"error: the memory is too small: {error}")
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.run(lambda: fail(RuntimeError("shapes differ")))
 
 
 @pytest.mark.parametrize("Config, settings", [
