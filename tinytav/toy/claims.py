@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tinytav import cli, frames, metrics, weights
 from tinytav.config import InputError
 from tinytav.toy import cost, measure
-from tinytav.toy.experiment import Studio, Variant, make_clip
-from tinytav.toy.judge import MOTIONS
+from tinytav.toy.experiment import FRAMES, Studio, Variant, make_clip
+from tinytav.toy.judge import MOTIONS, Judge
 from tinytav.toy.world import ATTRIBUTES
 from tinytav.weights import read_json
 
@@ -30,32 +30,50 @@ VARIANTS = {
     "spatial attention": Variant(attention="spatial"),
     "no inversion": Variant(inverted=False),
     "all tensors tuned": Variant(tuned="all"),
-    "70 of 112 tuned": Variant(tuned="official"),
+    "down blocks not tuned": Variant(tuned="official"),
     "norm per frame": Variant(norm="frame"),
     "frame by frame": Variant(tuned=None, attention="spatial", norm="frame"),
-    **{f"untuned noise, {attention}": Variant(tuned=None, attention=attention, inverted=False)
+    **{f"untuned noise, {attention}": Variant(tuned=None, attention=attention, norm="frame", inverted=False)
        for attention in ("spatial", "first", "sparse-causal", "full")},
 }
 QUICK = ("full method", "no inversion")
-REFERENCES = ("source", "true edit")        # what bounds the variants, both through the VAE
+# What bounds the variants, all through the VAE: no edit, the right one, one frame of it held still, and the right one
+# in the next clip's motion.
+REFERENCES = ("source", "true edit", "still", "other motion")
 SEEDS = (33, 34, 35)                        # of the full method; the others have the first alone
+# What the paper says: (claim, better, worse, scores in which it should show)
+CLAIMS = (
+    ("frames that attend to each other agree", "untuned noise, sparse-causal", "untuned noise, spatial", ("look", "all_pairs")),
+    ("tuning teaches the motion", "full method", "untuned", ("phase", "neighbours")),
+    ("without ST-Attn frames differ", "full method", "spatial attention", ("look", "all_pairs")),
+    ("without inversion the motion is lost", "full method", "no inversion", ("phase", "x", "camera")),
+    ("tuning all destroys knowledge", "full method", "all tensors tuned", ("edited", "success")),
+    ("112 tensors, not the official 70", "full method", "down blocks not tuned", ("phase", "success")),
+    ("norms over the clip", "full method", "norm per frame", ("look", "success")),
+    ("better than frame by frame", "full method", "frame by frame", ("look", "neighbours", "success")))
 # Orderings that hold on any clips, however few: (better, worse, score, margin). A run that breaks one fails.
 ROBUST = (("full method", "no inversion", "x", 0.2), ("full method", "no inversion", "phase", 0.1),
           ("full method", "source", "edited", 0.3), ("full method", "source", "text", 3),
-          ("true edit", "full method", "success", 0.1), ("true edit", "full method", "psnr", 2))
+          ("true edit", "full method", "success", 0), ("true edit", "full method", "psnr", 2),
+          ("full method", "still", "success", 0.1), ("full method", "other motion", "success", 0.1))
 COLUMNS = dict(success="success", edited="edit right", kept="rest kept", phase="limbs", x="position", camera="camera",
                look="look agrees", psnr="PSNR", all_pairs="all pairs", neighbours="neighbours", text="text")
-MARGIN = 150        # pixels before a picture's rows, for their names
 PERCENT = ("success", "edited", "kept", *MOTIONS, "look")
+MARGIN = 150        # pixels before a picture's rows, for their names
 
 
 def work(args, i):
     """Test clip i by every variant: a file of frames and one of scores for each, unless they are there."""
     torch.set_num_threads(1)
     studio, folder = Studio(args.weights, make_clip("test", i), args.settings), args.out / str(i)
-    true = [studio.judge.draw(scene)[1] for scene in (studio.clip.scene, *(edit.scene for edit in studio.clip.edits))]
-    write(folder, f"true edit-{SEEDS[0]}", lambda: torch.stack(true[1:]), studio)
-    write(folder, f"source-{SEEDS[0]}", lambda: torch.stack(true[:1] * len(studio.clip.edits)), studio)
+    other = Judge(studio.sd.vae, make_clip("test", i + 1).motion)
+    scenes = [edit.scene for edit in studio.clip.edits]
+    true = torch.stack([studio.judge.draw(scene)[1] for scene in scenes])
+    made = {"source": lambda: torch.stack([studio.judge.draw(studio.clip.scene)[1]] * len(scenes)), "true edit": lambda: true,
+            "still": lambda: true[:, FRAMES // 2, None].expand_as(true),
+            "other motion": lambda: torch.stack([other.draw(scene)[1] for scene in scenes])}
+    for name in REFERENCES:
+        write(folder, f"{name}-{SEEDS[0]}", made[name], studio)
     jobs = [(VARIANTS[name], seed, name) for name, seeds in args.plan.items() if name in VARIANTS for seed in seeds]
     for variant, seed, name in sorted(jobs, key=str):           # so that those which share a net stand together
         write(folder, f"{name}-{seed}", lambda: studio.edit(variant, seed), studio)
@@ -71,29 +89,39 @@ def same_settings(file, settings):
 
 
 def write(folder, name, make, studio):
-    """make() -> frames (edits, f, 3, 64, 64), kept in name.safetensors, and their scores in name.json."""
-    if (folder / f"{name}.json").exists():
-        return
-    results = make()
-    scores = json.dumps(studio.score(results))
-    pictures = ((results + 1) * 127.5).round().to(torch.uint8).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    frames.replace(folder / f"{name}.safetensors", lambda file: save_file(dict(frames=pictures), file))
-    frames.replace(folder / f"{name}.json", lambda file: Path(file).write_text(scores))
+    """make() -> frames (edits, f, 3, 64, 64), kept in name.safetensors, and what is said of them in name.json.
+
+    What is there is not made again; a .json that is deleted is written anew.
+    """
+    clips, scores = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if not clips.exists():
+        results = ((make() + 1) * 127.5).round().to(torch.uint8).contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        frames.replace(clips, lambda file: save_file(dict(frames=results), file))
+    if not scores.exists():
+        found = json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1))
+        frames.replace(scores, lambda file: Path(file).write_text(found))
 
 
 # ---- Tables and the picture -------------------------------------------------------------------------------------------
 
-def read(args, name):
-    """The scores of a variant's edits, all seeds together: [[{...}, ...] of a clip, ...]."""
-    return [[scores for seed in args.plan[name] for scores in json.loads((args.out / f"{i}/{name}-{seed}.json").read_text())]
+def read(args, name, seeds=None):
+    """The scores of a variant's edits, all its seeds or these together: [[{...}, ...] of a clip, ...]."""
+    return [[scores for seed in seeds or args.plan[name] for scores in json.loads((args.out / f"{i}/{name}-{seed}.json").read_text())]
             for i in range(args.clips)]
 
 
 def interval(clips, key):
     """Mean over edits, and its 95 % bootstrap interval over clips: (mean, low, high)."""
-    means, rng = np.array([np.mean([scores[key] for scores in clip]) for clip in clips]), np.random.default_rng(0)
-    resampled = means[rng.integers(len(means), size=(2000, len(means)))].mean(1)
+    return bootstrap(means(clips, key))
+
+
+def means(clips, key):
+    return np.array([np.mean([scores[key] for scores in clip]) for clip in clips])
+
+
+def bootstrap(means):
+    resampled = means[np.random.default_rng(0).integers(len(means), size=(2000, len(means)))].mean(1)
     return means.mean(), *np.percentile(resampled, (2.5, 97.5))
 
 
@@ -102,7 +130,7 @@ def row(name, values):
 
 
 def table(args):
-    """One row a variant: means over clips, seeds and edits, with 95 % intervals where a share of frames is meant."""
+    """One row a variant: means over clips, seeds and edits, shares with their 95 % intervals."""
     lines = [row("", COLUMNS.values()), "|---|" + "---|" * len(COLUMNS)]
     for name in args.plan:
         values = {key: interval(read(args, name), key) for key in COLUMNS}
@@ -110,13 +138,24 @@ def table(args):
                                 for key, (mean, low, high) in values.items())))
     asked = [scores["name"] for clip in read(args, "source") for scores in clip]
     chance = dict(edited=np.mean([1 / len(ATTRIBUTES[name]) for name in asked]),
-                  kept=np.mean([1 / len(ATTRIBUTES[other]) for name in asked for other in ATTRIBUTES if other != name]),
-                  **{part: 1 / len(offsets) for part, offsets in MOTIONS.items()})
+                  kept=np.mean([1 / len(ATTRIBUTES[other]) for name in asked for other in ATTRIBUTES if other != name]))
     return "\n".join([*lines, row("chance", (f"{100 * chance[key]:.0f} %" if key in chance else "" for key in COLUMNS))])
 
 
+def verdicts(args):
+    """For each claim the difference it is about, over clips with the same seed: an interval above 0 says that it holds."""
+    lines = [row("claim", ("better", "worse", "score", "difference", "")), "|---|" + "---|" * 5]
+    for claim, better, worse, keys in CLAIMS:
+        for key in keys:
+            difference = np.subtract(*(means(read(args, name, SEEDS[:1]), key) for name in (better, worse)))
+            mean, low, high = (100 if key in PERCENT else 1) * np.array(bootstrap(difference))
+            says = "holds" if low > 0 else "the opposite holds" if high < 0 else "not told"
+            lines.append(row(claim, (better, worse, COLUMNS[key], f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", says)))
+    return "\n".join(lines)
+
+
 def by_attribute(args, name="full method"):
-    """How often each kind of edit is right, and edits to triples that were never trained on."""
+    """How often each kind of edit is right, and edits to triples that were never trained on; each seed counts."""
     edits = [scores for clip in read(args, name) for scores in clip]
     kinds = {attribute: [e for e in edits if e["name"] == attribute] for attribute in ATTRIBUTES}
     kinds |= {"held out": [e for e in edits if e["held_out"]]}
@@ -150,7 +189,7 @@ def costs(sd):
                       *(row(count, (f"{x:.2f}" for x in found)) for count, *found in cost.rows(sd))])
 
 
-def verbs(folder, sd, count=100):
+def verbs(folder, sd, count=200):
     """Do single images of the image net show what their captions say? Asked of CLIP, beside drawings, which are its ceiling."""
     eye, (scenes, drawn) = metrics.Features(folder / "clip"), measure.renders(count, "verbs")
     sampled = measure.sample(sd, scenes, sd.defaults.ddim_steps, sd.defaults.guidance)
@@ -189,7 +228,8 @@ def main():
     else:
         args.plan["full method"] = SEEDS
     every_clip(work, args, sd)
-    text = "\n\n".join([table(args), by_attribute(args)] + ([] if args.quick else [verbs(args.weights, sd), costs(sd)]))
+    text = "\n\n".join([table(args), by_attribute(args)] + ([] if args.quick else [
+        verdicts(args), verbs(args.weights, sd), costs(sd)]))
     (args.out / "claims.md").write_text(text + "\n")
     picture(args)
     print(text)

@@ -111,6 +111,6 @@ class Studio:
         return shares | dict(
             name=edit.name, held_out=world.is_held_out(edit.scene), edited=shares[edit.name],
             kept=sum(shares[name] for name in ATTRIBUTES if name != edit.name) / (len(ATTRIBUTES) - 1),
-            success=all(shares[name] > 0.5 for name in (edit.name, *MOTIONS)),      # in most of the frames
+            success=all(shares[name] > 0.5 for name in (edit.name, *MOTIONS, "moves")),      # in most of the frames
             all_pairs=metrics.consistency_all_pairs(features), neighbours=metrics.consistency_neighbours(features),
             text=metrics.textual_alignment(features, text))

@@ -1,4 +1,4 @@
-"""Says what a clip shows, by comparing it with drawings: no part of it is learned.
+"""Says what a clip shows, by comparing it with drawings: nothing in it is learned but the blur of the VAE.
 
 The true answer to an edit is known: the edited scene along the source's motion. Each question is put by drawing
 alternatives that differ in one thing, all else true, and finding for every frame the nearest. All drawings pass through
@@ -67,10 +67,15 @@ class Judge:
         """Clip x (f, 3, 64, 64), asked whether it is this scene in this motion: {question: share of frames}.
 
         Each attribute and each part of the motion is right in a frame if no alternative is nearer; unsaid parts of the
-        scene are taken to be as most frames show them. "look" is look()'s agreement.
+        scene are taken to be as most frames show them, and limbs are asked for where the figure should be. "look" is
+        look()'s agreement; "moves" is 1 if none of the true clip's frames, held still, is nearer to the clip than it.
         """
+        if not x.isfinite().all():
+            raise ValueError("A clip that is not finite shows nothing.")    # every comparison with NaN would choose the truth
         scene, agreement = self.look(x, scene)
-        shares = {"look": agreement}
+        true = self.draw(scene)[1]
+        still = (true[:, None] - x).square().sum((1, 2, 3, 4)).min()
+        shares = {"look": agreement, "moves": float((true - x).square().sum() < still)}
         for name, values in world.ATTRIBUTES.items():
             found = self.nearest(x, [self.draw(replace(scene, **{name: value})) for value in values])
             shares[name] = found.count(values.index(getattr(scene, name))) / len(x)
