@@ -48,6 +48,7 @@ def test_with_a_real_net_reconstruction_improves_with_steps(prediction):
 def test_the_walk_visits_the_official_timesteps():
     assert Schedule().pairs(50)[:2] == [(981, 961), (961, 941)] and Schedule().pairs(50)[-1] == (1, -19)
     assert Schedule().abar(torch.tensor([-19])) == Schedule().abar_table[0]
+    assert Schedule.from_json(dict(steps_offset=0)).pairs(50) == Schedule().pairs(50)      # an old config
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000])

@@ -20,6 +20,8 @@ def imports(path):
             if node.level == 1 or module.startswith("tinytav"):
                 module = module.removeprefix("tinytav").strip(".")
                 yield from [module] if module else (alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("tinytav.") for alias in node.names if alias.name.startswith("tinytav."))
 
 
 GRAPH = {path.stem: set(imports(path)) for path in (ROOT / "tinytav").glob("*.py") if path.stem != "__init__"}

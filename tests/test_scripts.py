@@ -12,7 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sample
 import tiny
+from tinytav import pipeline
+from tinytav.runs import Run
+from tinytav.weights import load
 
 ROOT = Path(__file__).parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores Ctrl-C, and so would its children
@@ -66,6 +70,13 @@ def test_steps_other_than_the_runs_are_inverted_anew(place):
     done = call(place, "sample.py", "--prompt", "a dog", "--steps", 2, "--out", "steps")
     assert "inverting" in done.stderr
     assert "inverting" not in call(place, "sample.py", "--prompt", "a dog", "--out", "steps").stderr
+
+
+def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(place):
+    run, sd = Run.open(place / "runs/clip"), load(place / "w")
+    net = sample.tuned_net(run, sd, run.settings)
+    noise = pipeline.last(pipeline.invert(net, sd.schedule, run.clip("cpu")[0], sd.encode_prompts([""]), run.settings["ddim_steps"]))
+    torch.testing.assert_close(run.read("inversion")["noise"], noise, atol=1e-5, rtol=1e-5)
 
 
 def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):

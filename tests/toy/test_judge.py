@@ -47,7 +47,7 @@ def test_a_wrong_edit_is_called_wrong_and_most_of_the_rest_right(judges, i, name
     wrong = replace(clip.scene, **{name: ATTRIBUTES[name][ATTRIBUTES[name].index(getattr(clip.scene, name)) - 1]})
     shares = judge.answers(judge.draw(wrong)[1], clip.scene)
     assert shares[name] <= 0.25 and shares["x"] > 0.5
-    assert sum(shares[other] for other in ATTRIBUTES if other != name) > 3.5
+    assert sum(shares[other] for other in ATTRIBUTES if other != name) > 5
 
 
 def test_motion_that_is_not_there_scores_as_chance_does(judges):
@@ -61,8 +61,17 @@ def test_motion_that_is_not_there_scores_as_chance_does(judges):
     assert mean(still, "x") < 0.55
     still = judged(judges, lambda views: [replace(view, camera=views[0].camera) for view in views])
     assert mean(still, "camera") < 0.6 and mean(still, "x") > 0.9
-    copied = judged(judges, lambda views: views[:1] * len(views))       # a still clip never succeeds
-    assert not any(all(shares[part] > 0.5 for part in MOTIONS) for shares in copied)
+
+
+def test_whichever_frame_is_held_still_the_clip_does_not_move(judges):
+    for judge, clip in zip(judges, CLIPS):
+        true = judge.draw(clip.scene)[1]
+        assert judge.answers(true, clip.scene)["moves"] == 1
+        for i in range(len(true)):
+            still = (true[i:i + 1] + 0.05 * torch.randn(1, *true.shape[1:])).expand_as(true)
+            assert judge.answers(still, clip.scene)["moves"] == 0
+    with pytest.raises(ValueError, match="not finite"):
+        judge.answers(true / 0, clip.scene)
 
 
 def test_look_agreement_tells_a_clip_of_many_looks(judges):
