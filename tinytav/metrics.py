@@ -2,10 +2,12 @@
 
     python -m tinytav.metrics runs/skiing
 
-All but PSNR see through a CLIP: the paper, LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14. Values of two
-CLIPs cannot be compared. A run's clips are measured as their mp4 files show them, in H.264 and, where small, enlarged:
-whoever has the files finds the same. Sources: the paper, section 4; LOVEU-TGVE, showlab/loveu-tgve-2023 run_eval.py;
-FateZero, ChenyangQiQi/FateZero frame_acc_tem_con.py; V2VBench, wenhao728/awesome-diffusion-v2v v2vbench/.
+All but PSNR see through a CLIP: LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14, FateZero through ViT-B/32.
+Values of two CLIPs cannot be compared, nor of two preparations: LOVEU-TGVE squashes frames to a square first, V2VBench cuts
+negative cosines to 0 and does not multiply by 100. A run's clips are measured as their mp4 files show them, in H.264 and,
+where small, enlarged: whoever has the files finds the same. Sources: the paper, section 4; LOVEU-TGVE,
+showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero frame_acc_tem_con.py; V2VBench,
+wenhao728/awesome-diffusion-v2v v2vbench/.
 """
 import argparse
 import math
