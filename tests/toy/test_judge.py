@@ -47,7 +47,7 @@ def test_a_wrong_edit_is_called_wrong_and_most_of_the_rest_right(judges, i, name
     wrong = replace(clip.scene, **{name: ATTRIBUTES[name][ATTRIBUTES[name].index(getattr(clip.scene, name)) - 1]})
     shares = judge.answers(judge.draw(wrong)[1], clip.scene)
     assert shares[name] <= 0.25 and shares["x"] > 0.5
-    assert sum(shares[other] for other in ATTRIBUTES if other != name) > 5
+    assert sum(shares[other] for other in ATTRIBUTES if other != name) >= 4        # of six
 
 
 def test_motion_that_is_not_there_scores_as_chance_does(judges):
