@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tinytav.config import InputError
 from tinytav.inflation import VideoUNet, inflate
-from tinytav.toy import claims, cost
+from tinytav.toy import claims, cost, results
 from tinytav.toy.experiment import TUNED
 from tinytav.unet import UNet, UNetConfig
 
@@ -56,10 +56,10 @@ def test_each_kind_of_edit_is_counted_apart(args):
 
 
 def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
-    claims.same_settings(tmp_path / "out/settings.json", dict(steps=1))
-    claims.same_settings(tmp_path / "out/settings.json", dict(steps=1))
+    results.same_settings(tmp_path / "out/settings.json", dict(steps=1))
+    results.same_settings(tmp_path / "out/settings.json", dict(steps=1))
     with pytest.raises(InputError, match="other weights or settings"):
-        claims.same_settings(tmp_path / "out/settings.json", dict(steps=2))
+        results.same_settings(tmp_path / "out/settings.json", dict(steps=2))
 
 
 def test_the_official_code_tunes_70_tensors_of_stable_diffusion_for_112():
@@ -70,10 +70,10 @@ def test_the_official_code_tunes_70_tensors_of_stable_diffusion_for_112():
 
 def test_a_picture_has_a_named_row_for_each_variant(tmp_path):
     rows = {"a": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "b": torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)}
-    claims.labelled(tmp_path / "x.png", rows)
+    results.labelled(tmp_path / "x.png", rows)
     picture = Image.open(tmp_path / "x.png")
-    assert picture.size == (claims.MARGIN + 16, 16)
-    assert [picture.getpixel((claims.MARGIN + 15, y)) for y in (7, 8)] == [(0, 0, 0), (200, 200, 200)]
+    assert picture.size == (results.MARGIN + 16, 16)
+    assert [picture.getpixel((results.MARGIN + 15, y)) for y in (7, 8)] == [(0, 0, 0), (200, 200, 200)]
 
 
 def test_sparse_causal_attention_grows_with_the_frames_and_full_attention_with_their_square():

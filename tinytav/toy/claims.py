@@ -5,24 +5,18 @@
 Every test clip is edited in four ways by every variant of the method, and the judge says what came out. What is finished
 stays in the folder, so a run that was stopped goes on. Writes the tables claims.md and the picture claims.png.
 """
-import argparse
 import json
-from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tinytav import cli, frames, metrics, weights
-from tinytav.config import InputError
+from tinytav import cli, metrics, weights
 from tinytav.toy import cost, measure
 from tinytav.toy.experiment import FRAMES, Studio, Variant, make_clip
 from tinytav.toy.judge import MOTIONS, Judge
+from tinytav.toy.results import every_clip, labelled, parser, row, write
 from tinytav.toy.world import ATTRIBUTES
-from tinytav.weights import read_json
 
 VARIANTS = {
     "full method": Variant(),
@@ -59,7 +53,6 @@ ROBUST = (("full method", "no inversion", "x", 0.2), ("full method", "no inversi
 COLUMNS = dict(success="success", edited="edit right", kept="rest kept", phase="limbs", x="position", camera="camera",
                look="look agrees", psnr="PSNR", all_pairs="all pairs", neighbours="neighbours", text="text")
 PERCENT = ("success", "edited", "kept", *MOTIONS, "look")
-MARGIN = 150        # pixels before a picture's rows, for their names
 
 
 def work(args, i):
@@ -78,29 +71,6 @@ def work(args, i):
     for variant, seed, name in sorted(jobs, key=str):           # so that those which share a net stand together
         write(folder, f"{name}-{seed}", lambda: studio.edit(variant, seed), studio)
     return i
-
-
-def same_settings(file, settings):
-    """Raises InputError if what lies in the folder was made with others."""
-    if file.exists() and read_json(file) != settings:
-        raise InputError(f"{file.parent} holds results of other weights or settings: name another folder with --out.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    frames.replace(file, lambda temporary: Path(temporary).write_text(json.dumps(settings, indent=2) + "\n"))
-
-
-def write(folder, name, make, studio):
-    """make() -> frames (edits, f, 3, 64, 64), kept in name.safetensors, and what is said of them in name.json.
-
-    What is there is not made again; a .json that is deleted is written anew.
-    """
-    clips, scores = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if not clips.exists():
-        results = ((make() + 1) * 127.5).round().to(torch.uint8).contiguous()
-        folder.mkdir(parents=True, exist_ok=True)
-        frames.replace(clips, lambda file: save_file(dict(frames=results), file))
-    if not scores.exists():
-        found = json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1))
-        frames.replace(scores, lambda file: Path(file).write_text(found))
 
 
 # ---- Tables and the picture -------------------------------------------------------------------------------------------
@@ -123,10 +93,6 @@ def means(clips, key):
 def bootstrap(means):
     resampled = means[np.random.default_rng(0).integers(len(means), size=(2000, len(means)))].mean(1)
     return means.mean(), *np.percentile(resampled, (2.5, 97.5))
-
-
-def row(name, values):
-    return f"| {name} | " + " | ".join(values) + " |"
 
 
 def table(args):
@@ -171,17 +137,6 @@ def picture(args, clip=0, edit=0):
                                        for name, seeds in args.plan.items()})
 
 
-def labelled(path, rows):
-    """{name: pictures (n, 3, h, w) uint8} -> PNG, a row each, its name before it."""
-    strips = np.stack([x.permute(2, 0, 3, 1).flatten(1, 2).numpy() for x in rows.values()])        # (rows, h, n w, 3)
-    height = strips.shape[1]
-    image = Image.new("RGB", (MARGIN + strips.shape[2], len(rows) * height), "white")
-    for i, (name, strip) in enumerate(zip(rows, strips)):
-        image.paste(Image.fromarray(strip), (MARGIN, i * height))
-        ImageDraw.Draw(image).text((4, i * height + height // 2 - 6), name, "black")
-    frames.replace(path, lambda file: image.save(file, "PNG"))
-
-
 def costs(sd):
     """What attention costs in operations, in what a tuning step keeps, and in time for one call of the net."""
     kinds = [f"{attention}, {unit}" for unit in ("GFLOP", "MB", "s") for attention in ("ST-Attn", "full")]
@@ -196,25 +151,6 @@ def verbs(folder, sd, count=200):
     lines = [row("single images, seen by CLIP", ATTRIBUTES), "|---|" + "---|" * len(ATTRIBUTES)]
     return "\n".join(lines + [row(what, (f"{100 * measure.accuracy(eye, name, scenes, x):.0f} %" for name in ATTRIBUTES))
                               for what, x in (("drawings", drawn), ("the U-Net's", sampled))])
-
-
-def parser(description, out, clips):
-    """The flags that claims and sweep have in common."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--weights", type=Path, default=Path("weights/toy"), help=" ")
-    p.add_argument("--out", type=Path, default=Path(out), help="folder for what is made")
-    p.add_argument("--clips", type=int, default=clips, help=" ")
-    p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
-    return p
-
-
-def every_clip(work, args, sd):
-    """work(args, i) for each clip, with the weights' own settings as args.settings."""
-    args.settings = vars(sd.defaults)
-    same_settings(args.out / "settings.json", args.settings | dict(fingerprint=sd.fingerprint))
-    with get_context("spawn").Pool(args.processes) as pool:
-        for i in pool.imap_unordered(partial(work, args), range(args.clips)):
-            print(f"clip {i} is done", flush=True)
 
 
 def main():

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tinytav import cli, weights
-from tinytav.toy.claims import every_clip, labelled, parser, row, write
 from tinytav.toy.experiment import Studio, make_clip
+from tinytav.toy.results import every_clip, labelled, parser, row, write
 
 STEPS, RATES, GUIDANCES = (20, 80), (3e-4, 3e-3), (1., 3., 6., 12.)
 
