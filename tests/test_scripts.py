@@ -1,4 +1,5 @@
 """The two commands as a user runs them, on a tiny checkpoint of filled weights."""
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import tiny
+from hardening.warm import Warm
 from tinytav import pipeline
 from tinytav.runs import Run
 from tinytav.weights import load
@@ -22,14 +24,17 @@ ROOT = Path(__file__).parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores Ctrl-C, and so would its children
 
 
+warm = functools.cache(Warm)
+
+
 def command(script, *args):
     return [sys.executable, str(ROOT / script), *map(str, args)]
 
 
 def call(cwd, script, *args, status=0):
-    done = subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == status, done.stdout + done.stderr
+    """Runs a script in a fork of one interpreter that has imported torch: as a process of its own, but at once."""
+    done = warm()(cwd, script, *args, limit=300)
+    assert done.status == status, done.out + done.err
     return done
 
 
@@ -68,8 +73,8 @@ def test_sampling_several_prompts_writes_a_clip_a_gif_and_a_strip_each(place):
 
 def test_steps_other_than_the_runs_are_inverted_anew(place):
     done = call(place, "sample.py", "--prompt", "a dog", "--steps", 2, "--out", "steps")
-    assert "inverting" in done.stderr
-    assert "inverting" not in call(place, "sample.py", "--prompt", "a dog", "--out", "steps").stderr
+    assert "inverting" in done.err
+    assert "inverting" not in call(place, "sample.py", "--prompt", "a dog", "--out", "steps").err
 
 
 def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(place):
@@ -157,15 +162,15 @@ def test_ctrl_c_stops_the_inversion_after_tuning_too(place):
 def test_errors_are_sentences_and_leave_nothing(place, script, args, message):
     weights = [] if script == "sample.py" or "--resume" in args else ["--weights", "w", "--out", "bad"]
     done = call(place, script, *args, *weights, status=2)
-    assert any(part in done.stderr for part in message.split("|")) and "Traceback" not in done.stderr
+    assert any(part in done.err for part in message.split("|")) and "Traceback" not in done.err
     assert not (place / "bad").exists()
 
 
 def test_weights_that_are_absent_or_other_than_the_runs_are_refused(place):
-    assert "No weights at none" in call(place, "train.py", "clip.mp4", "x", "--weights", "none", status=2).stderr
+    assert "No weights at none" in call(place, "train.py", "clip.mp4", "x", "--weights", "none", status=2).err
     other = tiny.write_folder(place / "other", dtype=torch.float16)
     done = call(place, "sample.py", "--prompt", "x", "--run", "runs/clip", "--weights", other, status=2)
-    assert "made with other weights" in done.stderr
+    assert "made with other weights" in done.err
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -185,7 +190,7 @@ def test_a_resumed_run_keeps_its_settings(place):
     settings = json.loads((place / "runs/clip/run.json").read_text())
     (place / "kept/run.json").write_text(json.dumps(settings | {"finished": 0}))
     done = call(place, "train.py", "--resume", "kept", "--lr", "1e-4", "--seed", "33", status=2)
-    assert "leave out lr, seed" in done.stderr
+    assert "leave out lr, seed" in done.err
 
 
 def test_a_run_is_not_overwritten_by_a_second_one_nor_its_files_by_a_prompt(place):
@@ -196,7 +201,7 @@ def test_a_run_is_not_overwritten_by_a_second_one_nor_its_files_by_a_prompt(plac
     call(place, "train.py", "clip.mp4", "a cat", "--weights", "w", "--out", "two", "--attention", "causal")
     assert json.loads((place / "two/clip-2/run.json").read_text())["prompt"] == "a cat"
     done = call(place, "sample.py", "--run", "two/clip-2", "--prompt", "a dog", "--attention", "full")
-    assert "inverting" in done.stderr
+    assert "inverting" in done.err
 
 
 def edited(place, name, **changes):
@@ -215,7 +220,7 @@ def edited(place, name, **changes):
 def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):
     run = edited(place, f"edited{abs(hash(str(changes)))}", **changes)
     done = call(place, "sample.py", "--run", run, "--prompt", "x", "--no-inversion", status=2)
-    assert message in done.stderr and "Traceback" not in done.stderr
+    assert message in done.err and "Traceback" not in done.err
 
 
 def test_a_bad_neighbour_does_not_hide_the_newest_run(place, tmp_path):
@@ -223,22 +228,22 @@ def test_a_bad_neighbour_does_not_hide_the_newest_run(place, tmp_path):
     shutil.copytree(place / "w", tmp_path / "w")
     tiny.save_json(tmp_path / "runs/bad/run.json", {})
     done = call(tmp_path, "sample.py", "--prompt", "x")
-    assert "run: runs/good" in done.stdout and "passed over: runs/bad/run.json" in done.stderr
+    assert "run: runs/good" in done.out and "passed over: runs/bad/run.json" in done.err
 
 
 def test_an_unfinished_run_is_not_sampled_but_resumed(place):
     run = edited(place, "unfinished", finished=0)
     for name in ("tuned", "inversion"):
         (place / run / f"{name}.safetensors").unlink()
-    assert "train.py --resume unfinished" in call(place, "sample.py", "--run", run, "--prompt", "x", status=2).stderr
+    assert "train.py --resume unfinished" in call(place, "sample.py", "--run", run, "--prompt", "x", status=2).err
     torch_file = {"step": torch.tensor(1), "losses": torch.zeros(1)}
     save_file(torch_file, place / run / "state.safetensors")
-    assert "does not fit" in call(place, "train.py", "--resume", run, status=2).stderr
+    assert "does not fit" in call(place, "train.py", "--resume", run, status=2).err
 
 
 def test_another_prediction_than_the_runs_is_refused(place):
     done = call(place, "sample.py", "--run", "runs/clip", "--prompt", "x", "--prediction", "v", status=2)
-    assert "made with other weights" in done.stderr
+    assert "made with other weights" in done.err
 
 
 def test_weights_of_a_small_world_warn_once_of_what_they_cannot_draw(place):
@@ -246,11 +251,11 @@ def test_weights_of_a_small_world_warn_once_of_what_they_cannot_draw(place):
     tiny.save_json(world / "defaults.json", tiny.DEFAULTS | {"draws": "a man who is skiing"})
     tiny.write_clip(world / "clip.mp4")
     done = call(place, "train.py", "world/clip.mp4", "a man is skiing", "--weights", "world", "--out", "small")
-    assert "warning" not in done.stderr
+    assert "warning" not in done.err
     done = call(place, "sample.py", "--run", "small/clip", "--prompt", "a dragon is skiing")
-    assert done.stderr.count("warning: world may not know 'dragon': it draws a man who is skiing") == 1
+    assert done.err.count("warning: world may not know 'dragon': it draws a man who is skiing") == 1
     done = call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "world", "--out", "small")
-    assert "may not know clip.mp4" in done.stderr
+    assert "may not know clip.mp4" in done.err
 
 
 def test_help_fits_one_screen():
