@@ -24,7 +24,7 @@ def rows(sd):
 
 @torch.no_grad()
 def gflop(net, latent_shape, context_shape):
-    """10^9 operations of the two products in all of a call's self-attentions, a multiplication and an addition being two."""
+    """10^9 operations of the two products in all attn1 of a call (not cross- or temporal attention); a multiply-add is two."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         VideoUNet(net.cfg, net.frames, net.attention)(torch.empty(latent_shape), torch.empty(1), torch.empty(context_shape))
     return sum(ops.get(torch.ops.aten.bmm, 0) for name, ops in counter.get_flop_counts().items() if name.endswith("attn1")) / 1e9
