@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tinytav import cli, frames, pipeline
-from tinytav.config import InputError
+from tinytav import cli, pipeline
+from tinytav.files import frames
+from tinytav.stable_diffusion.config import InputError
 from tinytav.inflation import LOOKS_AT, inflate
-from tinytav.runs import Run, new_name, slug
+from tinytav.files.runs import Run, new_name, slug
 
 
 def arguments():

@@ -10,10 +10,12 @@ import torch
 from tqdm import tqdm
 
 import tinytav
-from tinytav import cli, frames, memory, pipeline, runs, tuning
-from tinytav.config import InputError
+from tinytav import cli, pipeline, tuning
+from tinytav.files import frames, runs
+from tinytav.measure import memory
+from tinytav.stable_diffusion.config import InputError
 from tinytav.inflation import LOOKS_AT, VideoUNet, inflate
-from tinytav.runs import Run
+from tinytav.files.runs import Run
 
 SETTINGS = ("size", "frames", "start", "stride", "steps", "lr", "attention", "norm", "seed", "preview")
 

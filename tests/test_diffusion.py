@@ -3,11 +3,13 @@ import pytest
 import torch
 
 from tiny import UNET, filled
-from tinytav import ddim, pipeline, runs, tuning
-from tinytav.config import InputError
-from tinytav.ddim import Schedule
+from tinytav.stable_diffusion import ddim
+from tinytav import pipeline, tuning
+from tinytav.files import runs
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.inflation import inflate
-from tinytav.unet import UNet, UNetConfig
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
 
 PREDICTIONS = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 

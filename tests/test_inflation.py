@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from tiny import UNET, filled
-from tinytav import memory, tuning
-from tinytav.config import InputError
-from tinytav.ddim import Schedule
+from tinytav.measure import memory
+from tinytav import tuning
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.inflation import LOOKS_AT, SpatioTemporalAttention, VideoUNet, inflate
-from tinytav.unet import Attention, UNet, UNetConfig
+from tinytav.stable_diffusion.unet import Attention, UNet, UNetConfig
 
 FRAMES = 4
 

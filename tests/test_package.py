@@ -1,4 +1,4 @@
-"""What is true of the package as a whole."""
+"""What is true of the package as a whole: which way imports run, what is imported, and what is never done."""
 import ast
 import re
 import subprocess
@@ -9,65 +9,97 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "tinytav").rglob("*.py"))
-READING = "tokenizer text_encoder vae unet inflation ddim tuning pipeline".split()
+SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
+# The floors of the package, from the ground up. A module imports only from its own floor and the floors below it.
+FLOORS = [
+    ["tinytav.stable_diffusion"],
+    ["tinytav.inflation", "tinytav.tuning", "tinytav.pipeline", "tinytav.files", "tinytav.cli"],
+    ["tinytav.measure", "train", "sample"],
+    ["tinytav.toy"],
+    ["tinytav.claims"],
+]
+
+
+def name_of(path):
+    """tinytav/files/runs.py -> "tinytav.files.runs"; a package has the name of its folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in [*PACKAGE, *SCRIPTS]}
 
 
 def imports(path):
-    """Modules of ours that a file imports, by dotted name below tinytav."""
+    """The modules of ours that a file imports, anywhere in it, by their full names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 1 or module.startswith("tinytav"):
-                module = module.removeprefix("tinytav").strip(".")
-                yield from [module] if module else (alias.name for alias in node.names)
+            assert node.level == 0, f"{path}: imports are written in full"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
         elif isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("tinytav.") for alias in node.names if alias.name.startswith("tinytav."))
+            yield from (alias.name for alias in node.names)
 
 
-GRAPH = {path.stem: set(imports(path)) for path in (ROOT / "tinytav").glob("*.py") if path.stem != "__init__"}
+GRAPH = {name: {module for module in imports(path) if module in MODULES and module != "tinytav"}
+         for name, path in MODULES.items()}
+FACES = {"tinytav", "tinytav.__main__"}         # they hand on names, and import from every floor
+
+
+def floor_of(module):
+    """The number of the floor that a module stands on."""
+    for number, places in enumerate(FLOORS):
+        if any(module == place or module.startswith(f"{place}.") for place in places):
+            return number
+    raise AssertionError(f"{module} stands on no floor")
+
+
+def test_the_graph_sees_the_subfolders():
+    assert "tinytav.stable_diffusion.config" in GRAPH["tinytav.stable_diffusion.unet"]
+    assert {floor_of(name) for name in GRAPH.keys() - FACES} == set(range(len(FLOORS)))
+
+
+@pytest.mark.parametrize("module", sorted(GRAPH.keys() - FACES))
+def test_a_module_imports_from_its_own_floor_and_below(module):
+    above = {other for other in GRAPH[module] if floor_of(other) > floor_of(module)}
+    assert not above, f"{module} imports {above} from a floor above it"
 
 
 def test_imports_have_no_circle():
-    done = set()
-    while ready := {name for name, needs in GRAPH.items() if name not in done and needs & GRAPH.keys() <= done}:
+    done = set(FACES)
+    while ready := {name for name, needs in GRAPH.items() if name not in done and needs <= done}:
         done |= ready
     assert done == GRAPH.keys(), f"a circle among {GRAPH.keys() - done}"
 
 
-def test_the_leaves_import_only_config():
-    for name in ("tokenizer", "text_encoder", "vae", "unet", "ddim", "frames"):
-        assert GRAPH[name] == {"config"}, name
-    assert GRAPH["inflation"] == {"config", "unet"}
+def test_the_video_unet_needs_the_image_unet_and_nothing_else():
+    assert GRAPH["tinytav.inflation"] == {"tinytav.stable_diffusion.config", "tinytav.stable_diffusion.unet"}
 
 
-def test_nothing_outside_toy_imports_toy():
-    for path in (*PACKAGE, ROOT / "train.py", ROOT / "sample.py"):
-        if "toy" not in path.parts:
-            assert not any("toy" in name.split(".") for name in imports(path)), path
+def test_the_package_works_without_toy_and_claims():
+    """The face hands on no name of theirs, so the core does not need them."""
+    assert not any(module.startswith(("tinytav.toy", "tinytav.claims")) for module in imports(MODULES["tinytav"]))
 
 
 def test_nothing_is_unpickled():
-    for path in (*PACKAGE, ROOT / "train.py", ROOT / "sample.py"):
+    for path in MODULES.values():
         assert not re.search(r"torch\.load\(|import pickle|\bexec\(", path.read_text()), path
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES.values(), ids=MODULES)
 def test_only_the_projects_packages_are_imported(path):
     allowed = {"torch", "safetensors", "numpy", "PIL", "av", "tokenizers", "tqdm", "tinytav"} | set(sys.stdlib_module_names)
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
-            [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
         assert {name.split(".")[0] for name in names} <= allowed
 
 
-def test_importing_the_models_needs_no_video_library():
-    code = "import sys, tinytav, tinytav.toy; sys.exit('av' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_functions_are_short_and_the_reading_files_are_an_evening():
-    for path in PACKAGE:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name}"
-    assert sum(len((ROOT / f"tinytav/{name}.py").read_text().splitlines()) for name in READING) < 1000
+def test_the_commands_are_listed_and_an_unknown_one_is_refused():
+    done = subprocess.run([sys.executable, "-m", "tinytav"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "bench" in done.stdout and "claims" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "tinytav", "paint"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no command 'paint'" in done.stderr and "Traceback" not in done.stderr

@@ -6,13 +6,13 @@ import torch
 
 from tiny import DATA, close, fill, filled, reference
 from tinytav import pipeline, tuning
-from tinytav.ddim import Schedule
-from tinytav.image_encoder import CLIP, CLIPConfig
+from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.inflation import VideoUNet
-from tinytav.text_encoder import TextEncoder, TextEncoderConfig
-from tinytav.tokenizer import Tokenizer
-from tinytav.unet import UNet, UNetConfig
-from tinytav.vae import VAE, VAEConfig
+from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from tinytav.stable_diffusion.tokenizer import Tokenizer
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
+from tinytav.stable_diffusion.vae import VAE, VAEConfig
 
 
 def assert_keys(model, name):

@@ -17,8 +17,8 @@ import sample
 import tiny
 from hardening.warm import Warm
 from tinytav import pipeline
-from tinytav.runs import Run
-from tinytav.weights import load
+from tinytav.files.runs import Run
+from tinytav.stable_diffusion.checkpoint import load
 
 ROOT = Path(__file__).parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores Ctrl-C, and so would its children
@@ -64,7 +64,7 @@ def test_sampling_several_prompts_writes_a_clip_a_gif_and_a_strip_each(place):
     call(place, "sample.py", "--prompt", "a panda is skiing", "../../etc/x", "", "--out", "out")
     stems = ("a-panda-is-skiing", "etc-x", "empty")
     assert {p.name for p in (place / "out").iterdir()} == {f"{stem}{end}" for stem in stems for end in (".mp4", ".gif", ".png")}
-    from tinytav import frames
+    from tinytav.files import frames
     assert frames.title(place / "out/etc-x.mp4") == "../../etc/x" and frames.title(place / "out/empty.mp4") == ""
     call(place, "sample.py", "--prompt", "a panda is skiing", "--out", "out")
     assert (place / "out/a-panda-is-skiing-2.mp4").exists()                 # nothing is overwritten
@@ -86,7 +86,7 @@ def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(plac
 
 def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
     call(place, "sample.py", "--prompt", "a dog", "--no-inversion", "--frames", 5, "--size", 16, "--out", "free")
-    from tinytav import frames
+    from tinytav.files import frames
     assert frames.read(place / "free/a-dog-no-inversion.mp4", 16, 4, 5)[0].shape == (5, 3, 16, 16)
     call(place, "sample.py", "--prompt", "a dog", "--frames", 5, status=2)
 

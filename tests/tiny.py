@@ -47,7 +47,7 @@ def save_json(path, d):
 
 def write_folder(path, dtype=torch.float32):
     """A whole Stable Diffusion folder of about 0.2 M parameters, 3 frames of 32x32 by default."""
-    from tinytav.weights import MODELS
+    from tinytav.stable_diffusion.checkpoint import MODELS
     configs = dict(unet=UNET, vae=VAE, text_encoder=TEXT)
     for name, (Model, Config) in MODELS.items():
         save_json(path / name / "config.json", configs[name])
@@ -64,7 +64,7 @@ def write_folder(path, dtype=torch.float32):
 def write_clip(path, frames=6, size=(48, 40)):
     """A short mp4 of coloured bars on the move."""
     import numpy as np
-    from tinytav.frames import write_mp4
+    from tinytav.files.frames import write_mp4
     i, y, x = np.mgrid[:frames, :size[1], :size[0]]
     colours = np.stack([np.sin(x / 5 + i), np.cos(y / 7 - i), np.sin((x + y) / 9 + 2 * i)], axis=1)
     write_mp4(path, torch.from_numpy(colours).float(), fps=12)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .config import PRECISIONS, InputError
-from .weights import PREDICTIONS, default_path, load
+from tinytav.stable_diffusion.config import PRECISIONS, InputError
+from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load
 
 SOURCE = ("weights", "tokenizer", "prediction")         # what tells where the weights come from
 

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from .config import InputError
-from .unet import Attention, TransformerBlock, UNet
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.unet import Attention, TransformerBlock, UNet
 
 # Frame i takes keys and values from these frames (section 3.2 and figure 4; the others are there for comparison).
 LOOKS_AT = {

@@ -4,7 +4,7 @@
 """
 import torch
 
-from .ddim import move
+from tinytav.stable_diffusion.ddim import move
 
 PIXELS = 2 ** 20        # how many pixels go through the VAE at once
 

@@ -5,7 +5,7 @@ Step k's randomness is a function of (seed, k), so a resumed run needs no saved 
 import torch
 from torch.nn import functional as F
 
-from .config import InputError
+from tinytav.stable_diffusion.config import InputError
 
 FP16_SCALE = 4096.      # keeps fp16's gradients off its subnormal numbers; constant, so that it need not be resumed
 

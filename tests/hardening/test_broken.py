@@ -9,13 +9,14 @@ import torch
 import trial
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tinytav import cli, frames
-from tinytav.config import InputError
-from tinytav.ddim import Schedule
-from tinytav.text_encoder import TextEncoderConfig
-from tinytav.tokenizer import Tokenizer
-from tinytav.unet import UNetConfig
-from tinytav.weights import load, read_json
+from tinytav import cli
+from tinytav.files import frames
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.text_encoder import TextEncoderConfig
+from tinytav.stable_diffusion.tokenizer import Tokenizer
+from tinytav.stable_diffusion.unet import UNetConfig
+from tinytav.stable_diffusion.checkpoint import load, read_json
 from warm import ROOT
 
 

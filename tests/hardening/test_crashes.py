@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tinytav import inflate, memory, runs
-from tinytav.config import InputError
-from tinytav.frames import replace
-from tinytav.weights import load
+from tinytav import inflate
+from tinytav.measure import memory
+from tinytav.files import runs
+from tinytav.stable_diffusion.config import InputError
+from tinytav.files.frames import replace
+from tinytav.stable_diffusion.checkpoint import load
 from warm import ROOT, Touches, Warm
 
 NEW = {"new": torch.ones(50_000)}        # made here: in a fork, torch's threads are gone and more than one would be waited for

@@ -44,7 +44,7 @@ class Warm:
 def serve():
     """The warm process: one JSON job a line, each answered by a line."""
     sys.path.insert(0, str(ROOT))
-    import av, torch, tqdm, tinytav, tinytav.cli, tinytav.frames, tinytav.memory, tinytav.runs      # noqa: E401, F401
+    import av, torch, tqdm, tinytav, tinytav.cli, tinytav.files.frames, tinytav.files.runs, tinytav.measure.memory      # noqa: E401, F401
     import torch._dynamo, torch._inductor.config                           # what the optimizer would import
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -1,10 +1,10 @@
-"""Writes the example clips that lie in weights/toy: python -m tinytav.toy.examples --out weights/toy."""
+"""Writes the example clips that lie in weights/toy: python -m tinytav examples --out weights/toy."""
 import argparse
 from pathlib import Path
 
 import torch
 
-from tinytav import frames
+from tinytav.files import frames
 from tinytav.toy import draw, world
 from tinytav.toy.world import Look, Motion, Scene, View
 
@@ -30,7 +30,3 @@ def main():
     for name, scene in CLIPS.items():
         write(args.out, name, scene)
         print(f"{args.out / name}.mp4: {world.caption(scene)}")
-
-
-if __name__ == "__main__":
-    main()

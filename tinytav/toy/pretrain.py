@@ -1,8 +1,8 @@
 """Pre-trains a small Stable Diffusion on the toy world: CLIP, then the VAE, then the U-Net.
 
-    python -m tinytav.toy.pretrain clip --minutes 20
-    python -m tinytav.toy.pretrain vae  --minutes 40
-    python -m tinytav.toy.pretrain unet --minutes 90
+    python -m tinytav pretrain clip --minutes 20
+    python -m tinytav pretrain vae  --minutes 40
+    python -m tinytav pretrain unet --minutes 90
 
 Each stage trains for the time it is given, on pictures drawn beforehand, and writes its part of a folder in the form in
 which Stable Diffusion is published. A stage that was killed goes on where it was when it is started again. The learning
@@ -29,14 +29,14 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 
-from tinytav.ddim import Schedule
-from tinytav.image_encoder import CLIP, CLIPConfig
-from tinytav.text_encoder import TextEncoder, TextEncoderConfig
-from tinytav.tokenizer import BEGIN, END, WORDS, Tokenizer
+from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
+from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from tinytav.stable_diffusion.tokenizer import BEGIN, END, WORDS, Tokenizer
 from tinytav.toy import draw, world
-from tinytav.unet import UNet, UNetConfig
-from tinytav.vae import VAE, VAEConfig
-from tinytav.weights import build, read_component
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
+from tinytav.stable_diffusion.vae import VAE, VAEConfig
+from tinytav.stable_diffusion.checkpoint import build, read_component
 
 SIZE, LENGTH = 64, 32     # pixels along a picture's side; tokens in a prompt
 TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128,

@@ -1,0 +1,36 @@
+"""The method works on the weights that lie here: an edit moves towards its prompt and keeps the clip's motion."""
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinytav.stable_diffusion import checkpoint
+from tinytav.toy.examples import CLIPS, MOTION
+from tinytav.claims.experiment import Clip, Edit, Studio, Variant
+from tinytav.claims.judge import MOTIONS
+
+SCENE = CLIPS["skiing"]
+TOY = Path(__file__).parents[2] / "weights/toy"
+EDITS = [Edit("subject", replace(SCENE, subject="panda")), Edit("place", replace(SCENE, place="beach"))]
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio(TOY, Clip(SCENE, MOTION, EDITS), vars(checkpoint.load(TOY).defaults))
+
+
+def test_the_true_edit_succeeds_and_neither_the_source_nor_a_still_copy_does(studio):
+    true = torch.stack([studio.judge.draw(edit.scene)[1] for edit in EDITS])
+    for score in studio.score(true):
+        assert score["success"] and score["edited"] > 0.8 and score["kept"] > 0.8
+    for wrong in (torch.stack([studio.source] * len(EDITS)), true[:, 4:5].expand_as(true)):
+        assert not any(score["success"] for score in studio.score(wrong))
+
+
+def test_an_edit_moves_towards_its_prompt_and_keeps_the_motion(studio):
+    source = studio.score(torch.stack([studio.source] * len(EDITS)))
+    for before, after in zip(source, studio.score(studio.edit(Variant(), seed=33))):
+        assert before["edited"] < 0.2 and after["edited"] > 0.6 and after["kept"] > 0.8
+        assert after["text"] > before["text"] + 5
+        assert all(after[part] > 0.6 for part in MOTIONS), after

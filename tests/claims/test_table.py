@@ -1,0 +1,84 @@
+"""The claims' arithmetic, on scores written by hand, and what attention costs."""
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tinytav.stable_diffusion.config import InputError
+from tinytav.inflation import VideoUNet, inflate
+from tinytav.claims import cost, results, table
+from tinytav.claims.experiment import TUNED
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
+
+SCORE = dict.fromkeys(table.COLUMNS, 0.5) | dict(name="place", held_out=False)
+
+
+@pytest.fixture
+def args(tmp_path):
+    """Two clips of two edits each: in the first clip one succeeds, in the second none."""
+    for i, successes in enumerate([(1, 0), (0, 0)]):
+        (tmp_path / str(i)).mkdir()
+        for name in ("source", "full method"):
+            scores = [SCORE | dict(success=success, held_out=i == 1) for success in successes]
+            (tmp_path / f"{i}/{name}-33.json").write_text(json.dumps(scores))
+    return Namespace(out=tmp_path, clips=2, plan={"source": (33,), "full method": (33,)})
+
+
+def test_a_mean_is_over_clips_and_its_interval_spans_them(args):
+    mean, low, high = table.interval(table.read(args, "full method"), "success")
+    assert (mean, low, high) == (0.25, 0, 0.5)
+    assert table.interval(table.read(args, "full method"), "psnr") == (0.5, 0.5, 0.5)
+
+
+def test_the_table_has_a_row_a_variant_and_the_level_of_chance(args):
+    heads, _, source, full, chance = table.table(args).splitlines()
+    assert heads.count("|") == full.count("|") == chance.count("|")
+    assert full.startswith("| full method | 25 % (0–50) | 50 % (50–50) |")
+    assert chance.startswith("| chance |  | 17 % |") and "| 26 % |" in chance        # place: one of six; the others
+
+
+def test_a_claim_holds_where_the_difference_on_the_same_clips_is_above_chance(args, monkeypatch):
+    monkeypatch.setattr(table, "CLAIMS", (("moving wins", "full method", "source", ("success", "phase", "psnr")),))
+    for i, values in enumerate([(0.5, 0.25), (0.75, 0.5)]):
+        (args.out / f"{i}/full method-33.json").write_text(json.dumps([SCORE | dict(phase=value, psnr=0.25) for value in values]))
+        (args.out / f"{i}/source-33.json").write_text(json.dumps([SCORE | dict(phase=value - 0.25) for value in values]))
+    *_, success, phase, psnr = table.verdicts(args).splitlines()
+    assert success.endswith("| success | +0.0 (+0.0 to +0.0) | not told |")
+    assert phase.endswith("| limbs | +25.0 (+25.0 to +25.0) | holds |")
+    assert psnr.endswith("| PSNR | -0.2 (-0.2 to -0.2) | the opposite holds |")
+
+
+def test_each_kind_of_edit_is_counted_apart(args):
+    lines = table.by_attribute(args).splitlines()
+    assert lines[2:] == ["| place | 4 | 50 % | 25 % |", "| held out | 2 | 50 % | 0 % |"]
+
+
+def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
+    results.same_settings(tmp_path / "out/settings.json", dict(steps=1))
+    results.same_settings(tmp_path / "out/settings.json", dict(steps=1))
+    with pytest.raises(InputError, match="other weights or settings"):
+        results.same_settings(tmp_path / "out/settings.json", dict(steps=2))
+
+
+def test_the_official_code_tunes_70_tensors_of_stable_diffusion_for_112():
+    with torch.device("meta"):
+        net = VideoUNet(UNetConfig(), 8)
+    assert {name: len(tensors(net)) for name, tensors in TUNED.items()} == {"the paper's": 112, "official": 70, "all": 686 + 112}
+
+
+def test_a_picture_has_a_named_row_for_each_variant(tmp_path):
+    rows = {"a": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "b": torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)}
+    results.labelled(tmp_path / "x.png", rows)
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.size == (results.MARGIN + 16, 16)
+    assert [picture.getpixel((results.MARGIN + 15, y)) for y in (7, 8)] == [(0, 0, 0), (200, 200, 200)]
+
+
+def test_sparse_causal_attention_grows_with_the_frames_and_full_attention_with_their_square():
+    net = UNet(UNetConfig.from_json(json.loads((Path(__file__).parents[2] / "weights/toy/unet/config.json").read_text())))
+    gflop = {(count, attention): cost.gflop(inflate(net, count, attention), (1, 4, count, 16, 16), (1, 77, net.cfg.cross_attention_dim))
+             for count in (4, 8) for attention in ("sparse-causal", "full")}
+    assert 0 < gflop[8, "sparse-causal"] == 2 * gflop[4, "sparse-causal"] and gflop[8, "full"] == 4 * gflop[4, "full"]
+    assert gflop[4, "full"] == 2 * gflop[4, "sparse-causal"]                # four frames' keys for two

@@ -1,0 +1,150 @@
+"""Clips in and out."""
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiny import write_clip
+from tinytav.files import frames
+from tinytav.stable_diffusion.config import InputError
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return write_clip(tmp_path / "clip.mp4", frames=10, size=(48, 40))
+
+
+def numbered_folder(path, numbers, size=(40, 40)):
+    path.mkdir()
+    for i in numbers:
+        Image.new("RGB", size, (10 * i, 0, 0)).save(path / f"{i}.png")
+    return path
+
+
+@pytest.mark.parametrize("total, asked, expected, fps", [
+    (10, dict(frames=5), [0, 2, 4, 6, 8], 6), (10, dict(frames=3, start=1), [1, 4, 7], 4),
+    (10, dict(frames=3, stride=2), [0, 2, 4], 6), (10, dict(frames=3, start=7, stride=1), [7, 8, 9], 12),
+    (4, dict(frames=8, exact=False), [0, 1, 2, 3], 12), (4, dict(frames=8, stride=2, exact=False), [0, 2], 6)])
+def test_which_frames_are_taken(total, asked, expected, fps):
+    asked = dict(start=0, stride=None, exact=True) | asked
+    assert frames.choose(total, fps=Fraction(12), **asked) == (expected, fps)
+
+
+@pytest.mark.parametrize("total, asked, message", [
+    (4, dict(frames=8), "4 frames, too few for 8 from 0: use --frames 4"), (0, dict(frames=1), "0 frames"),
+    (10, dict(frames=6, stride=2), "too few for 6 from 0 by strides of 2: use --frames 5"),
+    (10, dict(frames=1, start=10), "none is left from --start 10")])
+def test_too_few_frames_are_an_error_that_says_how_many_there_are(total, asked, message):
+    with pytest.raises(InputError, match=message):
+        frames.choose(total, fps=Fraction(12), **dict(start=0, stride=None, exact=True) | asked)
+
+
+def test_a_video_is_read_in_range_at_its_rate(clip):
+    x, indices, fps = frames.read(clip, size=16, multiple=4, frames=5)
+    assert x.shape == (5, 3, 16, 16) and x.dtype is torch.float32
+    assert -1 <= x.min() < -0.5 and 0.5 < x.max() <= 1
+    assert indices == [0, 2, 4, 6, 8] and fps == 6
+
+
+@pytest.mark.parametrize("size, fitted", [((100, 50), (64, 32)), ((50, 101), (32, 64)), ((51, 49), (32, 32)),
+                                          ((33, 32), (32, 32))])
+def test_the_aspect_is_kept_and_the_rest_cropped(size, fitted):
+    assert frames.fit(Image.new("RGB", size), 32, 4).size == fitted
+
+
+def test_cropping_takes_the_middle_without_squashing():
+    picture = Image.new("RGB", (90, 30), "black")
+    picture.paste("white", (30, 0, 60, 30))
+    middle = np.asarray(frames.fit(picture, 30, 30))
+    assert middle.shape == (30, 90, 3)
+    middle = np.asarray(frames.fit(picture.resize((70, 30)), 30, 30))
+    assert middle.shape == (30, 60, 3) and (middle[:, 30] == 255).all() and (middle[:, 5] == 0).all()
+
+
+def test_a_folder_of_images_goes_by_number(tmp_path):
+    folder = numbered_folder(tmp_path / "f", [2, 10, 1])
+    x, _, fps = frames.read(folder, 40, 4, 3)
+    assert [round(float(v + 1) * 12.75) for v in x[:, 0, 0, 0]] == [1, 2, 10] and fps == 8
+
+
+def test_transparent_pictures_stand_on_white(tmp_path):
+    (tmp_path / "f").mkdir()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "f/1.png")
+    assert frames.read(tmp_path / "f", 8, 4, 1)[0].min() == 1
+
+
+def test_pictures_of_mixed_sizes_are_refused(tmp_path):
+    folder = numbered_folder(tmp_path / "f", [1, 2])
+    Image.new("RGB", (80, 40)).save(folder / "3.png")
+    with pytest.raises(InputError, match="one size"):
+        frames.read(folder, 40, 4, 3)
+
+
+def text(path):
+    path.write_text("not a video")
+
+
+def audio_only(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("make, message", [(text, "cannot be read as a video"), (audio_only, "no video stream"),
+                                           (lambda p: None, "No such file"), (lambda p: p.mkdir(), "0 frames")])
+def test_what_is_not_a_video_is_named(tmp_path, make, message):
+    make(path := tmp_path / "clip.mp4")
+    with pytest.raises(InputError, match=f"{message}|clip.mp4.*{message}"):
+        frames.read(path, 16, 4, 2)
+
+
+def test_a_size_below_the_models_multiple_is_refused(clip):
+    with pytest.raises(InputError, match="multiple of 64"):
+        frames.read(clip, 32, 64, 2)
+
+
+def test_what_is_written_can_be_read_again_enlarged_by_a_whole_factor(tmp_path):
+    x = torch.linspace(-1, 1, 16)[None, None, None].expand(4, 3, 16, 16) * torch.tensor([1, 0.5, 0, -1]).view(4, 1, 1, 1)
+    for name, write, tolerance in (("a.mp4", frames.write_mp4, 0.08), ("a.gif", frames.write_gif, 0.08)):
+        write(tmp_path / name, x, Fraction(10))
+        back, _, fps = frames.read(tmp_path / name, 16, 4, 4)
+        assert (back - x).abs().mean() < tolerance and fps == 10
+        with av.open(str(tmp_path / name)) as container:
+            assert container.streams.video[0].width == 256
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+
+
+def test_a_strip_has_the_source_above_the_result(tmp_path):
+    frames.write_strip(tmp_path / "strip.png", -torch.ones(12, 3, 16, 16), torch.ones(12, 3, 16, 16))
+    strip = np.asarray(Image.open(tmp_path / "strip.png"))
+    assert strip.shape == (512, 8 * 256, 3)
+    assert (strip[:256] == 0).all() and (strip[256:] == 255).all()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    (tmp_path / "a").write_text("old")
+
+    def fail(file):
+        open(file, "w").write("half")
+        raise OSError("No space left on device")
+    with pytest.raises(OSError):
+        frames.replace(tmp_path / "a", fail)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_rotation_flags_are_followed(tmp_path):
+    class Turned:
+        rotation = -90
+
+        @staticmethod
+        def to_ndarray(format):
+            return np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    assert frames.upright(Turned).size == (2, 3)

@@ -1,0 +1,151 @@
+"""Metrics against their definitions written out, and the pictures' preparation against transformers' recorded one."""
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import tiny
+from tinytav.files import frames
+from tinytav.measure import metrics
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
+from tinytav.files.runs import Run
+
+ROOT = Path(__file__).parents[2]
+RUN = dict(clip="clip.mp4", prompt="a man", weights="w", fingerprint="0", frames=3, fps="8", size=64, norm="clip",
+           attention="sparse-causal", steps=1, lr=1e-3, seed=33, ddim_steps=2, guidance=2., precision="fp32", finished=1.)
+
+
+def unit(f, d=5):
+    return torch.nn.functional.normalize(torch.randn(f, d, generator=torch.Generator().manual_seed(f)), dim=-1)
+
+
+@pytest.mark.parametrize("f", [2, 3, 8])
+def test_the_three_of_clip_are_their_definitions(f):
+    z, text = unit(f).tolist(), unit(1)[0].tolist()
+    cosine = lambda a, b: sum(x * y for x, y in zip(a, b))
+    pairs = [cosine(z[i], z[j]) for i in range(f) for j in range(i)]
+    assert metrics.consistency_all_pairs(unit(f)) == pytest.approx(100 * sum(pairs) / len(pairs), abs=1e-4)
+    near = [cosine(z[i], z[i + 1]) for i in range(f - 1)]
+    assert metrics.consistency_neighbours(unit(f)) == pytest.approx(100 * sum(near) / len(near), abs=1e-4)
+    aligned = 100 * sum(cosine(a, text) for a in z) / f
+    assert metrics.textual_alignment(unit(f), unit(1)) == pytest.approx(aligned, abs=1e-4)
+    assert metrics.textual_alignment(unit(f), unit(1)[0]) == pytest.approx(aligned, abs=1e-4)
+
+
+def test_a_single_frame_has_no_consistency():
+    assert math.isnan(metrics.consistency_all_pairs(unit(1))) and math.isnan(metrics.consistency_neighbours(unit(1)))
+
+
+def test_psnr_is_the_mean_of_the_frames_own():
+    x = torch.zeros(2, 3, 4, 4)
+    y = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])      # a tenth, a hundredth of the range
+    assert metrics.psnr(x, y) == pytest.approx((20 + 40) / 2)
+
+
+PREPARED, RECORDED = tiny.reference("clip-preprocessor")
+
+
+@pytest.mark.parametrize("picture", ["wide", "tall"])
+@pytest.mark.parametrize("case", PREPARED)
+def test_pictures_are_prepared_as_by_transformers(case, picture):
+    got = Preprocessor.from_json(PREPARED[case])([Image.fromarray(RECORDED[picture].numpy())])[0]
+    assert (got - RECORDED[f"{case}.{picture}"]).abs().max() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small CLIP folder, and its net."""
+    folder = tmp_path_factory.mktemp("clip")
+    config, _ = tiny.reference("clip-full")
+    config["text_config"] |= dict(vocab_size=650, eos_token_id=2)
+    clip = tiny.filled(CLIP(CLIPConfig.from_json(config))).eval().requires_grad_(False)
+    save_file(clip.state_dict(), folder / "model.safetensors")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tiny.DATA / "tokenizer" / name, folder)
+    tiny.save_json(folder / "config.json", config)
+    tiny.save_json(folder / "preprocessor_config.json", PREPARED["half"] | dict(size=64, crop_size=64))
+    return folder, clip
+
+
+def test_features_of_frames_pictures_and_prompts(folder):
+    eye, (_, clip) = metrics.Features(folder[0]), folder
+    x = torch.randint(256, (18, 3, 64, 64), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    wanted = clip.encode_image(x)
+    assert tiny.close(eye.images(x), wanted) and tiny.close(eye.images(1.001 * x), wanted, 0.01)
+    pictures = [Image.fromarray(((z + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for z in x]
+    assert torch.equal(eye.images(pictures), eye.images(x))
+    assert tiny.close(eye.texts(["a man", "a dog"])[1:], clip.encode_text(eye.tokenizer(["a dog"])))
+    assert eye.texts([""]).norm().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(resample=2), "resample = 2 is not implemented"), (dict(size={"longest_edge": 64}), "'width'"),
+    (dict(crop_size=32), "does not fit the model"), (dict(image_mean=[0.5]), "does not fit|how to prepare"),
+    (dict(do_normalize=False), "do_normalize"), (dict(size=0), "how to prepare")])
+def test_a_preparation_that_cannot_be_right_is_refused(folder, tmp_path, changes, message):
+    shutil.copytree(folder[0], tmp_path / "clip")
+    tiny.save_json(tmp_path / "clip/preprocessor_config.json", PREPARED["half"] | dict(size=64, crop_size=64) | changes)
+    with pytest.raises(InputError, match=message):
+        metrics.Features(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("prompt", ["a man", "naïve 日本語 “q” = ; # \\ x", "two\nlines", "long " * 200, ""])
+def test_a_clip_keeps_its_prompt(tmp_path, prompt):
+    frames.write_mp4(tmp_path / "x.mp4", torch.zeros(2, 3, 16, 16), fps=8, title=prompt)
+    assert frames.title(tmp_path / "x.mp4") == prompt
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with the source and five samples of it."""
+    run = Run(tmp_path_factory.mktemp("run"), RUN)
+    run.save()
+    x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).round() * 2 - 1
+    prompts = {"source": "", "a-man": "a man", "a-man-no-inversion": "a man", "a-dog": "a dog", "untitled": "",
+               "a-man-2": "a man"}
+    for number, (name, prompt) in enumerate(prompts.items()):
+        y = (1 - 0.1 * number) * x[:2 if name == "a-man-2" else 3]
+        frames.write_mp4(run.path / f"{name}.mp4", y, 8, title=prompt)
+    return run
+
+
+def test_every_clip_of_a_run_has_a_row(run, folder):
+    eye = metrics.Features(folder[0])
+    found = {name: values for name, *values in metrics.rows(run, eye)}
+    names = "source a-dog a-man-2 a-man-no-inversion a-man untitled".split()
+    assert list(found) == [f"{name}.mp4" for name in names]
+    assert [name for name, values in found.items() if not math.isnan(values[3])] == ["a-man.mp4"]
+    assert found["a-man.mp4"][3] == pytest.approx(26, abs=1.5)                      # 10 log10(4 / 0.1^2)
+    assert [name for name, values in found.items() if math.isnan(values[2])] == ["untitled.mp4"]
+    for name, prompt in (("source.mp4", "a man"), ("a-dog.mp4", "a dog")):
+        features = eye.images(frames.pictures(run.path / name))
+        wanted = (metrics.consistency_all_pairs(features), metrics.consistency_neighbours(features),
+                  metrics.textual_alignment(features, eye.texts([prompt])))
+        assert found[name][:3] == pytest.approx(wanted, abs=1e-4)
+        assert abs(wanted[2] - metrics.textual_alignment(features, eye.texts(["a panda"]))) > 1e-3
+
+
+def call(*args):
+    return subprocess.run([sys.executable, "-m", "tinytav", "metrics", *map(str, args)], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_the_command_prints_the_rows_and_its_errors_are_sentences(run, folder, tmp_path):
+    done = call(run.path, "--clip", folder[0], "--device", "cpu")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 8, done.stderr
+    values = next(values for name, *values in metrics.rows(run, metrics.Features(folder[0])) if name == "a-man.mp4")
+    assert lines[6].split() == ["a-man.mp4", *(f"{value:.2f}" for value in values)]
+    assert lines[2].split()[0] == "source.mp4" and lines[2].split()[-1] == "-"
+    for args, message in (([tmp_path], "is not a run"), ([run.path, "--clip", tmp_path], "No config.json"),
+                          ([run.path, "--clip", folder[0], "--device", "toaster"], "toaster cannot be used")):
+        done = call(*args)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

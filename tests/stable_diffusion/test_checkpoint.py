@@ -1,0 +1,242 @@
+"""Loading: strict, from every published layout, and never by unpickling."""
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from tiny import UNET, VAE, write_folder
+from tinytav.stable_diffusion import single_file
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from tinytav.stable_diffusion.tokenizer import Tokenizer
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
+from tinytav.stable_diffusion.vae import VAE as VAEModel
+from tinytav.stable_diffusion.vae import VAEConfig
+from tinytav.stable_diffusion.checkpoint import build, default_path, load
+
+UNET_FILE, VAE_FILE = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+TEXT_FILE = "text_encoder/model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "w")
+
+
+def rewrite(file, change):
+    """Replace a safetensors file by what change(its tensors) makes of it."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, file)
+
+
+def same(a, b):
+    return all(torch.equal(p, b.state_dict()[name]) for name, p in a.state_dict().items())
+
+
+def test_a_folder(folder):
+    sd = load(folder)
+    expected = tiny.filled(UNet(UNetConfig.from_json(UNET)))
+    assert same(sd.unet, expected) and not any(p.requires_grad for p in sd.unet.parameters())
+    assert sd.defaults.frames == 3 and sd.multiple == 4 and sd.schedule.prediction_type == "epsilon"
+    assert sd.encode_prompts(["a man", ""]).shape == (2, 77, 24)
+
+
+def test_sharded_or_fp16_variant_files(folder):
+    expected = load(folder)
+    shards = {name: {} for name in ("a", "b")}
+    file = folder / UNET_FILE
+    for i, (name, tensor) in enumerate(load_file(file).items()):
+        shards["ab"[i % 2]][name] = tensor.clone()
+    file.unlink()
+    for name, tensors in shards.items():
+        save_file(tensors, file.with_name(f"{name}.safetensors"))
+    index = {tensor: f"{name}.safetensors" for name, tensors in shards.items() for tensor in tensors}
+    tiny.save_json(file.with_name("diffusion_pytorch_model.safetensors.index.json"), dict(weight_map=index))
+    rewrite(folder / VAE_FILE, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
+    (folder / VAE_FILE).rename(folder / "vae/diffusion_pytorch_model.fp16.safetensors")
+    sd = load(folder)
+    assert same(sd.unet, expected.unet)
+    assert sd.vae.encoder.conv_in.weight.dtype is torch.float32
+    torch.testing.assert_close(sd.vae.quant_conv.weight, expected.vae.quant_conv.weight, atol=1e-3, rtol=0)
+
+
+def test_names_and_shapes_of_older_files(folder):
+    expected = load(folder)
+
+    def older_vae(tensors):
+        new_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        for new, old in new_names.items():
+            tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): z for name, z in tensors.items()}
+        return {name: z[:, :, None, None] if "query.weight" in name else z for name, z in tensors.items()}
+    rewrite(folder / VAE_FILE, older_vae)
+    rewrite(folder / UNET_FILE, lambda tensors: {
+        name: z.flatten(1) if "proj_in.weight" in name or "proj_out.weight" in name else z for name, z in tensors.items()})
+    rewrite(folder / TEXT_FILE, lambda tensors: {
+        **{name.removeprefix("text_model."): z for name, z in tensors.items()},
+        "embeddings.position_ids": torch.arange(77)[None]})
+    sd = load(folder)
+    assert same(sd.vae, expected.vae) and same(sd.unet, expected.unet) and same(sd.text_encoder, expected.text_encoder)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda z: {k: v for k, v in z.items() if k != "conv_in.bias"}, "missing: conv_in.bias"),
+    (lambda z: z | {"extra.weight": torch.zeros(1)}, "unexpected: extra.weight"),
+    (lambda z: z | {"conv_in.bias": torch.zeros(7)}, r"conv_in.bias has the shape \(7,\), not \(16,\)"),
+    (lambda z: z | {"conv_in.bias": z["conv_in.bias"] * float("nan")}, "conv_in.bias holds NaN"),
+    (lambda z: z | {"conv_in.bias": z["conv_in.bias"] / 0}, "conv_in.bias holds NaN or inf"),
+])
+def test_what_does_not_fit_is_named_with_its_place(folder, change, message):
+    rewrite(folder / UNET_FILE, change)
+    with pytest.raises(InputError, match=f"w/unet.*{message}"):
+        load(folder)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def huge_header(file):
+    file.write_bytes(struct.pack("<Q", 2 ** 60) + b"{}")
+
+
+@pytest.mark.parametrize("spoil", [truncate, huge_header, lambda file: file.write_bytes(b"")])
+def test_a_damaged_file_is_named(folder, spoil):
+    spoil(folder / UNET_FILE)
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("lost, message", [
+    ("unet/config.json", "No config.json in .*unet"), (UNET_FILE, r"No diffusion_pytorch_model.safetensors .*unet"),
+    ("scheduler/scheduler_config.json", "scheduler_config.json cannot be read"),
+    ("tokenizer/vocab.json", "No tokenizer beside"), ("tokenizer/merges.txt", "No merges.txt")])
+def test_a_lost_file_is_named(folder, lost, message):
+    (folder / lost).unlink()
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+def test_pickles_are_refused_with_the_way_out(folder, tmp_path):
+    (folder / UNET_FILE).unlink()
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(InputError, match="safetensors.torch.save_file"):
+        load(folder)
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04")
+    with pytest.raises(InputError, match="not a .safetensors file"):
+        load(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("Config, settings, name", [
+    (UNetConfig, dict(in_channels=9), "in_channels = 9"), (UNetConfig, dict(addition_embed_type="text_time"), "addition_"),
+    (UNetConfig, dict(class_embed_type="timestep"), "class_embed_type"), (UNetConfig, dict(layers_per_block="2"), "layers_per"),
+    (UNetConfig, dict(down_block_types=["DownBlock2D"] * 3 + ["AttnDownBlock2D"]), "AttnDownBlock2D"),
+    (UNetConfig, dict(transformer_layers_per_block=[1, 2, 10]), "transformer_layers_per_block"),
+    (UNetConfig, dict(attention_head_dim=[8, 8]), "attention_head_dim"), (VAEConfig, dict(shift_factor=0.1), "shift_factor"),
+    (VAEConfig, dict(use_quant_conv=False), "use_quant_conv"), (TextEncoderConfig, dict(hidden_act="relu"), "hidden_act"),
+    (Schedule, dict(beta_schedule="linear"), "beta_schedule"), (Schedule, dict(prediction_type="sample"), "prediction_type"),
+    (Schedule, dict(rescale_betas_zero_snr=True), "zero_snr"), (Schedule, [], "JSON object")])
+def test_settings_that_are_not_implemented_are_refused_by_name(Config, settings, name):
+    with pytest.raises(InputError, match=name):
+        Config.from_json(settings)
+
+
+def test_the_default_weights(tmp_path):
+    assert default_path(tmp_path) == tmp_path / "toy"
+    tiny.save_json(tmp_path / "sd15/model_index.json", {})
+    assert default_path(tmp_path) == tmp_path / "sd15"
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(InputError, match="other.safetensors, sd15.*--weights"):
+        default_path(tmp_path)
+
+
+def test_the_fingerprint_tells_weights_apart(folder):
+    first = load(folder).fingerprint
+    assert load(folder).fingerprint == first
+    rewrite(folder / VAE_FILE, lambda z: z | {"quant_conv.bias": z["quant_conv.bias"] + 1e-3})
+    assert load(folder).fingerprint != first
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_says_where():
+    tokenizer = Tokenizer.from_folder(tiny.DATA / "tokenizer")
+    with pytest.warns(UserWarning, match="cut before 'skiing"):
+        ids = tokenizer(["man " * 75 + "skiing on snow"])
+    assert ids.shape == (1, 77) and ids[0, -1] == tokenizer.end
+
+
+def test_single_files_that_are_something_else_are_refused(tmp_path):
+    cases = {"lora": ({"lora_unet.weight": torch.zeros(1)}, "not a Stable Diffusion"),
+             "inpainting": ({single_file.FIRST: torch.zeros(8, 9, 3, 3), single_file.CONTEXT: torch.zeros(8, 768)}, "inpaint"),
+             "sdxl": ({single_file.FIRST: torch.zeros(8, 4, 3, 3), single_file.CONTEXT: torch.zeros(8, 2048)}, "2048 wide"),
+             "sd2": ({single_file.FIRST: torch.zeros(8, 4, 3, 3), single_file.CONTEXT: torch.zeros(8, 1024)}, "--prediction")}
+    for name, (tensors, message) in cases.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / f"{name}.safetensors")
+
+
+# ---- The four published layouts, on the meta device --------------------------------------------------------------------
+
+LAYOUTS = tiny.DATA.parents[2] / "shared/sd-layouts"                        # ../shared/sd-layouts
+MODELS = dict(unet=(UNet, UNetConfig), vae=(VAEModel, VAEConfig), text_encoder=(TextEncoder, TextEncoderConfig))
+layouts = pytest.mark.skipif(not LAYOUTS.is_dir(), reason="../shared/sd-layouts is not here")
+
+
+def meta(shape):
+    return torch.empty(shape, device="meta")
+
+
+def single_file_shapes(keys):
+    """The single file's own keys and shapes, from those of the folder."""
+    shapes = keys["unet"] | keys["vae"] | keys["text_encoder"]
+    for old, new in keys["single_file"].items():
+        shape = [3 * shapes[new[0]][0], *shapes[new[0]][1:]] if isinstance(new, list) else shapes[new]
+        yield old, shape + [1, 1] if ".attn_1." in old and len(shape) == 2 else shape
+
+
+@layouts
+@pytest.mark.parametrize("name", ["sd14", "sd15", "sd21-base", "sd21"])
+def test_published_key_lists_load_strictly(name):
+    keys = json.loads((LAYOUTS / name / "keys.json").read_text())
+    for part, (Model, Config) in MODELS.items():
+        config = Config.from_json(json.loads((LAYOUTS / name / part / "config.json").read_text()))
+        build(Model, config, {key: meta(shape) for key, shape in keys[part].items()}, part)
+    Schedule.from_json(json.loads((LAYOUTS / name / "scheduler/scheduler_config.json").read_text()))
+    file = {key: meta(shape) for key, shape in single_file_shapes(keys)}
+    ignored = ["model_ema.decay", "betas", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "posterior_variance"]
+    if name.startswith("sd21"):             # the last layer of OpenCLIP's tower and its head, which the file may hold
+        ignored += [f"cond_stage_model.model.{key}" for key in (
+            "transformer.resblocks.23.ln_1.weight", "text_projection", "logit_scale")]
+    for part, (config, tensors) in single_file.components(file | {key: meta([]) for key in ignored}, "it").items():
+        if name in ("sd14", "sd15") and part == "text_encoder":             # merges may lack the prefix
+            tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+            tensors["embeddings.position_ids"] = meta([1, 77])
+        build(MODELS[part][0], config, tensors, part)
+
+
+@layouts
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_every_key_of_a_single_file_means_what_diffusers_says(name):
+    keys = json.loads((LAYOUTS / name / "keys.json").read_text())["single_file"]
+    for old, new in keys.items():
+        if old.startswith("model.diffusion_model."):
+            assert single_file.unet_key(old.removeprefix("model.diffusion_model.")) == new
+        elif old.startswith("first_stage_model."):
+            assert single_file.vae_key(old.removeprefix("first_stage_model.")) == new
+        elif old.startswith("cond_stage_model.model."):
+            ours = single_file.openclip_tensors({old.removeprefix("cond_stage_model.model."): torch.zeros(3)})
+            assert [f"text_model.{key}" for key in ours] == (new if isinstance(new, list) else [new])
+
+
+@layouts
+@pytest.mark.filterwarnings("ignore:The prompt has")
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_the_published_tokenizer(name, tmp_path):
+    for file in [*(LAYOUTS / "tokenizer").iterdir(), *(LAYOUTS / name / "tokenizer").iterdir()]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for case in json.loads((LAYOUTS / "tokenizer/cases.json").read_text())[name]:
+        assert tokenizer([case["text"]])[0].tolist() == case["ids"], case["text"]

@@ -1,0 +1,44 @@
+"""The commands beside train.py and sample.py: python -m tinytav COMMAND.
+
+Each command is the `main` of one module. Without a command, a list of them is printed.
+"""
+import importlib
+import sys
+
+from tinytav import cli
+
+# command: (module, what it does)
+COMMANDS = {
+    "metrics": ("tinytav.measure.metrics", "consistency, textual alignment and PSNR of a run's clips"),
+    "bench": ("tinytav.measure.bench", "seconds and memory of each part on this machine"),
+    "claims": ("tinytav.claims.table", "the paper's claims, measured in the toy world"),
+    "sweep": ("tinytav.claims.sweep", "steps, learning rate and guidance, tried on clips of their own"),
+    "card": ("tinytav.claims.card", "the numbers and pictures of the toy's model card"),
+    "pretrain": ("tinytav.toy.pretrain", "train the toy's VAE, CLIP and U-Net"),
+    "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),
+}
+
+
+def usage():
+    """The list of commands, one a line."""
+    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: python -m tinytav COMMAND [OPTIONS]", "", *lines, "",
+                      "python -m tinytav COMMAND --help lists the options of one."])
+
+
+def main():
+    """Runs the command that is named first. Exit status 2 if there is none of that name."""
+    name, *options = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"error: there is no command {name!r}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[name]
+    sys.argv = [f"python -m tinytav {name}", *options]
+    return importlib.import_module(module).main()
+
+
+if __name__ == "__main__":
+    cli.run(main)

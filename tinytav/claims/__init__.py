@@ -1,0 +1,1 @@
+"""The paper's claims, measured in the toy world, where the true answer to every edit is known."""

@@ -1,0 +1,74 @@
+"""A folder of edited clips and what is said of them: made a clip at a time, kept, and shown as tables and pictures."""
+import argparse
+import json
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from tinytav.files import frames
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.checkpoint import read_json
+
+MARGIN = 150        # pixels before a picture's rows, for their names
+
+
+def parser(description, out, clips):
+    """The flags that claims and sweep have in common."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--weights", type=Path, default=Path("weights/toy"), help=" ")
+    p.add_argument("--out", type=Path, default=Path(out), help="folder for what is made")
+    p.add_argument("--clips", type=int, default=clips, help=" ")
+    p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
+    return p
+
+
+def every_clip(work, args, sd):
+    """work(args, i) for each clip, with the weights' own settings as args.settings."""
+    args.settings = vars(sd.defaults)
+    same_settings(args.out / "settings.json", args.settings | dict(fingerprint=sd.fingerprint))
+    with get_context("spawn").Pool(args.processes) as pool:
+        for i in pool.imap_unordered(partial(work, args), range(args.clips)):
+            print(f"clip {i} is done", flush=True)
+
+
+def same_settings(file, settings):
+    """Raises InputError if what lies in the folder was made with others."""
+    if file.exists() and read_json(file) != settings:
+        raise InputError(f"{file.parent} holds results of other weights or settings: name another folder with --out.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    frames.replace(file, lambda temporary: Path(temporary).write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def write(folder, name, make, studio):
+    """make() -> frames (edits, f, 3, 64, 64), kept in name.safetensors, and what is said of them in name.json.
+
+    What is there is not made again; a .json that is deleted is written anew.
+    """
+    clips, scores = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if not clips.exists():
+        results = ((make() + 1) * 127.5).round().to(torch.uint8).contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        frames.replace(clips, lambda file: save_file(dict(frames=results), file))
+    if not scores.exists():
+        found = json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1))
+        frames.replace(scores, lambda file: Path(file).write_text(found))
+
+
+def row(name, values):
+    return f"| {name} | " + " | ".join(values) + " |"
+
+
+def labelled(path, rows):
+    """{name: pictures (n, 3, h, w) uint8} -> PNG, a row each, its name before it."""
+    strips = np.stack([x.permute(2, 0, 3, 1).flatten(1, 2).numpy() for x in rows.values()])        # (rows, h, n w, 3)
+    height = strips.shape[1]
+    image = Image.new("RGB", (MARGIN + strips.shape[2], len(rows) * height), "white")
+    for i, (name, strip) in enumerate(zip(rows, strips)):
+        image.paste(Image.fromarray(strip), (MARGIN, i * height))
+        ImageDraw.Draw(image).text((4, i * height + height // 2 - 6), name, "black")
+    frames.replace(path, lambda file: image.save(file, "PNG"))

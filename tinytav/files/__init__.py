@@ -1,0 +1,1 @@
+"""Files that go in and out: clips, strips, a run's folder."""

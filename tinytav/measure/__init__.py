@@ -1,0 +1,1 @@
+"""What is measured of a result and of the machine: metrics, seconds, memory."""

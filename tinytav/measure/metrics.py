@@ -1,0 +1,120 @@
+"""Metrics of an edited clip: frame consistency in its two definitions, textual alignment, reconstruction PSNR.
+
+    python -m tinytav metrics runs/skiing
+
+All but PSNR see through a CLIP: LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14, FateZero through ViT-B/32.
+Values of two CLIPs cannot be compared, nor of two preparations: LOVEU-TGVE squashes frames to a square first, V2VBench cuts
+negative cosines to 0 and does not multiply by 100. A run's clips are measured as their mp4 files show them, in H.264 and,
+where small, enlarged: whoever has the files finds the same. Sources: the paper, section 4; LOVEU-TGVE,
+showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero frame_acc_tem_con.py; V2VBench,
+wenhao728/awesome-diffusion-v2v v2vbench/.
+"""
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tinytav import cli
+from tinytav.files import frames
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
+from tinytav.files.runs import Run
+from tinytav.stable_diffusion.tokenizer import Tokenizer
+from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
+
+
+def consistency_all_pairs(features):
+    """100 x the mean cosine over all pairs of different frames, from unit features (f, d); nan for one frame.
+
+    The paper's "frame consistency" (table 1) and LOVEU-TGVE's clip_score_frame.
+    """
+    different = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
+    return 100 * (features @ features.T)[different].mean().item()
+
+
+def consistency_neighbours(features):
+    """100 x the mean cosine over pairs of consecutive frames, from unit features (f, d); nan for one frame.
+
+    FateZero's "Tem-Con"; V2VBench's clip_consistency.py, except that it takes features from before their projection.
+    """
+    return 100 * (features[1:] * features[:-1]).sum(-1).mean().item()
+
+
+def textual_alignment(features, text):
+    """100 x the mean cosine of frames (f, d) with their prompt (d,) or (1, d): unit features, projected.
+
+    The paper's "textual alignment"; LOVEU-TGVE and V2VBench take CLIP's own temperature for 100; OpenAI's is 100.
+    """
+    return 100 * (features @ text.flatten()).mean().item()
+
+
+def psnr(x, y):
+    """Mean over pictures (n, 3, h, w) in [-1, 1] of 10 log10(4 / mean squared error), in dB."""
+    return (10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)))).mean().item()
+
+
+class Features:
+    """Unit features of pictures and prompts, by a CLIP folder in transformers' layout. Raises InputError."""
+
+    def __init__(self, folder, device="cpu"):
+        folder, self.device = Path(folder), device
+        config, tensors, where = read_component(folder, CLIPConfig)
+        self.clip, self.tokenizer = build(CLIP, config, tensors, where).to(device), Tokenizer.from_folder(folder)
+        self.tokenizer.length = config.text_config.max_position_embeddings
+        file, side = folder / "preprocessor_config.json", config.vision_config.image_size
+        try:                                        # a blank picture shows whatever may be wrong with the settings
+            self.preprocess = Preprocessor.from_json(read_json(file))
+            shape = self.preprocess([Image.new("RGB", (side, side))]).shape[2:]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{file} does not say how to prepare a picture: {error}") from None
+        if shape != (side, side) or self.tokenizer.size > config.text_config.vocab_size:
+            raise InputError(f"{folder}: {file.name} or the tokenizer does not fit the model.")
+
+    @torch.no_grad()
+    def images(self, pictures):
+        """Frames (f, 3, h, w) in [-1, 1], or f PIL pictures -> (f, d)."""
+        if isinstance(pictures, torch.Tensor):
+            pictures = [Image.fromarray(picture) for picture in frames.to_uint8(pictures, shown=1)]
+        parts = [self.preprocess(pictures[i:i + 16]) for i in range(0, len(pictures), 16)]
+        return torch.cat([self.clip.encode_image(part.to(self.device)) for part in parts]).cpu()
+
+    @torch.no_grad()
+    def texts(self, prompts):
+        """n prompts -> (n, d)."""
+        return self.clip.encode_text(self.tokenizer(prompts).to(self.device)).cpu()
+
+
+def rows(run, eye):
+    """Yields (file, both consistencies, alignment, PSNR) of source.mp4, then of a run's samples; nan where undefined.
+
+    PSNR is that of a sample which should be the source: begun from the inverted clip, under the run's own prompt. What
+    the VAE loses counts too.
+    """
+    source, own = None, run.settings["prompt"]
+    for path in sorted(run.path.glob("*.mp4"), key=lambda path: (path.name != "source.mp4", path.name)):
+        prompt, pictures = own if path.name == "source.mp4" else frames.title(path), frames.pictures(path)
+        x, features = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1, eye.images(pictures)
+        alignment = textual_alignment(features, eye.texts([prompt])) if prompt else math.nan
+        same = source is not None and prompt == own and x.shape == source.shape and "-no-inversion" not in path.stem
+        yield (path.name, consistency_all_pairs(features), consistency_neighbours(features), alignment,
+               psnr(x, source) if same else math.nan)
+        source = x if path.name == "source.mp4" else source
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("run", help="a folder that train.py made")
+    p.add_argument("--clip", default="weights/toy/clip", metavar="PATH", help="a CLIP folder; else weights/toy/clip")
+    p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps")
+    p.set_defaults(precision="fp32")
+    args = p.parse_args()
+    run, (device, _) = Run.open(args.run), cli.device_and_dtype(args)
+    eye = Features(args.clip, device)
+    print(f"clip: {args.clip}\n{'':44}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
+    for name, *values in rows(run, eye):
+        values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)
+        print(f"{name:44}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
+    return 0

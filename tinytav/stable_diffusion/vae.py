@@ -1,0 +1,172 @@
+"""Stable Diffusion's autoencoder: frames <-> latents. Attribute names are the checkpoint's keys.
+
+Rombach et al., arXiv 2112.10752, section 3.1; equal to diffusers' AutoencoderKL. This file owns the latent scale:
+`encode` returns latents multiplied by it and `decode` expects them so; nothing else in the package knows of it.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tinytav.stable_diffusion.config import Config
+
+
+@dataclass(frozen=True)
+class VAEConfig(Config):
+    """The keys of vae/config.json that change the network. The defaults are Stable Diffusion's."""
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215                 # makes latents of unit variance
+
+    ONLY = dict(in_channels=(3,), out_channels=(3,), act_fn=("silu",), latents_mean=(None,), latents_std=(None,),
+                mid_block_add_attention=(True,), shift_factor=(None,), use_quant_conv=(True,),
+                use_post_quant_conv=(True,))
+
+    @property
+    def factor(self):
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, cfg, dim, out_dim):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(cfg.norm_num_groups, dim, eps=1e-6)
+        self.conv1 = nn.Conv2d(dim, out_dim, 3, padding=1)
+        self.norm2 = nn.GroupNorm(cfg.norm_num_groups, out_dim, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_dim, out_dim, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.conv_shortcut(x) + y
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, one head as wide as the channels."""
+
+    def __init__(self, cfg, dim):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(cfg.norm_num_groups, dim, eps=1e-6)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x):                                                   # (n, c, h, w)
+        y = self.group_norm(x).flatten(2).transpose(1, 2)                   # (n, h*w, c)
+        y = F.scaled_dot_product_attention(*(f(y)[:, None] for f in (self.to_q, self.to_k, self.to_v)))[:, 0]
+        return x + self.to_out[0](y).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """Halves the sides. Pads right and below only: the U-Net's pads every side."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """One resolution: resnets, then perhaps a resampler."""
+
+    def __init__(self, resnets, downsampler=None, upsampler=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
+        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
+
+    def forward(self, x):
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, cfg, dim):
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(cfg, dim)])
+        self.resnets = nn.ModuleList([ResnetBlock(cfg, dim, dim), ResnetBlock(cfg, dim, dim)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        channels = cfg.block_out_channels
+        self.conv_in = nn.Conv2d(cfg.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, out in enumerate(channels):
+            dims = [channels[max(i - 1, 0)]] + [out] * (cfg.layers_per_block - 1)
+            self.down_blocks.append(Stage([ResnetBlock(cfg, dim, out) for dim in dims],
+                                          downsampler=Downsample(out) if i < len(channels) - 1 else None))
+        self.mid_block = MidBlock(cfg, channels[-1])
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        channels = cfg.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(cfg, channels[0])
+        self.up_blocks = nn.ModuleList()
+        for i, out in enumerate(channels):
+            dims = [channels[max(i - 1, 0)]] + [out] * cfg.layers_per_block
+            self.up_blocks.append(Stage([ResnetBlock(cfg, dim, out) for dim in dims],
+                                        upsampler=Upsample(out) if i < len(channels) - 1 else None))
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], cfg.out_channels, 3, padding=1)
+
+    def forward(self, z):
+        z = self.mid_block(self.conv_in(z))
+        for stage in self.up_blocks:
+            z = stage(z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
+
+
+class VAE(nn.Module):
+    def __init__(self, cfg=VAEConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
+
+    def encode(self, x):
+        """Pictures x (n, 3, h, w) in [-1, 1] -> mean and std of the posterior, (n, 4, h/8, w/8) each, scaled."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar.clamp(-30, 20))
+        return mean * self.cfg.scaling_factor, std * self.cfg.scaling_factor
+
+    def decode(self, z):
+        """Scaled latents z (n, 4, h/8, w/8) -> pictures (n, 3, h, w), about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(z / self.cfg.scaling_factor))
