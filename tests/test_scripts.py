@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from hardening.warm import Warm
-from tinytav import pipeline
+from tinytav import editing, pipeline
 from tinytav.files.runs import Run
 from tinytav.stable_diffusion.checkpoint import load
 
@@ -79,7 +79,7 @@ def test_steps_other_than_the_runs_are_inverted_anew(place):
 
 def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(place):
     run, sd = Run.open(place / "runs/clip"), load(place / "w")
-    net = run.net(sd)
+    net = editing.net_of(run, sd)
     mean, _ = run.latents()
     noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, sd.encode_prompts([""]), run.settings.ddim_steps))
     torch.testing.assert_close(run.read("inversion")["noise"], noise, atol=1e-5, rtol=1e-5)
