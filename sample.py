@@ -39,9 +39,18 @@ def find_run(args):
 def refuse_what_does_not_go_together(args, run):
     """Raises InputError for flags that ask for two different things."""
     inverted = run is not None and not args.no_inversion
-    if inverted and (args.frames or args.size):
-        raise InputError("Inverted noise has the run's own size and frames: leave out --frames and --size, or begin with "
-                         "random noise by --no-inversion.")
+    if inverted and (args.frames or args.size or args.seed is not None):
+        raise InputError("Inverted noise has the run's own size and frames, and nothing random: leave out --frames, --size "
+                         "and --seed, or begin with random noise by --no-inversion.")
+
+
+def load_weights(args, run):
+    """The run's Stable Diffusion in the run's precision, unless flags say otherwise. Raises InputError."""
+    if run is None:
+        return cli.load_weights(args)
+    sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
+    run.check(sd)
+    return sd
 
 
 def make_net(args, run, sd):
@@ -53,12 +62,14 @@ def make_net(args, run, sd):
 
 def random_noise(args, run, sd, count):
     """Noise for `count` frames: of the size that is asked for, else of the run's clip, else a square of the weights' size."""
-    size = args.size or sd.defaults.size
-    frames.check_size(size, sd.multiple)
-    shape = editing.noise_shape(sd, count, size, size)
     if run is not None and args.size is None:
         mean, _ = run.latents()
-        shape = (1, 4, count, *mean.shape[3:])
+        height, width = mean.shape[3:]
+    else:
+        size = args.size or sd.defaults.size
+        frames.check_size(size, sd.multiple)
+        height = width = size // sd.multiple
+    shape = (1, 4, count, height, width)
     return pipeline.gaussian(shape, 33 if args.seed is None else args.seed).to(sd.device)
 
 
@@ -84,11 +95,9 @@ def main():
     args = arguments()
     run = find_run(args)
     refuse_what_does_not_go_together(args, run)
-    print(f"run: {run.path}" if run else "no run: the untuned net draws from random noise; --run names a run to edit")
-    sd = cli.load_weights(args, run.settings.source() if run else None)
-    if run:
-        run.check(sd)
-    cli.warn_of_the_unknown(sd.path, args.prompt)
+    print(f"run: {run.path}" if run else "no run: sampling the untuned net from random noise; --run names a run to edit")
+    sd = load_weights(args, run)
+    cli.warn_about_unknown_words(sd.path, args.prompt)
     sd.tokenizer(args.prompt)                                   # raises for bytes that are not UTF-8
     defaults = run.settings if run else sd.defaults
     steps = args.steps or defaults.ddim_steps

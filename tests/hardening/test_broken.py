@@ -121,7 +121,7 @@ def test_memory_that_runs_out_is_a_sentence_and_any_other_error_of_torch_a_bug(e
     (TextEncoderConfig, dict(num_hidden_layers=2 ** 20)),
     (Schedule, dict(beta_start=-1.)), (Schedule, dict(beta_end=float("nan"))), (Schedule, dict(num_train_timesteps=10 ** 12))])
 def test_a_number_in_a_config_that_no_model_has_is_refused(Config, settings):
-    with pytest.raises(InputError, match="is not|do not divide"):
+    with pytest.raises(InputError, match="is not|must be|do not divide"):
         Config.from_json(settings)
 
 

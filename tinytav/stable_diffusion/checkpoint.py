@@ -6,6 +6,7 @@ copy. Nothing is ever unpickled.
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 
 MODELS = dict(unet=(UNet, UNetConfig), vae=(VAE, VAEConfig), text_encoder=(TextEncoder, TextEncoderConfig))
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 STEMS = ("diffusion_pytorch_model", "model")
 CONVERT = ("Only .safetensors files are read, because the others run code when opened. Most models are published as "
            "safetensors too; or convert it on a machine where its author is trusted: torch.load, then "
@@ -95,7 +97,7 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
                          f"in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do not belong "
                          "together.")
     models = {name: build(Model, *parts[name], dtype).to(device) for name, (Model, _) in MODELS.items()}
-    return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=fingerprint(parts, schedule),
+    return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=fingerprint(parts, schedule, tokenizer),
                            device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
                            defaults=_defaults(path, schedule), **models)
 
@@ -108,7 +110,7 @@ def _defaults(path, schedule):
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):
-    """Model(config) holding `tensors` (a dict), which must fit exactly; floating-point ones are turned into dtype."""
+    """Model(config) holding `tensors` (a dict), which must fit exactly. They are converted to dtype."""
     try:
         with torch.device("meta"):
             model = Model(config)
@@ -123,7 +125,9 @@ def build(Model, config, tensors, where, dtype=torch.float32):
             tensor = tensor.reshape(shape)                      # a 1x1 convolution saved as a linear layer, or vice versa
         if tensor.shape != shape:
             problems.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
-        elif not tensor.is_meta and not tensor.float().isfinite().all():
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is of type {tensor.dtype}, not floating-point")
+        elif not tensor.is_meta and not tensor.float().isfinite().all():        # a meta tensor has no values
             problems.append(f"{name} holds NaN or infinite values")
         tensors[name] = tensor.to(dtype)
     if problems:
@@ -241,11 +245,12 @@ def _find_tokenizer(path, tokenizer, pad):
                      "--tokenizer, or let --tokenizer hub:openai/clip-vit-large-patch14 download it.")
 
 
-def fingerprint(parts, schedule):
-    """A short hash of configs, names, shapes and a thousand or two values of every tensor, spread over it."""
-    sha = hashlib.sha256(repr(schedule).encode())
+def fingerprint(parts, schedule, tokenizer):
+    """A short hash of what decides the results: settings, vocabulary, and a thousand or two values of every tensor."""
+    sha = hashlib.sha256(repr(unusual(schedule)).encode())
+    sha.update(repr(sorted(tokenizer.bpe.get_vocab().items())).encode())
     for config, tensors, _ in parts.values():
-        sha.update(repr(config).encode())
+        sha.update(repr(unusual(config)).encode())
         for name in sorted(tensors):
             tensor = tensors[name]
             values = tensor.flatten()[::max(1, tensor.numel() // 1024)].contiguous()
@@ -253,10 +258,19 @@ def fingerprint(parts, schedule):
     return sha.hexdigest()[:16]
 
 
+def unusual(config):
+    """The settings of a config that differ from its defaults. So a new setting does not change old fingerprints."""
+    return [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
+
+
 def default_path(folder="weights"):
     """The Stable Diffusion that lies in weights/, else the toy. Raises InputError if there are several."""
-    found = [p for p in sorted(Path(folder).glob("*")) if p.name != "toy"
-             and ((p / "model_index.json").is_file() or p.suffix == ".safetensors")]
+    found = []
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix == ".safetensors" or (path / "model_index.json").is_file() and path.name != "toy":
+            found.append(path)
+        elif path.suffix in PICKLED:
+            warnings.warn(f"{path} is ignored. {CONVERT}")
     if len(found) > 1:
         raise InputError(f"{folder} holds {', '.join(p.name for p in found)}: name one with --weights.")
     return found[0] if found else Path(folder) / "toy"
