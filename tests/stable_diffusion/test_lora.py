@@ -288,6 +288,7 @@ KOHYA = "lora_unet_" + flat(QUERY)
     (peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(17, RANK)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(16, 5)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(16, RANK, 3, 3)), "does not fit this model"),
+    (peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(16, 1, RANK)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(RANK, 16, 3, 3), torch.ones(16, RANK)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(0, 16), torch.ones(16, 0)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(16), torch.ones(16)), "does not fit this model"),
