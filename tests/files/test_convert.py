@@ -56,7 +56,7 @@ def test_every_tensor_keeps_its_name_value_and_dtype(tmp_path, suffix, wrap):
 
 def test_shared_views_and_transposed_tensors_are_written_whole(tmp_path):
     whole = torch.randn(6, 4)
-    tensors = {"whole": whole, "same": whole, "rows": whole[2:4], "columns": whole[:, 1], "turned": whole.T, "none": whole[:0],
+    tensors = {"whole": whole, "same": whole, "rows": whole[2:4], "columns": whole[:, 1], "turned": whole.T, "none": whole[:0], "own": torch.randn(3, 2).T,
                "parameter": torch.nn.Parameter(whole), "scalar": torch.tensor(2.)}
     torch.save(tensors, tmp_path / "in.pt")
     convert_file(tmp_path / "in.pt", tmp_path / "out.safetensors")
