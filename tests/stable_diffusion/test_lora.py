@@ -70,7 +70,7 @@ def linear_layers_of_diffusers(part, name, down, up):
 
 
 def attention_processors(part, name, down, up):
-    """The oldest files of diffusers: the attention's layers belong to a processor, the others have a LoRA of their own."""
+    """The oldest files of diffusers: the attention's layers belong to a processor, the others have their own LoRA."""
     path, _, layer = name.removesuffix(".0").rpartition(".")
     if "attn" in path and layer in ("to_q", "to_k", "to_v", "to_out"):
         stem = f"{part}.{path}.processor.{layer}_lora"
@@ -96,7 +96,8 @@ RESAMPLERS = ["input_blocks.3.0.op", "input_blocks.6.0.op", "input_blocks.9.0.op
 def ldm_names(cfg):
     """{a layer's name: its name in a single file}: all names that could stand there, read by unet_key."""
     with torch.device("meta"):
-        ours = {name for name, module in UNet(cfg).named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+        layers = lora.changeable(SimpleNamespace(unet=UNet(cfg), text_encoder=TextEncoder()))
+    ours = {name for part, name in layers if part == "unet"}
     inner = {name.split(".", 4)[-1] for name in ours if ".attentions." in name} | set(single_file.RESNET)
     blocks = [f"{side}_blocks.{i}.{j}" for side in ("input", "output") for i in range(12) for j in range(2)]
     blocks += ["middle_block.0", "middle_block.1", "middle_block.2"]
@@ -109,8 +110,8 @@ LDM_NAMES = ldm_names(UNetConfig())
 
 
 @pytest.mark.parametrize("spelling, case", [
-    (kohya_by_diffusers_names, "kohya"), (kohya_by_ldm_names, "kohya"), (peft, "peft"), (linear_layers_of_diffusers, "peft"),
-    (attention_processors, "peft")])
+    (kohya_by_diffusers_names, "kohya"), (kohya_by_ldm_names, "kohya"), (peft, "peft"),
+    (linear_layers_of_diffusers, "peft"), (attention_processors, "peft")])
 @torch.no_grad()
 def test_each_spelling_gives_what_diffusers_gives(tmp_path, spelling, case):
     sd = model()
@@ -169,7 +170,7 @@ def test_no_two_layers_share_a_spelling():
     assert len(table) == count
 
 
-# ---- small: one layer at a time -----------------------------------------------------------------------------------------
+# ---- small: one layer at a time --------------------------------------------------------------------------------------
 
 @pytest.fixture
 def sd(tmp_path):
@@ -208,17 +209,20 @@ def test_alpha_over_rank_and_scale_are_factors(sd, tmp_path, alpha, factor):
 def test_a_convolutions_lora_is_its_two_convolutions_in_a_row(sd, tmp_path, name, layer):
     module = sd.unet.get_submodule(name)
     out, channels, kernel, _ = module.weight.shape
-    x, down, up = torch.randn(2, channels, 8, 8), torch.randn(RANK, channels, kernel, kernel), torch.randn(out, RANK, 1, 1)
+    down, up = torch.randn(RANK, channels, kernel, kernel), torch.randn(out, RANK, 1, 1)
+    x = torch.randn(2, channels, 8, 8)
     before = module(x)
     change(sd, kohya("lora_unet_" + flat(name), down, up), tmp_path / "a.safetensors", scale=0.5)
-    torch.testing.assert_close(module(x), before + 0.25 * F.conv2d(F.conv2d(x, down, **layer), up), atol=1e-4, rtol=1e-4)
+    expected = before + 0.25 * F.conv2d(F.conv2d(x, down, **layer), up)
+    torch.testing.assert_close(module(x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["down_blocks.0.attentions.0.proj_in", QUERY])
 def test_a_linear_layer_and_a_1x1_convolution_may_stand_for_each_other(sd, tmp_path, name):
     down, up = torch.randn(RANK, 16), torch.randn(16, RANK)
     first = change(sd, peft("unet", name, down, up), tmp_path / "a.safetensors")
-    second = change(sd, peft("unet", name, down[:, :, None, None], up[:, :, None, None]), tmp_path / "b.safetensors", -1.)
+    convolution = peft("unet", name, down[:, :, None, None], up[:, :, None, None])
+    second = change(sd, convolution, tmp_path / "b.safetensors", scale=-1.)
     torch.testing.assert_close(first[f"unet.{name}.weight"], -second[f"unet.{name}.weight"], atol=1e-5, rtol=1e-5)
 
 
@@ -261,7 +265,7 @@ def test_the_fingerprint_tells_files_apart(tmp_path):
         fingerprint(tmp_path / "none")
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 GOOD = peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(16, RANK))
 KOHYA = "lora_unet_" + flat(QUERY)
@@ -284,7 +288,7 @@ KOHYA = "lora_unet_" + flat(QUERY)
     ({f"unet.{QUERY[:-1]}v.lora_A.weight": torch.ones(RANK, 16)}, "only a part of the LoRA for unet.*attn1.to_v"),
     ({f"unet.{QUERY[:-1]}v.alpha": torch.ones(())}, "only a part of the LoRA for unet.*attn1.to_v"),
     ({f"unet.{QUERY}.alpha": torch.ones(2)}, r"the file .*alpha \(2,\)"),
-    (peft("unet", QUERY, torch.ones(RANK, 17), torch.ones(16, RANK)), r"has the shape \(16, 16\), the file down \(4, 17\)"),
+    (peft("unet", QUERY, torch.ones(RANK, 17), torch.ones(16, RANK)), r"shape \(16, 16\), the file down \(4, 17\)"),
     (peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(17, RANK)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(16, 5)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(16, RANK, 3, 3)), "does not fit this model"),
@@ -294,7 +298,7 @@ KOHYA = "lora_unet_" + flat(QUERY)
     (peft("unet", QUERY, torch.ones(16), torch.ones(16)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(RANK, 16).int(), torch.ones(16, RANK)), "torch.int32 for unet.down_blocks"),
     (peft("unet", QUERY, torch.ones(RANK, 16) / 0, torch.ones(16, RANK)), "NaN or infinite: unet.down_blocks"),
-    (peft("unet", QUERY, torch.ones(RANK, 16) * 1e30, torch.ones(16, RANK) * 1e30), "NaN or infinite: unet.down_blocks")])
+    (peft("unet", QUERY, torch.full((RANK, 16), 1e30), torch.full((16, RANK), 1e30)), "NaN or infinite: unet.down")])
 def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(sd, tmp_path, more, message):
     other = peft("text_encoder", "text_model.encoder.layers.0.mlp.fc1", torch.ones(RANK, 24), torch.ones(96, RANK))
     save_file(other | GOOD | more, tmp_path / "bad.safetensors")

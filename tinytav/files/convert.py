@@ -20,7 +20,7 @@ from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.config import InputError
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-CONTAINERS = ("state_dict", "model")        # under these names trainers keep the weights, beside the state of the training
+CONTAINERS = ("state_dict", "model")        # under these names trainers keep the weights, beside other things
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -29,10 +29,10 @@ class NoWeights(InputError):
     """A pickle that holds no named tensors, such as an optimiser's state."""
 
 
-# ---- one file -----------------------------------------------------------------------------------------------------------
+# ---- one file --------------------------------------------------------------------------------------------------------
 
 def convert_file(source, target):
-    """A pickled file -> a safetensors file with the same tensors in their dtype. Returns a line that says what it holds.
+    """A pickled file -> a safetensors file of the same tensors in their dtype. Returns a line that says what it holds.
 
     Raises InputError, and writes nothing, for a file that cannot be read without running code; it names what the file
     asks for. Raises NoWeights for one that holds no named tensors.
@@ -52,18 +52,19 @@ def convert_file(source, target):
 def unpickle(path):
     """What a pickled file holds. Raises InputError if that takes more than tensors and plain containers."""
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not what torch.save writes since version 1.6: it is older, or torn, or no checkpoint. "
-                         "Convert an older one only on a machine where you trust its author: torch.load it, then torch.save it.")
+        raise InputError(f"{path} is not what torch.save writes since version 1.6: it is older, or truncated, or no "
+                         "checkpoint. If it is older and you trust its author, torch.load it and torch.save it again.")
     try:
         return torch.load(str(path), weights_only=True, mmap=True, map_location="cpu")
     except MemoryError:
         raise
-    except Exception as error:              # bytes that are no checkpoint fail in as many ways as torch's reader has lines
+    except Exception as error:              # a damaged file can fail anywhere in torch's reader
         if asked := asks_for(path):
-            raise InputError(f"{path} asks for {', '.join(asked)}: to open it could run code, so it is refused. Look for the "
-                             "same model as .safetensors.") from None
+            raise InputError(f"{path} asks for {', '.join(asked)}. Opening it could run code, so it is refused: look "
+                             "for the same model as .safetensors.") from None
         reason = str(error).partition("\n")[0][:200]
-        raise InputError(f"{path} cannot be read as a checkpoint: {reason}. It may be damaged; fetch it again.") from None
+        raise InputError(f"{path} cannot be read as a checkpoint: {reason}. It may be damaged: fetch it "
+                         "again.") from None
 
 
 def asks_for(path):
@@ -76,8 +77,7 @@ def asks_for(path):
 
 def named_tensors(content, path):
     """{name: tensor} of what a file holds, and the names of what else stands among them. Raises InputError."""
-    while name := next((name for name in CONTAINERS if isinstance(content, dict) and isinstance(content.get(name), dict)), None):
-        content = content[name]
+    content = out_of_containers(content)
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise NoWeights(f"{path} holds no named tensors, so there is nothing to convert.")
     tensors, left_out = {}, []
@@ -90,6 +90,15 @@ def named_tensors(content, path):
         else:
             tensors[name] = value.detach()
     return tensors, left_out
+
+
+def out_of_containers(content):
+    """What lies within {"state_dict": {...}} and its like, however deep."""
+    for _ in range(10):                     # deeper is a circle
+        for name in CONTAINERS:
+            if isinstance(content, dict) and isinstance(content.get(name), dict):
+                content = content[name]
+    return content
 
 
 def is_plain(tensor):
@@ -110,7 +119,7 @@ def without_sharing(tensors):
     return out
 
 
-# ---- a folder, file by file ---------------------------------------------------------------------------------------------
+# ---- a folder, file by file ------------------------------------------------------------------------------------------
 
 def convert_folder(source, target):
     """A folder -> a new folder: pickled files converted, others copied. Yields a line for each that is not just copied.
@@ -170,7 +179,7 @@ def rename_shards(file, new):
     new.write_text(json.dumps(index), encoding="utf-8")
 
 
-# ---- the command --------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 def check(source, target):
     """Raises InputError unless there is something to convert, and a free place for the result."""
@@ -186,7 +195,7 @@ def check(source, target):
 
 def main():
     p = argparse.ArgumentParser(description="Turn pickled checkpoints into safetensors, without running code in them.")
-    p.add_argument("source", metavar="IN", type=Path, help=f"a {', '.join(PICKLED)}, or a folder, which is converted file by file")
+    p.add_argument("source", metavar="IN", type=Path, help=f"a file ({', '.join(PICKLED)}), or a folder of such files")
     p.add_argument("target", metavar="OUT", type=Path, help="a new .safetensors file, or a new folder")
     args = p.parse_args()
     check(args.source, args.target)

@@ -6,9 +6,9 @@
 `down` has its kernel, (rank, in, 3, 3), and its `up` is a 1x1 convolution, so that the same matrix product gives the
 change (out, in, 3, 3).
 
-Four tools have written such files, each with names of its own. `spellings` turns the name of one of OUR modules into all
-that a file may call it; a file's names are looked up among those. The other way is not safe: kohya's names have
-"_" for ".", and the modules' own names hold "_" too.
+Several tools have written such files, each with names of its own. `spellings` turns the name of one of OUR modules
+into all that a file may call it; a file's names are looked up among those. The other way is not safe: kohya's names
+have "_" for ".", and the modules' own names hold "_" too.
 """
 import hashlib
 import math
@@ -72,7 +72,7 @@ def fingerprint(path):
     return sha.hexdigest()[:16]
 
 
-# ---- what the layers are called -----------------------------------------------------------------------------------------
+# ---- what the layers are called --------------------------------------------------------------------------------------
 
 def changeable(sd):
     """{(part, name): module} of the linear layers and convolutions that a LoRA may change."""
@@ -131,7 +131,7 @@ def inner_ldm_name(name):
     return name
 
 
-# ---- reading and checking -----------------------------------------------------------------------------------------------
+# ---- reading and checking --------------------------------------------------------------------------------------------
 
 def read_lora(path):
     """All tensors of a LoRA file. Raises InputError for other kinds of files."""
@@ -144,10 +144,11 @@ def read_lora(path):
     for key in tensors:
         for mark, kind in OTHER_KINDS.items():
             if mark in key:
-                raise InputError(f"{path} is {kind}, because it holds {key}. Only plain LoRA is read: linear layers, 1x1 and "
-                                 "3x3 convolutions.")
+                raise InputError(f"{path} is {kind}, because it holds {key}. Only plain LoRA is read: linear layers, "
+                                 "1x1 and 3x3 convolutions.")
         if SDXL.search(key) or "attn2" in key and "to_k" in key and 2048 in tensors[key].shape:
-            raise InputError(f"{path} is a LoRA for SDXL, because it holds {key}. It does not fit Stable Diffusion 1.x or 2.x.")
+            raise InputError(f"{path} is a LoRA for SDXL, because it holds {key}. It does not fit Stable Diffusion 1.x "
+                             "or 2.x.")
     return tensors
 
 
@@ -177,15 +178,16 @@ def check_shapes(pairs, layers, path):
     for place, pair in pairs.items():
         for tensor in pair.values():
             if tensor.dtype not in NUMBERS:
-                raise InputError(f"{path} holds {tensor.dtype} for {'.'.join(place)}: a LoRA is of floating-point numbers.")
+                raise InputError(f"{path} holds {tensor.dtype} for {'.'.join(place)}: a LoRA holds floating-point "
+                                 "numbers.")
     wrong = []
     for place, pair in pairs.items():
         if not fits(layers[place].weight, **pair):
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in pair.items())
             wrong.append(f"{'.'.join(place)} has the shape {tuple(layers[place].weight.shape)}, the file {shapes}")
     if wrong:
-        raise InputError(f"{path} does not fit this model: {some(wrong, '; ')}. A LoRA for Stable Diffusion 1.x does not fit "
-                         "2.x, nor the other way round.")
+        raise InputError(f"{path} does not fit this model: {some(wrong, '; ')}. A LoRA for Stable Diffusion 1.x does "
+                         "not fit 2.x, nor the other way round.")
 
 
 def fits(weight, down, up, alpha=None):
@@ -197,7 +199,7 @@ def fits(weight, down, up, alpha=None):
 
 
 def merged_weight(weight, pair, scale):
-    """weight + scale * alpha / rank * up @ down, computed in float32 (equation 3 and section 4.1), in weight's dtype."""
+    """weight + scale * alpha / rank * up @ down (equation 3, section 4.1), computed in float32, in weight's dtype."""
     down, up = (pair[name].to(weight.device, torch.float32) for name in ("down", "up"))
     rank = len(down)
     alpha = float(pair.get("alpha", rank)) or rank      # absent or 0: as if it were the rank
