@@ -3,6 +3,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tinytav.files import frames
 from tinytav.files.runs import Run, Settings, lock
 from tinytav.inflation import ATTENTIONS
 from tinytav.measure import memory
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.tuning import Tuner
@@ -37,6 +39,7 @@ def arguments():
     p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at (default: sparse-causal)")
     p.add_argument("--norm", choices=["clip", "frame"], help="what group norms run over (default: clip)")
     p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
+    cli.add_lora(p)
     p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
     return p.parse_args()
 
@@ -50,6 +53,9 @@ def start(args):
     if not args.prompt.strip():
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
     sd = cli.load_weights(args)
+    loras = cli.read_loras(args.lora) or []
+    lora.merge(sd, loras)
+    cli.say_loras(loras)
     cli.warn_of_the_unknown(sd.path, [args.prompt], args.clip)
     sd.tokenizer([args.prompt, args.preview or ""])             # raises for bytes that are not UTF-8
     size = args.size or sd.defaults.size
@@ -57,7 +63,7 @@ def start(args):
                          exact=args.frames is not None)
     describe(args.clip, source)
     clip = pipeline.encode_clip(sd, source, args.prompt)
-    run = Run.create(args.out or "runs", Path(args.clip).stem, settings_of(args, sd, source, size))
+    run = Run.create(args.out or "runs", Path(args.clip).stem, settings_of(args, sd, loras, source, size))
     try:
         run.write("clip", dict(mean=clip.mean, std=clip.std))
         frames.write_mp4(run.path / "source.mp4", source.x, source.fps)
@@ -68,19 +74,29 @@ def start(args):
     return run, sd
 
 
-def settings_of(args, sd, source, size):
+def settings_of(args, sd, loras, source, size):
     """All that is needed to repeat the run: what was given, and the weights' defaults for the rest."""
     return Settings(
         clip=str(args.clip), prompt=args.prompt, preview=args.preview,
         weights=str(sd.path), fingerprint=sd.fingerprint, tokenizer=args.tokenizer, prediction=args.prediction,
-        precision=name_of(sd.dtype),
+        precision=name_of(sd.dtype), lora=tuple(asdict(one) for one in loras) or None,
         size=size, frames=len(source.x), start=args.start or 0, stride=args.stride,
         indices=source.indices, total=source.total, fps=str(source.fps),
-        steps=args.steps or sd.defaults.steps, lr=sd.defaults.lr if args.lr is None else args.lr,
+        steps=steps_of(args, sd), lr=sd.defaults.lr if args.lr is None else args.lr,
         ddim_steps=sd.defaults.ddim_steps, guidance=sd.defaults.guidance,
         attention=args.attention or "sparse-causal", norm=args.norm or "clip",
         seed=33 if args.seed is None else args.seed,
         versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
+
+
+def steps_of(args, sd):
+    """How many steps to tune. A net that the official code has tuned is used as it is, unless --steps asks for more."""
+    if args.steps is not None:
+        return args.steps
+    if sd.temporal:
+        print(f"{sd.path} was tuned by the official code and is used as it is; --steps N would tune it further.")
+        return 0
+    return sd.defaults.steps
 
 
 def describe(clip, source):
@@ -103,6 +119,8 @@ def resume(args):
     args.precision = args.precision or run.settings.precision
     sd = cli.load_weights(args, run.settings.source())
     run.check(sd)
+    lora.merge(sd, run.settings.loras())
+    cli.say_loras(run.settings.loras())
     return run, sd
 
 
@@ -182,9 +200,9 @@ def write_preview(run, sd, net, clip, step, stop):
 
 def report(sd, net):
     """Prints what inflation did to the U-Net."""
-    kept, new = len(sd.unet.state_dict()), len(net.state_dict()) - len(sd.unet.state_dict())
+    kept, added = len(sd.unet.state_dict()), len(net.state_dict()) - len(sd.unet.state_dict())
     tuned = net.tuned()
-    print(f"inflated: {kept} tensors kept, {new} new, {len(tuned)} tuned "
+    print(f"inflated: {kept} tensors kept, {added} {'read' if sd.temporal else 'new'}, {len(tuned)} tuned "
           f"({sum(p.numel() for p in tuned.values()):,} parameters)")
 
 

@@ -15,7 +15,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from tinytav.files.frames import replace
+from tinytav.files.atomic import replace, replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.config import InputError
 
@@ -176,7 +176,7 @@ def rename_shards(file, new):
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise InputError(f"{file} has no weight_map of file names.")
     index["weight_map"] = {name: safe_name(shard) for name, shard in shards.items()}
-    new.write_text(json.dumps(index), encoding="utf-8")
+    replace_text(new, json.dumps(index))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

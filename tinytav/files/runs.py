@@ -27,6 +27,7 @@ from tinytav.inflation import ATTENTIONS
 from tinytav.pipeline import Clip, invert_clip, new_net, no_progress
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
 from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS
 
 try:
@@ -63,11 +64,12 @@ class Settings(Config):
     tokenizer: str | None = None
     prediction: str | None = None
     preview: str | None = None
+    lora: tuple[dict, ...] | None = None        # each with file, scale and fingerprint
     versions: dict = field(default_factory=dict)
     finished: float = 0             # when, in seconds since 1970; 0 if it is not finished
 
     LIMITS = dict(guidance=(0, LARGE), seed=(0, LARGE), start=(0, LARGE), indices=(0, LARGE), total=(0, LARGE),
-                  finished=(0, LARGE), lr=(0, LARGE))
+                  finished=(0, LARGE), lr=(0, LARGE), steps=(0, LARGE))
     CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
                    norm=("clip", "frame"))
 
@@ -77,10 +79,15 @@ class Settings(Config):
                 raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of {', '.join(map(str, values))}.")
         if not re.fullmatch(FPS, self.fps):
             raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or 30000/1001.")
+        self.loras()
 
     def source(self):
         """Where the weights come from, as cli.load_weights takes it."""
         return dict(weights=self.weights, tokenizer=self.tokenizer, prediction=self.prediction)
+
+    def loras(self):
+        """The LoRAs that the weights were changed by. Raises InputError for what is none."""
+        return [Lora.from_json(lora) for lora in self.lora or ()]
 
 
 class Run:
@@ -165,9 +172,9 @@ class Run:
             p.copy_(tensors[name])
         return net
 
-    def noise(self, sd, net, clip, steps, progress=no_progress):
-        """The clip's noise x_T, as it was saved, or anew if the number of steps or the attention is another."""
-        if net.attention == self.settings.attention and self.has("inversion"):
+    def noise(self, sd, net, clip, steps, progress=no_progress, same_loras=True):
+        """The clip's noise x_T, as it was saved, or anew if the number of steps, the attention or a LoRA is another."""
+        if net.attention == self.settings.attention and same_loras and self.has("inversion"):
             inversion = self.read("inversion", dict(noise=clip.mean.shape, steps=()))
             if int(inversion["steps"]) == steps:
                 return inversion["noise"].to(sd.device)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tinytav.stable_diffusion import single_file
+from tinytav.stable_diffusion import official, single_file
 from tinytav.stable_diffusion.config import LARGEST, Config, InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.precision import autocast
@@ -23,9 +23,7 @@ from tinytav.stable_diffusion.vae import VAE, VAEConfig
 
 MODELS = dict(unet=(UNet, UNetConfig), vae=(VAE, VAEConfig), text_encoder=(TextEncoder, TextEncoderConfig))
 STEMS = ("diffusion_pytorch_model", "model")
-CONVERT = ("Only .safetensors files are read, because the others run code when opened. Most models are published as "
-           "safetensors too; or convert it on a machine where its author is trusted: torch.load, then "
-           "safetensors.torch.save_file.")
+CONVERT = "Only .safetensors files are read. Convert it first, which runs no code in it: python -m tinytav convert"
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
@@ -65,6 +63,7 @@ class StableDiffusion:
     dtype: torch.dtype
     multiple: int                   # frames need sides that are multiples of it, in pixels
     defaults: Defaults = field(default_factory=Defaults)
+    temporal: dict = field(default_factory=dict)    # T-Attn's tensors by name, where the official code has tuned the U-Net
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
@@ -94,10 +93,14 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
         raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text encoder "
                          f"in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do not belong "
                          "together.")
+    mark = fingerprint(parts, schedule)
+    config, tensors, where = parts["unet"]
+    image, temporal = official.split(tensors, where)
+    parts["unet"] = config, image, where
     models = {name: build(Model, *parts[name], dtype).to(device) for name, (Model, _) in MODELS.items()}
-    return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=fingerprint(parts, schedule),
-                           device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
-                           defaults=_defaults(path, schedule), **models)
+    return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=mark, device=torch.device(device),
+                           dtype=dtype, multiple=models["vae"].cfg.factor, defaults=_defaults(path, schedule),
+                           temporal=temporal, **models)
 
 
 def _defaults(path, schedule):
@@ -188,7 +191,7 @@ def _component_files(folder):
                 return [folder / whole]
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     raise InputError(f"No {' or '.join(stem + '.safetensors' for stem in STEMS)} in {folder}"
-                     + (f", only {pickles[0]}. {CONVERT}" if pickles else "."))
+                     + (f", only {pickles[0]}. {CONVERT} {folder.parent} NEW_FOLDER" if pickles else "."))
 
 
 def read_component(folder, Config):
@@ -199,7 +202,7 @@ def read_component(folder, Config):
     for file in _component_files(folder):
         tensors |= read_tensors(file)
     try:
-        return Config.from_json(read_json(folder / "config.json")), tensors, str(folder)
+        return Config.from_json(official.image_config(read_json(folder / "config.json"))), tensors, str(folder)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
@@ -219,7 +222,7 @@ def _read_folder(path, prediction):
 
 def _read_single_file(path, prediction):
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {CONVERT}")
+        raise InputError(f"{path} is not a .safetensors file. {CONVERT} {path} {path.with_suffix('.safetensors')}")
     parts = single_file.components(read_tensors(path), path)
     if parts["unet"][0].cross_attention_dim == 1024 and prediction is None:
         raise InputError(f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: add --prediction "

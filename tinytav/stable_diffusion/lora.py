@@ -13,14 +13,16 @@ have "_" for ".", and the modules' own names hold "_" too.
 import hashlib
 import math
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.checkpoint import CONVERT, read_tensors
-from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.config import LARGEST, Config, InputError
 
 # the end of a key -> what the tensor is
 ENDS = {
@@ -60,6 +62,49 @@ def merge_lora(sd, path, scale=1.0):
     return len(merged)
 
 
+@dataclass(frozen=True)
+class Lora(Config):
+    """A LoRA as a run records it: the file, how many times it is merged, and the file's fingerprint."""
+    file: str
+    scale: float
+    fingerprint: str
+
+    LIMITS = dict(scale=(-LARGEST, LARGEST))
+
+    @classmethod
+    def from_text(cls, text):
+        """FILE or FILE:SCALE -> Lora. Raises InputError if the file cannot be read."""
+        file, colon, scale = text.rpartition(":")
+        try:
+            scale = float(scale) if colon else 1.0
+        except ValueError:                          # the colon is a part of the name
+            colon = ""
+        if not colon:
+            file, scale = text, 1.0
+        if not abs(scale) <= LARGEST:
+            raise InputError(f"The scale of the LoRA {text} is not from -{LARGEST} to {LARGEST}.")
+        return cls(file, scale, fingerprint(file))
+
+
+def merge(sd, loras):
+    """merge_lora for several. Raises InputError if a file is not the one that is recorded."""
+    for lora in loras:
+        if fingerprint(lora.file) != lora.fingerprint:
+            raise InputError(f"{lora.file} is another LoRA than the run was made with (fingerprint {lora.fingerprint}).")
+        merge_lora(sd, lora.file, lora.scale)
+
+
+def same(loras, others):
+    """Are these the same LoRAs at the same scales, wherever their files lie?"""
+    return [(one.fingerprint, one.scale) for one in loras] == [(one.fingerprint, one.scale) for one in others]
+
+
+def exchange(net, text_encoder, old, new):
+    """Takes the LoRAs `old` out of a tuned net and the text encoder, and puts `new` in. What was tuned stays."""
+    inverse = [replace(lora, scale=-lora.scale) for lora in old]
+    merge(SimpleNamespace(unet=net, text_encoder=text_encoder), inverse + list(new))
+
+
 def fingerprint(path):
     """A short hash of the file. Raises InputError if it cannot be read."""
     sha = hashlib.sha256()
@@ -68,7 +113,7 @@ def fingerprint(path):
             while block := file.read(2 ** 20):
                 sha.update(block)
     except OSError as error:
-        raise InputError(f"The LoRA {path} cannot be read: {error.strerror}.") from None
+        raise InputError(f"The LoRA {path} cannot be read: {error.strerror}. --lora FILE names it anew.") from None
     return sha.hexdigest()[:16]
 
 
@@ -139,7 +184,7 @@ def read_lora(path):
     if not path.is_file():
         raise InputError(f"No LoRA at {path}: name a .safetensors file.")
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {CONVERT}")
+        raise InputError(f"{path} is not a .safetensors file. {CONVERT} {path} {path.with_suffix('.safetensors')}")
     tensors = read_tensors(path)
     for key in tensors:
         for mark, kind in OTHER_KINDS.items():
