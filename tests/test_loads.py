@@ -1,4 +1,4 @@
-"""What people have, through the commands: LoRA, pickled files, runs of the official code, each row of weights/README.md."""
+"""What people have, through the commands: LoRA, runs of the official code, each row of weights/README.md."""
 import functools
 import importlib
 import json
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from hardening.warm import Warm
 from tinytav import merge_lora, new_net, pipeline, read_clip, tune_on
+from tinytav.editing import net_of
 from tinytav.files.runs import Run
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion import lora, official, single_file
@@ -66,11 +67,12 @@ def place(tmp_path_factory):
     return place
 
 
-# ---- LoRA --------------------------------------------------------------------------------------------------------------
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 def test_a_run_tunes_the_merged_weights_and_records_the_lora(place):
     run = Run.open(place / "with/clip")
-    assert run.settings.lora == (dict(file="a.safetensors", scale=0.5, fingerprint=lora.fingerprint(place / "a.safetensors")),)
+    mark = lora.fingerprint(place / "a.safetensors")
+    assert run.settings.lora == (dict(file="a.safetensors", scale=0.5, fingerprint=mark),)
     sd = load(place / "w")
     assert run.settings.fingerprint == sd.fingerprint           # of the weights without the LoRA
     merge_lora(sd, place / "a.safetensors", 0.5)
@@ -99,7 +101,7 @@ def test_exchanging_loras_keeps_what_was_tuned(place):
     run, sd, base = Run.open(place / "with/clip"), load(place / "w"), load(place / "w")
     old, new = lora.Lora.from_text(f"{place}/a.safetensors:0.5"), lora.Lora.from_text(f"{place}/b.safetensors:2")
     lora.merge(sd, [old])
-    net = run.net(sd)
+    net = net_of(run, sd)
     lora.exchange(net, sd.text_encoder, [old], [new])
     query = run.read("tuned")[f"{QUERY}.weight"] - 0.5 * change_of(old.file, f"unet.{QUERY}")
     expected = {net.get_submodule(QUERY): query + 2 * change_of(new.file, f"unet.{QUERY}"),
@@ -111,9 +113,11 @@ def test_exchanging_loras_keeps_what_was_tuned(place):
 
 
 def test_a_run_without_lora_takes_one_for_its_edits_and_so_does_the_untuned_net(place):
-    done = call(place, "sample.py", "--run", "without/clip", "--prompt", "a dog", "--lora", "b.safetensors:-1.5", "--out", "one")
+    done = call(place, "sample.py", "--run", "without/clip", "--prompt", "a dog", "--out", "one",
+                "--lora", "b.safetensors:-1.5")
     assert "lora: b.safetensors, -1.5 times" in done.out and "inverting" in done.err
-    done = call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--lora", "a.safetensors", "b.safetensors", "--out", "two")
+    done = call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "two",
+                "--lora", "a.safetensors", "b.safetensors")
     assert "a.safetensors, 1 times" in done.out and "b.safetensors, 1 times" in done.out
 
 
@@ -143,8 +147,9 @@ def test_a_lora_that_moved_is_named_anew_and_another_file_in_its_place_is_refuse
     assert "a.safetensors is another LoRA than the run was made with" in call(tmp_path, *sample, status=2).err
 
 
-@pytest.mark.parametrize("text, file, scale", [("x.safetensors", "x.safetensors", 1.), ("x.safetensors:0.3", "x.safetensors", 0.3),
-                                               ("a:b.safetensors", "a:b.safetensors", 1.), ("a:b:-2", "a:b", -2.), ("x:", "x:", 1.)])
+@pytest.mark.parametrize("text, file, scale", [
+    ("x.safetensors", "x.safetensors", 1.), ("x.safetensors:0.3", "x.safetensors", 0.3),
+    ("a:b.safetensors", "a:b.safetensors", 1.), ("a:b:-2", "a:b", -2.), ("x:", "x:", 1.)])
 def test_file_and_scale(tmp_path, monkeypatch, text, file, scale):
     monkeypatch.chdir(tmp_path)
     (tmp_path / file).write_bytes(b"")
@@ -153,16 +158,18 @@ def test_file_and_scale(tmp_path, monkeypatch, text, file, scale):
 
 
 @pytest.mark.parametrize("texts, message", [
-    (["none.safetensors"], "none.safetensors cannot be read"), (["a.safetensors:nan"], "is not from"), (["a.safetensors:inf"], "is not from"),
-    (["clip.mp4"], "clip.mp4 is not a .safetensors file"), (["w"], "w cannot be read"),
+    (["none.safetensors"], "none.safetensors cannot be read"), (["a.safetensors:nan"], "is not from"),
+    (["a.safetensors:inf"], "is not from"), (["clip.mp4"], "clip.mp4 is not a .safetensors file"),
+    (["w"], "w cannot be read"),
     (["w/vae/diffusion_pytorch_model.safetensors"], "is not a LoRA for this model")])
 def test_a_lora_that_cannot_be_used_is_refused_before_anything_is_written(place, texts, message):
     done = call(place, "train.py", "clip.mp4", CAPTION, "--weights", "w", "--out", "bad", "--lora", *texts, status=2)
     assert message in done.err and not (place / "bad").exists()
 
 
-@pytest.mark.parametrize("entry", [{}, {"file": "a.safetensors", "scale": 1.0}, {"file": 5, "scale": 1.0, "fingerprint": "x"}, "a",
-                                   {"file": "a.safetensors", "scale": float("nan"), "fingerprint": "x"}])
+@pytest.mark.parametrize("entry", [
+    {}, {"file": "a.safetensors", "scale": 1.0}, {"file": 5, "scale": 1.0, "fingerprint": "x"}, "a",
+    {"file": "a.safetensors", "scale": float("nan"), "fingerprint": "x"}])
 def test_a_lora_in_run_json_edited_by_hand_is_refused(place, tmp_path, entry):
     shutil.copytree(place / "with/clip", tmp_path / "run")
     settings = json.loads((tmp_path / "run/run.json").read_text())
@@ -171,7 +178,7 @@ def test_a_lora_in_run_json_edited_by_hand_is_refused(place, tmp_path, entry):
         Run.open(tmp_path / "run")
 
 
-# ---- Runs of the official code -----------------------------------------------------------------------------------------
+# ---- Runs of the official code ---------------------------------------------------------------------------------------
 
 def official_tensors():
     """The tiny U-Net as the official code would have tuned it: every tensor filled, T-Attn's bias too."""
@@ -181,8 +188,9 @@ def official_tensors():
 def write_official(folder):
     """A folder as the official code writes it, pickled, and with what else lies in it."""
     tiny.write_folder(folder)
-    in_3d = {name: [kind.replace("2D", "3D") for kind in tiny.UNET[name]] for name in ("down_block_types", "up_block_types")}
-    config = tiny.UNET | in_3d | dict(_class_name="UNet3DConditionModel", mid_block_type="UNetMidBlock3DCrossAttn")
+    blocks = dict(down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"], mid_block_type="UNetMidBlock3DCrossAttn",
+                  up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"])
+    config = tiny.UNET | blocks | dict(_class_name="UNet3DConditionModel")
     tiny.save_json(folder / "unet/config.json", config)
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     torch.save(official_tensors(), folder / "unet/diffusion_pytorch_model.bin")
@@ -198,7 +206,7 @@ def write_official(folder):
 
 @pytest.fixture(scope="module")
 def official_run(tmp_path_factory):
-    """A folder with the official code's run, converted to `tuned`, the clip, and the run that train.py makes of them."""
+    """A folder with the official code's run, converted to `tuned`, the clip, and what train.py makes of them."""
     place = tmp_path_factory.mktemp("official")
     write_official(place / "outputs")
     tiny.write_clip(place / "clip.mp4")
@@ -256,17 +264,25 @@ def test_a_whole_official_net_gives_what_the_official_code_gives():
         assert tiny.close(net(case["x"], case["timestep"].expand(2), case["context"]), case["y"])
 
 
+def test_t_attn_counts_in_the_fingerprint(official_run, tmp_path):
+    shutil.copytree(official_run / "tuned", tmp_path / "w")
+    tensors = official_tensors()
+    tensors[f"{BLOCK}.attn_temp.to_k.weight"] += 1e-3
+    save_file(tensors, tmp_path / "w/unet/diffusion_pytorch_model.safetensors")
+    assert load(tmp_path / "w").fingerprint != load(official_run / "tuned").fingerprint
+
+
 def test_only_the_official_nets_config_is_read_in_2d():
     for d in ({}, dict(_class_name="UNet2DConditionModel", down_block_types=["DownBlock3D"])):
         assert official.image_config(d) == d
-    d = dict(_class_name="UNet3DConditionModel", down_block_types=["DownBlock3D", 5], mid_block_type=None, act_fn="silu")
-    assert official.image_config(d)["down_block_types"] == ["DownBlock2D", 5] and official.image_config(d)["act_fn"] == "silu"
+    d = dict(_class_name="UNet3DConditionModel", down_block_types=["DownBlock3D", 5], mid_block_type=None, act_fn="x")
+    assert official.image_config(d) == d | dict(down_block_types=["DownBlock2D", 5])
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda z: {k: v for k, v in z.items() if k != f"{BLOCK}.norm_temp.bias"}, "norm_temp.bias is missing"),
     (lambda z: z | {"conv_temp.weight": torch.zeros(1)}, "conv_temp.weight is unexpected"),
-    (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": torch.zeros(16, 17)}, r"to_k.weight has the shape \(16, 17\), not \(16, 16\)"),
+    (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": torch.zeros(16, 17)}, r"to_k.weight has the shape \(16, 17\)"),
     (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": torch.zeros(16, 16) / 0}, "to_k.weight holds NaN")])
 def test_temporal_tensors_that_are_not_t_attns_are_refused(official_run, tmp_path, change, message):
     shutil.copytree(official_run / "tuned", tmp_path / "w")
@@ -276,15 +292,15 @@ def test_temporal_tensors_that_are_not_t_attns_are_refused(official_run, tmp_pat
         load(tmp_path / "w")
 
 
-# ---- The table of weights/README.md ------------------------------------------------------------------------------------
+# ---- The table of weights/README.md ----------------------------------------------------------------------------------
 
-# a single file has the published widths only: the reader's configs are made small, and its names stay the published ones
+# A single file has published widths only. Here the reader's configs are made small; its names stay the published ones.
 UNET = tiny.reference("unet-sd1")[0] | dict(block_out_channels=[32, 32, 32, 32])
 SMALL = dict(UNetConfig=UNetConfig.from_json(UNET | dict(cross_attention_dim=768)),
              SD2_UNET=UNetConfig.from_json(UNET | dict(cross_attention_dim=1024, use_linear_projection=True)),
              VAEConfig=VAEConfig.from_json(tiny.VAE | dict(
-                 block_out_channels=[8] * 4, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                 layers_per_block=2)),
+                 block_out_channels=[8] * 4, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
+                 up_block_types=["UpDecoderBlock2D"] * 4)),
              TextEncoderConfig=TextEncoderConfig.from_json(tiny.TEXT | dict(hidden_size=768)),
              SD2_TEXT=TextEncoderConfig.from_json(tiny.TEXT | dict(hidden_size=1024)))
 
@@ -304,11 +320,14 @@ def unet_single_names(model):
 
 def vae_single_names():
     block = ["norm1", "conv1", "norm2", "conv2", "nin_shortcut"]
-    layers = [f"{side}.{i}.block.{j}.{part}" for side in ("down", "up") for i in range(4) for j in range(3) for part in block]
+    blocks = [f"{side}.{i}.block.{j}" for side in ("down", "up") for i in range(4) for j in range(3)]
+    blocks += ["mid.block_1", "mid.block_2"]
+    layers = [f"{name}.{part}" for name in blocks for part in block]
     layers += [f"{side}.{i}.{side}sample.conv" for side in ("down", "up") for i in range(4)]
-    layers += [f"mid.block_{i}.{part}" for i in (1, 2) for part in block]
-    layers += [f"mid.attn_1.{part}" for part in ("norm", "q", "k", "v", "proj_out")] + ["norm_out", "conv_in", "conv_out"]
-    layers = [f"{half}.{layer}" for half in ("encoder", "decoder") for layer in layers] + ["quant_conv", "post_quant_conv"]
+    layers += [f"mid.attn_1.{part}" for part in ("norm", "q", "k", "v", "proj_out")]
+    layers += ["norm_out", "conv_in", "conv_out"]
+    layers = [f"{half}.{layer}" for half in ("encoder", "decoder") for layer in layers]
+    layers += ["quant_conv", "post_quant_conv"]
     return {single_file.vae_key(f"{layer}.{end}"): f"{layer}.{end}" for layer in layers for end in ("weight", "bias")}
 
 
@@ -382,8 +401,9 @@ def test_each_row_of_the_table_works_as_it_is_printed(table, monkeypatch, have, 
     for _, *argv in commands:
         script = "tinytav.__main__" if argv[0] == "-m" else argv[0].removesuffix(".py")
         argv = argv[1:] if argv[0] == "-m" else argv
-        small = ["--frames", "2", "--steps", "1", "--size", "32"] if script == "train" and "model" in " ".join(argv) else []
-        monkeypatch.setattr(sys, "argv", [*argv, *small])
+        if script == "train" and "--tokenizer" in argv:         # a single file has no defaults.json
+            argv = [*argv, "--frames", "2", "--steps", "1", "--size", "32"]
+        monkeypatch.setattr(sys, "argv", argv)
         assert importlib.import_module(script).main() == 0
 
 

@@ -63,7 +63,7 @@ class StableDiffusion:
     dtype: torch.dtype
     multiple: int                   # frames need sides that are multiples of it, in pixels
     defaults: Defaults = field(default_factory=Defaults)
-    temporal: dict = field(default_factory=dict)    # T-Attn's tensors by name, where the official code has tuned the U-Net
+    temporal: dict = field(default_factory=dict)    # T-Attn's tensors, if the official code has tuned the U-Net
 
     @torch.no_grad()
     def encode_prompts(self, prompts):

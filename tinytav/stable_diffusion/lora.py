@@ -90,7 +90,8 @@ def merge(sd, loras):
     """merge_lora for several. Raises InputError if a file is not the one that is recorded."""
     for lora in loras:
         if fingerprint(lora.file) != lora.fingerprint:
-            raise InputError(f"{lora.file} is another LoRA than the run was made with (fingerprint {lora.fingerprint}).")
+            raise InputError(f"{lora.file} is another LoRA than the run was made with, whose fingerprint is "
+                             f"{lora.fingerprint}.")
         merge_lora(sd, lora.file, lora.scale)
 
 

@@ -38,12 +38,13 @@ def split(tensors, where):
 
 
 def expected(image):
-    """{name: shape} of the temporal tensors: T-Attn is shaped as its block's self-attention, its norm as the first norm."""
+    """{name: shape} of the temporal tensors: those of the same block's self-attention and of the norm before it."""
     shapes = {}
     for name, tensor in image.items():
-        for old, new in ((".attn1.", ".attn_temp."), (".transformer_blocks.0.norm1.", ".transformer_blocks.0.norm_temp.")):
-            if old in name:
-                shapes[name.replace(old, new)] = tensor.shape
+        if ".attn1." in name:
+            shapes[name.replace(".attn1.", ".attn_temp.")] = tensor.shape
+        elif ".transformer_blocks.0.norm1." in name:
+            shapes[name.replace(".norm1.", ".norm_temp.")] = tensor.shape
     return shapes
 
 
@@ -58,4 +59,5 @@ def check(temporal, shapes, where):
             problems.append(f"{name} holds NaN or infinite values")
     if problems:
         more = f"; and {len(problems) - 3} problems more" if len(problems) > 3 else ""
-        raise InputError(f"{where} is not a net that the official Tune-A-Video code tuned: {'; '.join(problems[:3])}{more}.")
+        raise InputError(f"{where} is not a net that the official Tune-A-Video code tuned: "
+                         f"{'; '.join(problems[:3])}{more}.")
