@@ -1,4 +1,5 @@
 """Edit the tuned clip with a prompt: python sample.py --prompt "a panda is skiing"."""
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -6,6 +7,7 @@ from tinytav import cli, editing, pipeline
 from tinytav.files import frames
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 
 SUFFIXES = (".mp4", ".gif", ".png")
@@ -25,6 +27,7 @@ def arguments():
     p.add_argument("--guidance", type=cli.number(float, 0), metavar="N",
                    help="how strongly to follow the prompt; else the run's own")
     p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at; else the run's own")
+    cli.add_lora(p)
     p.add_argument("--out", metavar="PATH", help="folder for the results; else the run's own, or samples/")
     return p.parse_args()
 
@@ -51,6 +54,19 @@ def load_weights(args, run):
     sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
     run.check(sd)
     return sd
+
+
+def choose_loras(args, run):
+    """--lora and run.json -> the LoRAs to use, and those the net was tuned with.
+
+    A file of the run may have moved: one that is named and has its fingerprint stands for it.
+    """
+    tuned_with = run.settings.loras() if run else []
+    wanted = cli.read_loras(args.lora)
+    if wanted is None:
+        return tuned_with, tuned_with
+    moved = {one.fingerprint: one.file for one in wanted}
+    return wanted, [replace(one, file=moved.get(one.fingerprint, one.file)) for one in tuned_with]
 
 
 def make_net(args, run, sd):
@@ -97,6 +113,8 @@ def main():
     refuse_what_does_not_go_together(args, run)
     print(f"run: {run.path}" if run else "no run: sampling the untuned net from random noise; --run names a run to edit")
     sd = load_weights(args, run)
+    loras, tuned_with = choose_loras(args, run)
+    lora.merge(sd, tuned_with)
     cli.warn_about_unknown_words(sd.path, args.prompt)
     sd.tokenizer(args.prompt)                                   # raises for bytes that are not UTF-8
     defaults = run.settings if run else sd.defaults
@@ -104,10 +122,17 @@ def main():
     guidance = defaults.guidance if args.guidance is None else args.guidance
     fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
     net = make_net(args, run, sd)
+    same_loras = lora.same(loras, tuned_with)
+    if not same_loras:
+        lora.exchange(net, sd.text_encoder, tuned_with, loras)
+    cli.print_loras(loras)
     source, suffix = None, ""
     if run and not args.no_inversion:
         clip = editing.clip_of(run, sd)
-        noise = editing.noise_of(run, sd, net, clip, steps, cli.progress)
+        if same_loras:
+            noise = editing.noise_of(run, sd, net, clip, steps, cli.progress)
+        else:
+            noise = editing.invert_clip(sd, net, clip, steps, cli.progress)
         source = source_strip(sd, clip)
     else:
         noise = random_noise(args, run, sd, net.frames)

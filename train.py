@@ -3,6 +3,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tinytav.files import frames
 from tinytav.files.runs import Run, Settings, lock
 from tinytav.inflation import ATTENTIONS
 from tinytav.measure import memory
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.tuning import Tuner
@@ -37,6 +39,7 @@ def arguments():
     p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at (default: sparse-causal)")
     p.add_argument("--norm", choices=["clip", "frame"], help="what group norms run over (default: clip)")
     p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
+    cli.add_lora(p)
     p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
     return p.parse_args()
 
@@ -51,13 +54,16 @@ def start(args):
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
     frames.open_clip(args.clip)                 # raises if there is none, before gigabytes of weights are read
     sd = cli.load_weights(args)
+    loras = cli.read_loras(args.lora) or []
+    lora.merge(sd, loras)
+    cli.print_loras(loras)
     cli.warn_about_unknown_words(sd.path, [args.prompt], args.clip)
     sd.tokenizer([args.prompt, args.preview or ""])             # raises for bytes that are not UTF-8
     size = args.size or sd.defaults.size
     source = frames.read(args.clip, size, sd.multiple, args.frames or sd.defaults.frames, start=args.start or 0,
                          stride=args.stride, exact=args.frames is not None)
     describe(args.clip, source)
-    settings = settings_of(args, sd, source, size)
+    settings = settings_of(args, sd, loras, source, size)
     clip = editing.encode_clip(sd, source, args.prompt)
     run = Run.create(args.out or "runs", Path(args.clip).stem, settings)
     try:
@@ -70,19 +76,29 @@ def start(args):
     return run, sd
 
 
-def settings_of(args, sd, source, size):
+def settings_of(args, sd, loras, source, size):
     """All that is needed to repeat the run: what was given, and the weights' defaults for the rest. Raises InputError."""
     return Settings.from_json(dict(
         clip=str(args.clip), prompt=args.prompt, preview=args.preview,
         weights=str(sd.path), fingerprint=sd.fingerprint, tokenizer=args.tokenizer, prediction=args.prediction,
-        precision=name_of(sd.dtype),
+        precision=name_of(sd.dtype), lora=tuple(asdict(one) for one in loras) or None,
         size=size, frames=len(source.x), start=args.start or 0, stride=args.stride,
         indices=source.indices, total=source.total, fps=str(source.fps),
-        steps=args.steps or sd.defaults.steps, lr=sd.defaults.lr if args.lr is None else args.lr,
+        steps=steps_of(args, sd), lr=sd.defaults.lr if args.lr is None else args.lr,
         ddim_steps=sd.defaults.ddim_steps, guidance=sd.defaults.guidance,
         attention=args.attention or "sparse-causal", norm=args.norm or "clip",
         seed=33 if args.seed is None else args.seed,
         versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0])))
+
+
+def steps_of(args, sd):
+    """How many steps to tune. A net that the official code has tuned is used as it is, unless --steps asks for more."""
+    if args.steps is not None:
+        return args.steps
+    if sd.temporal:
+        print(f"{sd.path} was tuned by the official code and is used as it is; --steps N would tune it further.")
+        return 0
+    return sd.defaults.steps
 
 
 def describe(clip, source):
@@ -104,6 +120,8 @@ def resume(args):
         raise InputError(f"{run.path} is finished: sample from it with sample.py --run.")
     sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
     run.check(sd)
+    lora.merge(sd, run.settings.loras())
+    cli.print_loras(run.settings.loras())
     return run, sd
 
 
@@ -192,9 +210,9 @@ def last_unless(stop, steps):
 
 def report(sd, net):
     """Prints what inflation did to the U-Net."""
-    kept, new = len(sd.unet.state_dict()), len(net.state_dict()) - len(sd.unet.state_dict())
+    kept, added = len(sd.unet.state_dict()), len(net.state_dict()) - len(sd.unet.state_dict())
     tuned = net.tuned()
-    print(f"inflated: {kept} tensors kept, {new} new, {len(tuned)} tuned "
+    print(f"inflated: {kept} tensors kept, {added} {'read' if sd.temporal else 'new'}, {len(tuned)} tuned "
           f"({sum(p.numel() for p in tuned.values()):,} parameters)")
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS
 
 SOURCE = ("weights", "tokenizer", "prediction")         # the flags that tell where the weights come from
@@ -30,6 +31,12 @@ def parser(description):
     p.add_argument("--precision", choices=PRECISIONS, help="of the frozen weights; else fp32, on CUDA bf16 or fp16")
     p.add_argument("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="same seed, same result (default: 33)")
     return p
+
+
+def add_lora(p):
+    """The flag --lora, which train.py and sample.py have."""
+    p.add_argument("--lora", nargs="+", action="extend", metavar="FILE[:SCALE]",
+                   help="LoRA files to merge into the weights; else the run's own; none: without")
 
 
 def number(kind, low, high=float("inf")):
@@ -85,6 +92,19 @@ def load_weights(args, source=None, precision=None):
     path = source.pop("weights", None) or default_path()
     print(f"weights: {path}")
     return load(path, device=device, dtype=dtype, **source)
+
+
+def read_loras(texts):
+    """What --lora names -> a list of Lora; without the flag None. Raises InputError."""
+    if texts is None:
+        return None
+    return [Lora.from_text(text) for text in texts if text != "none"]
+
+
+def print_loras(loras):
+    """Prints which LoRAs are in use."""
+    for one in loras:
+        print(f"lora: {one.file}, scale {one.scale:g}")
 
 
 def warn_about_unknown_words(weights, prompts, clip=None):

@@ -63,13 +63,17 @@ def no_progress(steps, total, name):
 
 
 def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
-    """The inflated U-Net for `count` frames. T-Attn's first q, k and v come from the seed alone.
+    """The inflated U-Net for `count` frames.
 
-    The caller's random state stays as it was.
+    If the official code has tuned the weights, T-Attn is theirs. Otherwise it is new, and its first q, k and v come from
+    the seed alone. The caller's random state stays as it was.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return inflate(sd.unet, count, attention, norm)
+        net = inflate(sd.unet, count, attention, norm)
+    for name, tensor in sd.temporal.items():
+        net.get_parameter(name).copy_(tensor)
+    return net
 
 
 def tune_on(sd, clip, steps=None, lr=None, seed=33, attention="sparse-causal", norm="clip", progress=no_progress):

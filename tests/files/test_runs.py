@@ -28,8 +28,8 @@ def test_every_frame_rate_of_a_video_can_be_stored(fps):
 
 
 def test_what_a_run_could_not_read_again_is_refused_before_it_is_made():
-    with pytest.raises(InputError, match="steps = 2000000"):
-        Settings.from_json(SETTINGS | dict(steps=2_000_000))
+    with pytest.raises(InputError, match="frames = 2000000"):
+        Settings.from_json(SETTINGS | dict(frames=2_000_000))
     with pytest.raises(InputError, match="prompt is missing"):
         Settings.from_json({name: value for name, value in SETTINGS.items() if name != "prompt"})
 

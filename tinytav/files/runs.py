@@ -25,6 +25,7 @@ from tinytav.files.atomic import replace, replace_text
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
 from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS
 
 try:
@@ -61,11 +62,12 @@ class Settings(Config):
     tokenizer: str | None = None
     prediction: str | None = None
     preview: str | None = None
+    lora: tuple[dict, ...] | None = None        # each with file, scale and fingerprint
     versions: dict = field(default_factory=dict)
     finished: float = 0             # when, in seconds since 1970; 0 if it is not finished
 
     LIMITS = dict(guidance=(0, LARGE), seed=(0, LARGE), start=(0, LARGE), indices=(0, LARGE), total=(0, LARGE),
-                  finished=(0, LARGE), lr=(0, LARGE))
+                  finished=(0, LARGE), lr=(0, LARGE), steps=(0, LARGE))
     CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
                    norm=("clip", "frame"))
 
@@ -75,10 +77,15 @@ class Settings(Config):
                 raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of {', '.join(map(str, values))}.")
         if not re.fullmatch(FPS, self.fps):
             raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or 30000/1001.")
+        self.loras()
 
     def source(self):
         """Where the weights come from, as cli.load_weights takes it."""
         return dict(weights=self.weights, tokenizer=self.tokenizer, prediction=self.prediction)
+
+    def loras(self):
+        """The LoRAs that the weights were changed by. Raises InputError for what is none."""
+        return [Lora.from_json(lora) for lora in self.lora or ()]
 
 
 class Run:
