@@ -111,10 +111,13 @@ class VideoUNet(UNet):
                          partial(ClipGroupNorm, frames) if norm == "clip" else nn.GroupNorm)
         self.frames, self.attention, self.norm = frames, attention, norm
 
-    def forward(self, x, t, context):
-        """Noisy clips x (b, 4, f, h, w), t (b,), context (b, m, d) -> (b, 4, f, h, w)."""
+    def forward(self, x, t, context, residuals=None):
+        """Noisy clips x (b, 4, f, h, w), t (b,), context (b, m, d) -> (b, 4, f, h, w).
+
+        residuals: a ControlNet's, whose batch is the frames, (b f) c h w.
+        """
         y = x.transpose(1, 2).flatten(0, 1)                                 # (b f) 4 h w
-        y = super().forward(y, t.repeat_interleave(self.frames), context)
+        y = super().forward(y, t.repeat_interleave(self.frames), context, residuals)
         return y.unflatten(0, (-1, self.frames)).transpose(1, 2)            # b 4 f h w
 
     def tuned(self):
