@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from stable_diffusion.test_checkpoint import LAYOUTS, layouts, meta
-from tiny import close, fill, reference
+from stable_diffusion.test_checkpoint import layouts, meta
+from tiny import LAYOUTS, close, fill, reference
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.checkpoint import build

@@ -11,12 +11,12 @@ import torch
 
 import tinytav
 from tiny import filled
+from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, check_fits, load_controlnet
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.toy import pretrain, world
-from tinytav.stable_diffusion.checkpoint import build, read_component
 
 
 def stage(name, out, minutes, *more):

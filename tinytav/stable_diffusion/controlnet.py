@@ -21,21 +21,23 @@ from tinytav.stable_diffusion.unet import Encoder, UNetConfig, check_types, set_
 class ControlNetConfig(Config):
     """The keys of a ControlNet's config.json that change the network. The defaults fit Stable Diffusion 1.x."""
     in_channels: int = 4
-    down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    block_out_channels: tuple = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 768
-    attention_head_dim: int | tuple = 8             # really the NUMBER of heads, one for all stages or one each
+    attention_head_dim: int | tuple[int, ...] = 8   # really the NUMBER of heads, one for all stages or one each
     use_linear_projection: bool = False             # SD 2
     upcast_attention: bool = False                  # SD 2.1
-    conditioning_embedding_out_channels: tuple = (16, 32, 96, 256)
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
 
     ONLY = UNetConfig.ONLY | dict(
         conditioning_channels=(3,),
         controlnet_conditioning_channel_order=("rgb",),                     # "bgr": channels in the other order
         global_pool_conditions=(False, None))                               # True: the "shuffle" ControlNet
+
+    LIMITS = UNetConfig.LIMITS
 
     @property
     def hint_factor(self):
