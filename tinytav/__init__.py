@@ -6,6 +6,7 @@ from tinytav.files.frames import write_gif, write_mp4, write_strip
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.pipeline import (
                               Clip,
+                              Control,
                               decode,
                               edit,
                               encode,
@@ -13,13 +14,16 @@ from tinytav.pipeline import (
                               invert,
                               invert_clip,
                               last,
+                              load_control,
                               new_net,
                               read_clip,
                               sample,
+                              sample_clip,
                               tune_on,
 )
 from tinytav.stable_diffusion.checkpoint import StableDiffusion, load
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, load_controlnet
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig

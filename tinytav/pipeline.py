@@ -9,9 +9,10 @@ from fractions import Fraction
 
 import torch
 
-from tinytav.files.frames import read
+from tinytav.files.frames import open_clip, read
 from tinytav.inflation import inflate
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.controlnet import check_fits, load_controlnet
 from tinytav.stable_diffusion.ddim import move
 from tinytav.stable_diffusion.precision import autocast
 from tinytav.tuning import Tuner
@@ -67,19 +68,19 @@ def invert(net, schedule, latents, empty, steps=50):
 
 
 @torch.no_grad()
-def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5):
+def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, control=None):
     """DDIM sampling from x_T `noise`: yields the latents (b, 4, f, h, w), cleaner after each step.
 
     context, empty (b, m, d): of the prompts and of the empty prompt. Classifier-free guidance, arXiv 2207.12598, equation
     6 with guidance = 1 + w: eps = eps(empty) + guidance (eps(prompt) - eps(empty)). At guidance 1 the net is asked for
-    the prompt alone, otherwise for both in one batch.
+    the prompt alone, otherwise for both in one batch. control: a Control; it acts on both halves of guidance.
     """
     x = noise
     for t, t_next in schedule.pairs(steps):
         if guidance == 1:
-            output = ask(net, x, t, context)
+            output = ask(net, x, t, context, control)
         else:
-            both = ask(net, torch.cat([x, x]), t, torch.cat([empty, context]))
+            both = ask(net, torch.cat([x, x]), t, torch.cat([empty, context]), control)
             without, given = both.chunk(2)
             output = without + guidance * (given - without)
         eps = schedule.epsilon(output, x, schedule.abar(t))
@@ -87,10 +88,40 @@ def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5):
         yield x
 
 
-def ask(net, x, t, context):
+def ask(net, x, t, context, control=None):
     """The net's answer (b, 4, f, h, w), float32, for latents x that stand at timestep t, an int."""
+    t = torch.full((len(x),), t, device=x.device)
+    inputs = (x, t, context)
+    if control is not None:
+        inputs += (control.residuals(x, t, context),)
     with autocast(net):
-        return net(x, torch.full((len(x),), t, device=x.device), context).float()
+        return net(*inputs).float()
+
+
+class Control:
+    """A ControlNet (arXiv 2302.05543) and a clip's hints, one a frame. They say where things stand in the clip.
+
+    The ControlNet keeps its image weights. It sees each frame by itself, without the others. hints (f, 3, H, W), RGB in
+    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied.
+    """
+
+    @torch.no_grad()
+    def __init__(self, controlnet, hints, scale=1.0):
+        self.controlnet, self.hints, self.scale = controlnet, hints, scale
+        with autocast(controlnet):
+            self.embedded = controlnet.embed_hint(hints)                    # f c h w, the same at every step
+
+    @torch.no_grad()
+    def residuals(self, x, t, context):
+        """For latents x (b, 4, f, h, w), t (b,), context (b, m, d): what VideoUNet adds, (b f) c h w each."""
+        frames = x.shape[2]
+        pictures = x.transpose(1, 2).flatten(0, 1)                          # (b f) 4 h w
+        t = t.repeat_interleave(frames)
+        context = context.repeat_interleave(frames, dim=0)
+        embedded = self.embedded.repeat(len(x), 1, 1, 1)
+        with autocast(self.controlnet):
+            residuals = self.controlnet.residuals(pictures, t, context, embedded)
+        return [self.scale * residual for residual in residuals]
 
 
 def noise_shape(sd, count, width, height):
@@ -179,18 +210,49 @@ def invert_clip(sd, net, clip, steps=None, progress=no_progress):
     return noise
 
 
-def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_progress):
+def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_progress, control=None):
     """Samples from noise x_T (1, 4, f, h/8, w/8) under a prompt -> frames (f, 3, h, w) in [-1, 1].
 
-    Without steps (of DDIM) or guidance the weights' defaults hold. Raises InputError if the result is not finite.
+    Without steps (of DDIM) or guidance the weights' defaults hold. control: of load_control. Raises InputError if the
+    result is not finite.
     """
     steps = steps or sd.defaults.ddim_steps
     guidance = sd.defaults.guidance if guidance is None else guidance
     context, empty = sd.encode_prompts([prompt, ""]).split(1)
-    latents = last(progress(sample(net, sd.schedule, noise, context, empty, steps, guidance), steps, prompt))
+    latents = last(progress(sample(net, sd.schedule, noise, context, empty, steps, guidance, control), steps, prompt))
     if not latents.isfinite().all():
         raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
     return decode(sd.vae, latents)
+
+
+def load_control(sd, path, hint, shape, scale=1.0):
+    """A ControlNet from disk, and the hints of a clip whose latents have this shape -> Control.
+
+    path: a ControlNet's folder or single file. hint: a video or a folder of pictures, read by read_hints. Raises
+    InputError if they do not fit `sd` or the clip.
+    """
+    controlnet = load_controlnet(path, sd.device, sd.dtype)
+    check_fits(controlnet.cfg, sd.unet.cfg, sd.multiple)
+    _, _, count, height, width = shape
+    hints = read_hints(hint, count, height * sd.multiple, width * sd.multiple, sd.multiple)
+    return Control(controlnet, hints.to(sd.device), scale)
+
+
+def read_hints(path, count, height, width, multiple):
+    """The hints for `count` frames of these pixels -> (f, 3, h, w) in [0, 1], resized and cropped as a clip is.
+
+    path: a video, a GIF or a folder of pictures, one picture a frame. Raises InputError if they are not as many as the
+    frames, or not of the frames' shape.
+    """
+    total = open_clip(path).count()
+    if total != count:
+        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one hint "
+                         "for each frame. A run's own frames are in its source.mp4.")
+    x = read(path, min(height, width), multiple, count).x
+    if x.shape[2:] != (height, width):
+        raise InputError(f"The hint {path} is {x.shape[3]}x{x.shape[2]} pixels where the clip to be sampled is {width}x"
+                         f"{height}: crop it to the same shape.")
+    return (x + 1) / 2
 
 
 def edit(sd, net, clip, prompt, steps=None, guidance=None, progress=no_progress):

@@ -121,11 +121,10 @@ CONTEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 WANTED = "A ControlNet for Stable Diffusion 1.x or 2.x is needed."
 
 
-def load_controlnet(path, dtype=torch.float32):
-    """A ControlNet's folder (config.json beside its tensors) or single file -> ControlNet, in eval mode, on the CPU.
+def load_controlnet(path, device="cpu", dtype=torch.float32):
+    """A ControlNet's folder (config.json beside its tensors) or single file -> ControlNet on `device`, in eval mode.
 
-    With a dtype other than float32, call it under torch.autocast. Raises InputError, naming the file, for what is not a
-    ControlNet for Stable Diffusion 1.x or 2.x.
+    dtype: of the weights. Raises InputError, naming the file, for what is no ControlNet for Stable Diffusion 1.x or 2.x.
     """
     path = Path(path)
     if path.is_dir():
@@ -134,7 +133,7 @@ def load_controlnet(path, dtype=torch.float32):
         config, tensors, where = _read_single_file(path)
     else:
         raise InputError(f"No ControlNet at {path}: name its folder or its .safetensors file.")
-    return checkpoint.build(ControlNet, config, tensors, where, dtype)
+    return checkpoint.build(ControlNet, config, tensors, where, dtype).to(device)
 
 
 def _read_folder(path):
