@@ -2,7 +2,7 @@
 from fractions import Fraction
 from pathlib import Path
 
-from tinytav import cli, pipeline
+from tinytav import cli, editing, pipeline
 from tinytav.files import frames
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
@@ -72,8 +72,8 @@ def refuse_what_does_not_go_together(args, run):
 def make_net(args, run, sd):
     """The run's tuned net, or without a run the inflated, untuned one."""
     if run is not None:
-        return run.net(sd, args.attention, args.frames)
-    return pipeline.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
+        return editing.net_of(run, sd, args.attention, args.frames)
+    return editing.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
 
 
 def latents_shape(args, run, sd, count):
@@ -83,7 +83,7 @@ def latents_shape(args, run, sd, count):
         return 1, 4, count, *mean.shape[3:]
     size = args.size or sd.defaults.size
     frames.check_size(size, sd.multiple)
-    return pipeline.noise_shape(sd, count, size, size)
+    return editing.noise_shape(sd, count, size, size)
 
 
 def make_control(args, sd, shape):
@@ -91,7 +91,7 @@ def make_control(args, sd, shape):
     if args.control is None:
         return None
     scale = 1.0 if args.control_scale is None else args.control_scale
-    return pipeline.load_control(sd, args.control, args.hint, shape, scale)
+    return editing.load_control(sd, args.control, args.hint, shape, scale)
 
 
 def gaussian_noise(args, sd, shape, shared):
@@ -151,8 +151,8 @@ def main():
     suffix = NOISES[kind] if run else ""
     above = []
     if kind == "inverted":
-        clip = run.clip(sd)
-        noise = run.noise(sd, net, clip, steps, cli.progress)
+        clip = editing.clip_of(run, sd)
+        noise = editing.noise_of(run, sd, net, clip, steps, cli.progress)
         above.append(source_strip(sd, clip))
     else:
         noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
@@ -162,7 +162,7 @@ def main():
     folder = Path(args.out or (run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
     for prompt in args.prompt:
-        x = pipeline.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress, control)
+        x = editing.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress, control)
         print(write(folder, slug(prompt) + suffix, x, above, fps, prompt))
     return 0
 

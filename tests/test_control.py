@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import tiny
 from test_scripts import call
-from tinytav import pipeline
+from tinytav import editing, pipeline
 from tinytav.files import frames
 from tinytav.inflation import inflate
 from tinytav.stable_diffusion.config import InputError
@@ -114,7 +114,7 @@ def test_a_scale_of_nothing_changes_nothing_and_a_scale_of_one_something():
 
 def test_hints_are_cropped_and_resized_as_a_clip_is(tmp_path):
     path = write_hints(tmp_path / "hints", 3, size=(77, 64))
-    hints = pipeline.read_hints(path, 3, height=32, width=38, multiple=2)
+    hints = editing.read_hints(path, 3, height=32, width=38, multiple=2)
     assert hints.shape == (3, 3, 32, 38)
     clip = frames.read(path, 32, 2, 3).x
     assert torch.equal(hints, (clip + 1) / 2) and 0 <= hints.min() < hints.max() <= 1
@@ -122,20 +122,20 @@ def test_hints_are_cropped_and_resized_as_a_clip_is(tmp_path):
 
 def test_hints_may_be_a_video(tmp_path):
     tiny.write_clip(tmp_path / "hint.mp4", frames=4)
-    assert pipeline.read_hints(tmp_path / "hint.mp4", 4, height=40, width=48, multiple=8).shape == (4, 3, 40, 48)
+    assert editing.read_hints(tmp_path / "hint.mp4", 4, height=40, width=48, multiple=8).shape == (4, 3, 40, 48)
 
 
 @pytest.mark.parametrize("count", [2, 6])
 def test_hints_of_another_number_are_refused(tmp_path, count):
     write_hints(tmp_path / "hints", count)
     with pytest.raises(InputError, match=f"has {count} frames, and the clip to be sampled has 3"):
-        pipeline.read_hints(tmp_path / "hints", 3, height=32, width=38, multiple=2)
+        editing.read_hints(tmp_path / "hints", 3, height=32, width=38, multiple=2)
 
 
 def test_hints_of_another_shape_are_refused(tmp_path):
     write_hints(tmp_path / "hints", 3, size=(64, 32))
     with pytest.raises(InputError, match="is 64x32 pixels where the clip to be sampled is 38x32"):
-        pipeline.read_hints(tmp_path / "hints", 3, height=32, width=38, multiple=2)
+        editing.read_hints(tmp_path / "hints", 3, height=32, width=38, multiple=2)
 
 
 def test_hints_of_another_kind_are_refused(tmp_path):
@@ -144,7 +144,7 @@ def test_hints_of_another_kind_are_refused(tmp_path):
     (tmp_path / "folder/pose.json").write_text('{"people": []}')
     for name, message in (("pose.json", "cannot be read as a video"), ("folder", "has 0 frames"), ("none", "No such file")):
         with pytest.raises(InputError, match=message):
-            pipeline.read_hints(tmp_path / name, 3, height=32, width=38, multiple=2)
+            editing.read_hints(tmp_path / name, 3, height=32, width=38, multiple=2)
 
 
 # ---- The command -------------------------------------------------------------------------------------------------
