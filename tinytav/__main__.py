@@ -15,7 +15,7 @@ COMMANDS = {
     "claims": ("tinytav.claims.table", "the paper's claims, measured in the toy world"),
     "sweep": ("tinytav.claims.sweep", "steps, learning rate and guidance, tried on clips of their own"),
     "card": ("tinytav.claims.card", "the numbers and pictures of the toy's model card"),
-    "pretrain": ("tinytav.toy.pretrain", "train the toy's VAE, CLIP and U-Net"),
+    "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
     "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),
 }
 

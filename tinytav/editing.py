@@ -96,15 +96,16 @@ def invert_clip(sd, net, clip, steps=None, progress=no_progress):
     return noise
 
 
-def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_progress):
+def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_progress, control=None):
     """Samples from noise x_T (1, 4, f, h/8, w/8) under a prompt -> frames (f, 3, h, w) in [-1, 1].
 
-    Without steps (of DDIM) or guidance the weights' defaults hold. Raises InputError if the result is not finite.
+    Without steps (of DDIM) or guidance the weights' defaults hold. control: a control.Control. Raises InputError if the
+    result is not finite.
     """
     steps = chosen(steps, sd.defaults.ddim_steps)
     guidance = chosen(guidance, sd.defaults.guidance)
     context, empty = sd.encode_prompts([prompt, ""]).split(1)
-    latents = last(progress(sample(net, sd.schedule, noise, context, empty, steps, guidance), steps, prompt))
+    latents = last(progress(sample(net, sd.schedule, noise, context, empty, steps, guidance, control), steps, prompt))
     x = decode(sd.vae, latents)
     if not x.isfinite().all():
         raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")

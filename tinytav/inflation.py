@@ -173,15 +173,16 @@ class VideoUNet(UNet):
         super().__init__(cfg, Block, Norm)
         self.frames, self.attention, self.norm = frames, attention, norm
 
-    def forward(self, x, t, context):
+    def forward(self, x, t, context, residuals=None):
         """Noisy clips x (b, 4, f, h, w), timesteps t (b,), context (b, m, d) -> (b, 4, f, h, w).
 
-        Raises InputError for a clip of another number of frames.
+        residuals: a ControlNet's, whose batch is the frames, (b f) c h w. Raises InputError for a clip of another number
+        of frames.
         """
         if x.shape[2] != self.frames:
             raise InputError(f"This net is for clips of {self.frames} frames, and the clip has {x.shape[2]}.")
         y = x.transpose(1, 2).flatten(0, 1)                                 # (b f) 4 h w
-        y = super().forward(y, t.repeat_interleave(self.frames), context)
+        y = super().forward(y, t.repeat_interleave(self.frames), context, residuals)
         return y.unflatten(0, (-1, self.frames)).transpose(1, 2)            # b 4 f h w
 
     def tuned(self):

@@ -58,19 +58,19 @@ def invert(net, schedule, latents, empty, steps=50):
 
 
 @torch.no_grad()
-def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5):
+def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, control=None):
     """DDIM sampling from x_T `noise`: yields the latents (b, 4, f, h, w), cleaner after each step.
 
     context, empty (b, m, d): of the prompts and of the empty prompt. Classifier-free guidance, arXiv 2207.12598, equation
     6 with guidance = 1 + w: eps = eps(empty) + guidance (eps(prompt) - eps(empty)). At guidance 1 the net runs for the
-    prompt alone, otherwise for both in one batch.
+    prompt alone, otherwise for both in one batch. control: a control.Control, which acts on both halves of guidance.
     """
     x = noise
     for t, t_next in schedule.pairs(steps):
         if guidance == 1:
-            output = predict(net, x, t, context)
+            output = predict(net, x, t, context, control)
         else:
-            both = predict(net, torch.cat([x, x]), t, torch.cat([empty, context]))
+            both = predict(net, torch.cat([x, x]), t, torch.cat([empty, context]), control)
             unconditional, conditional = both.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
         eps = schedule.epsilon(output, x, schedule.abar(t))
@@ -78,10 +78,12 @@ def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5):
         yield x
 
 
-def predict(net, x, t, context):
+def predict(net, x, t, context, control=None):
     """The net's prediction (b, 4, f, h, w), float32, for latents x that stand at timestep t, an int."""
+    t = torch.full((len(x),), t, device=x.device)
+    residuals = None if control is None else control.residuals(x, t, context)
     with autocast(net):
-        return net(x, torch.full((len(x),), t, device=x.device), context).float()
+        return net(x, t, context, residuals).float()
 
 
 def gaussian(shape, seed):
