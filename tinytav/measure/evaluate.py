@@ -18,6 +18,7 @@ import csv
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,17 +26,21 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tinytav import cli
+import tinytav
+from tinytav import cli, pipeline
 from tinytav.files import frames, page
-from tinytav.files.runs import slug
-from tinytav.measure import metrics
+from tinytav.files.atomic import replace, replace_text
+from tinytav.files.runs import Run, Settings, lock, slug
+from tinytav.measure import memory, metrics
 from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.precision import name_of
+from tinytav.tuning import Tuner
 
 BLOCKS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}    # heading's first word: folder
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480
 COLUMNS = ("clip", "caption", "kind", "prompt", "consistency_all_pairs", "consistency_neighbours", "textual_alignment")
-SETTINGS = ("size", "frames", "steps", "lr", "ddim_steps", "guidance")
+SAVE_EVERY = 60                                             # seconds of tuning that a killed process may lose
 
 
 @dataclass(frozen=True)
@@ -152,10 +157,15 @@ def deal(clips, finished, rank, size):
 # ---- measuring ---------------------------------------------------------------------------------------------------------
 
 class Judges:
-    """What measures: a CLIP, and perhaps PickScore's. side: frames are squashed to it first, or None."""
+    """What measures: a CLIP, and perhaps PickScore's. side: frames are squashed to it first, or None.
+
+    `told`: what it was made of; results of other judges do not count.
+    """
 
     def __init__(self, clip, pick, side, device):
-        self.clip, self.side = metrics.Features(clip, device), side
+        self.name, self.side = str(clip), side
+        self.told = dict(clip=str(clip), pick=pick, side=side)
+        self.clip = metrics.Features(clip, device)
         self.pick = metrics.Features(pick, device) if pick else None
 
     def measure(self, path, prompt):
@@ -181,31 +191,222 @@ def pick_score(judge, pictures, prompt):
     return (judge.clip.logit_scale.exp().cpu() * cosines).mean().item()
 
 
+# ---- one clip ----------------------------------------------------------------------------------------------------------
+
+def evaluate_clip(sd, clip, path, args, judges, progress):
+    """Tunes, edits and measures what is not done yet, in the run's folder `path`. Returns the clip's rows."""
+    run = tuned_run(sd, clip, path, args, progress)
+    net, source = run.net(sd), run.clip(sd)
+    noise = run.noise(sd, net, source, run.settings.ddim_steps, progress)
+    rows = []
+    for kind, prompt in clip.edits:
+        name = slug(f"{kind} {prompt}")
+        if not (path / f"{name}.mp4").is_file():
+            x = pipeline.sample_clip(sd, net, noise, prompt, run.settings.ddim_steps, run.settings.guidance, progress)
+            write_edit(sd, run, source, name, prompt, x)
+        rows.append(dict(clip=clip.name, caption=clip.caption, kind=kind, prompt=prompt, page=f"{clip.folder}/index.html",
+                         strip=f"{clip.folder}/{name}.png", **judges.measure(path / f"{name}.mp4", prompt)))
+    save_results(path, rows, judges)
+    return rows
+
+
+def tuned_run(sd, clip, path, args, progress):
+    """The clip's run, tuned: begun, gone on with, or as it is. Raises InputError if it was begun with another caption."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock(path)
+    run = Run.open(path) if (path / "run.json").is_file() else new_run(sd, clip, path, args)
+    run.check(sd)
+    if run.settings.prompt != clip.caption:
+        raise InputError(f"{path} was tuned with the caption {run.settings.prompt!r}, not {clip.caption!r}: remove it, or "
+                         "name another folder with --out.")
+    run.clear()
+    if not run.finished:
+        tune(sd, run, progress)
+    return run
+
+
+def new_run(sd, clip, path, args):
+    """A run that nothing is tuned for yet: the clip encoded once, and the settings."""
+    size = args.size or sd.defaults.size
+    source = frames.read(clip.path, size, sd.multiple, args.frames or sd.defaults.frames, exact=args.frames is not None)
+    frames.warn_if_far_apart(source, clip.path)
+    encoded = pipeline.encode_clip(sd, source, clip.caption)
+    settings = Settings(
+        clip=str(clip.path), prompt=clip.caption, weights=str(sd.path), fingerprint=sd.fingerprint, tokenizer=args.tokenizer,
+        prediction=args.prediction, precision=name_of(sd.dtype), size=size, frames=len(source.x), indices=source.indices,
+        total=source.total, fps=str(source.fps), attention="sparse-causal", norm="clip", **numbers(args, sd),
+        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
+    run = Run(path, settings)
+    run.write("clip", dict(mean=encoded.mean, std=encoded.std))
+    frames.write_mp4(path / "source.mp4", source.x, source.fps)
+    run.save()
+    return run
+
+
+def numbers(args, sd):
+    """The numbers of tuning and sampling: those that are given, and the weights' defaults for the rest."""
+    return dict(steps=args.steps or sd.defaults.steps, lr=sd.defaults.lr if args.lr is None else args.lr,
+                ddim_steps=args.ddim_steps or sd.defaults.ddim_steps,
+                guidance=sd.defaults.guidance if args.guidance is None else args.guidance,
+                seed=33 if args.seed is None else args.seed)
+
+
+def tune(sd, run, progress):
+    """Tunes from where the run's saved state stands, saving it now and then; then inverts the clip."""
+    settings, clip = run.settings, run.clip(sd)
+    net = pipeline.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
+    if memory.is_tight(net, clip.mean.shape, clip.context.shape, sd.device, settings.size, sd.multiple):
+        memory.checkpoint_gradients(net)
+    tuner = Tuner(net, sd.schedule, clip.mean, clip.std, clip.context, settings.lr, settings.seed)
+    if run.has("state"):
+        tuner.load_state_dict(run.read("state"))
+    left = range(len(tuner.losses), settings.steps)
+    save_at = time.time() + SAVE_EVERY
+    for _ in progress(left, len(left), "tuning"):
+        tuner.step()
+        if time.time() > save_at:
+            run.write("state", tuner.state_dict())
+            save_at = time.time() + SAVE_EVERY
+    run.write_losses(tuner.losses)
+    run.write("tuned", net.tuned())
+    noise = pipeline.invert_clip(sd, net, clip, settings.ddim_steps, progress)
+    run.write("inversion", dict(noise=noise, steps=torch.tensor(settings.ddim_steps)))
+    run.finish()
+
+
+def write_edit(sd, run, source, name, prompt, x):
+    """An edit's strip and record, and last its video, by which it counts as made."""
+    columns = frames.strip_columns(len(x))
+    frames.write_strip(run.path / f"{name}.png", pipeline.decode(sd.vae, source.mean[:, :, columns]), x[columns])
+    settings = run.settings
+    page.write_record(run.path, name, prompt, dict(ddim_steps=settings.ddim_steps, guidance=settings.guidance),
+                      page.command("python", "sample.py", "--run", run.path, "--prompt", prompt))
+    frames.write_mp4(run.path / f"{name}.mp4", x, run.settings.fps, title=prompt)
+
+
 # ---- results -----------------------------------------------------------------------------------------------------------
 
-def read_results(folder, clip, settings):
-    """A finished clip's rows; None where it is not finished. Raises InputError where they are of other settings."""
-    file = folder / clip.folder / "results.json"
-    if not file.is_file():
+def save_results(path, rows, judges):
+    """results.json, by which the clip counts as finished; metrics.json and the page of its run."""
+    values = {Path(row["strip"]).with_suffix(".mp4").name: {key: row[key] for key in page.NUMBERS if key in row} for row in rows}
+    replace_text(path / "metrics.json", json.dumps(dict(clip=judges.name, values=values), indent=2) + "\n")
+    page.write(path)
+    replace_text(path / "results.json", json.dumps(dict(measured=judges.told, rows=rows), indent=2) + "\n")
+
+
+def read_results(path, clip, measured):
+    """A clip's rows; None where it is not finished, or its edits or measures were others."""
+    if not (path / "results.json").is_file():
         return None
+    saved = read_json(path / "results.json")
+    rows = saved.get("rows")
+    if saved.get("measured") != measured or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return None
+    same = [(row.get("caption"), row.get("kind"), row.get("prompt")) for row in rows]
+    return rows if same == [(clip.caption, *edit) for edit in clip.edits] else None
+
+
+def all_results(out, clips, measured):
+    """{clip's folder: rows} of the finished clips in the folder `out` as this rank sees it."""
+    found = {clip.folder: read_results(out / clip.folder, clip, measured) for clip in clips}
+    return {folder: rows for folder, rows in found.items() if rows is not None}
+
+
+def hold_settings(out, wanted):
+    """Writes set.json on the first time; later raises InputError where its settings are others."""
+    file = out / "set.json"
+    if not file.is_file():
+        replace_text(file, json.dumps(wanted, indent=2) + "\n")
+        return
     saved = read_json(file)
-    wanted = settings | dict(caption=clip.caption, edits=[list(edit) for edit in clip.edits])
-    if saved.get("settings") != wanted:
-        kept = saved.get("settings") if isinstance(saved.get("settings"), dict) else {}
-        differing = ", ".join(sorted(key for key in wanted.keys() | kept.keys() if wanted.get(key) != kept.get(key)))
-        raise InputError(f"{file} was made with other settings ({differing}): name another folder with --out.")
-    return saved["rows"]
+    if differing := sorted(key for key in wanted.keys() | saved.keys() if wanted.get(key) != saved.get(key)):
+        raise InputError(f"{out} was made with another {', '.join(differing)}: name another folder with --out.")
 
 
-def write_results(folder, title, clips, rows, failures, pick, note):
-    """results.csv and index.html in `folder`, replaced whole. rows: {clip's folder: its rows}."""
-    columns = (*COLUMNS, "pick_score") if pick else COLUMNS
-    ordered = [row for clip in clips for row in rows.get(clip.folder, [])]
+def write_results(out, args, clips, results, failures):
+    """results.csv and index.html in `out`, replaced whole. results: {clip's folder: its rows}."""
+    columns = (*COLUMNS, "pick_score") if args.pick else COLUMNS
+    rows = [row for clip in clips for row in results.get(clip.folder, [])]
 
     def write(file):
         with open(file, "w", encoding="utf-8", newline="") as opened:
             writer = csv.DictWriter(opened, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-            writer.writerows(ordered)
-    frames.replace(folder / "results.csv", write)
-    page.write_set(folder, title, ordered, failures, note)
+            writer.writerows(rows)
+    replace(out / "results.csv", write)
+    page.write_set(out, Path(args.set).name, rows, failures, f"CLIP: {args.clip}.")
+    return rows
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+def arguments():
+    p = cli.parser(__doc__.splitlines()[0])
+    p.add_argument("set", help="a CSV: clip, caption and edits, or LOVEU-TGVE-2023's")
+    p.add_argument("--out", metavar="PATH", help="folder of the results (default: evaluated/NAME)")
+    p.add_argument("--clips", type=cli.number(int, 1), metavar="N", help="only the first N of the set")
+    p.add_argument("--clip", default="weights/toy/clip", metavar="PATH", help="the CLIP that measures; else weights/toy/clip")
+    p.add_argument("--pick", metavar="PATH", help="PickScore's CLIP, in the same layout; else no PickScore")
+    p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="pixels of the short side; else the weights' own")
+    p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="of each clip; else the weights' own number")
+    p.add_argument("--steps", type=cli.number(int, 1), metavar="N", help="of tuning; else the weights' own")
+    p.add_argument("--lr", type=cli.number(float, 0), metavar="N", help="learning rate; else the weights' own")
+    p.add_argument("--ddim-steps", type=cli.number(int, 1, 999), metavar="N", help="of sampling; else the weights' own")
+    p.add_argument("--guidance", type=cli.number(float, 0), metavar="N", help="else the weights' own")
+    return p.parse_args()
+
+
+def work(sd, mine, out, args, judges, rank):
+    """Evaluates this rank's clips. Returns {clip's name: why it has no results}."""
+    failures = {}
+    progress = cli.progress if rank == 0 else pipeline.no_progress
+    for number, clip in enumerate(mine, 1):
+        began = time.time()
+        try:
+            evaluate_clip(sd, clip, out / clip.folder, args, judges, progress)
+        except (InputError, OSError) as error:
+            failures[clip.name] = str(error)
+            print(f"error: {clip.name}: {error}", file=sys.stderr, flush=True)
+            continue
+        print(f"rank {rank}: {clip.name}, {number} of {len(mine)}, {time.time() - began:.0f} s", flush=True)
+    return failures
+
+
+def main():
+    args = arguments()
+    clips, side = read_set(args.set)
+    clips = clips[:args.clips]
+    rank, size = join()
+    if args.device is None and torch.cuda.is_available():
+        args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    out = Path(args.out or Path("evaluated") / Path(args.set).stem)
+    out.mkdir(parents=True, exist_ok=True)
+    sd = cli.load_weights(args)
+    judges = Judges(args.clip, args.pick, side, sd.device)
+    hold_settings(out, dict(fingerprint=sd.fingerprint, precision=name_of(sd.dtype), size=args.size or sd.defaults.size,
+                            frames=args.frames or sd.defaults.frames, **numbers(args, sd)))
+    before = exchange(all_results(out, clips, judges.told))
+    finished = set().union(*before)
+    mine = deal(clips, finished, rank, size)
+    print(f"rank {rank} of {size}: {len(clips)} clips, {len(finished)} finished before, {len(mine)} to do", flush=True)
+    failures = work(sd, mine, out, args, judges, rank)
+    results, all_failures = {}, {}
+    for part in exchange(dict(results=all_results(out, clips, judges.told), failures=failures)):
+        results |= part["results"]
+        all_failures |= part["failures"]
+    if rank == 0:
+        report(args, out, write_results(out, args, clips, results, all_failures), all_failures)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    return 1 if all_failures and rank == 0 else 0
+
+
+def report(args, out, rows, failures):
+    """Prints the means over all edits, what failed, and where the results are."""
+    for key in page.NUMBERS:
+        mean = page.mean_of(rows, key)
+        if mean == mean:
+            print(f"{key:24}{mean:8.2f}")
+    for name, reason in failures.items():
+        print(f"without results: {name}: {reason}")
+    print(f"results: {out / 'results.csv'}, {len(rows)} edits\npage: {out / 'index.html'}")
