@@ -69,3 +69,17 @@ def write_clip(path, frames=6, size=(48, 40)):
     colours = np.stack([np.sin(x / 5 + i), np.cos(y / 7 - i), np.sin((x + y) / 9 + 2 * i)], axis=1)
     write_mp4(path, torch.from_numpy(colours).float(), fps=12)
     return path
+
+
+def write_judge(path):
+    """A small CLIP of both towers, in the layout that metrics read."""
+    from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
+    config, _ = reference("clip-full")
+    config["text_config"] |= dict(vocab_size=650, eos_token_id=2)
+    save_json(path / "config.json", config)
+    save_file(filled(CLIP(CLIPConfig.from_json(config))).state_dict(), path / "model.safetensors")
+    prepared, _ = reference("clip-preprocessor")
+    save_json(path / "preprocessor_config.json", prepared["half"] | dict(size=64, crop_size=64))
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(DATA / "tokenizer" / name, path)
+    return path

@@ -11,6 +11,7 @@ import torch
 import browser
 import tiny
 from tinytav.files import frames, page
+from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
 
 SETTINGS = dict(clip="clip.mp4", prompt="a man is skiing", weights="w", fingerprint="0", frames=8, fps="8", size=64, norm="clip",
@@ -23,8 +24,8 @@ HOSTILE = ["</script><script>document.title = 'taken'</script>", "\"><img src=x 
 def make_run(folder, prompts=(), count=8, losses=20, **changes):
     """A run's folder with small videos, a record for each prompt, and a loss."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder, SETTINGS | changes)
-    run.save()
+    run = Run(folder, None)
+    replace_text(folder / "run.json", json.dumps(SETTINGS | changes))
     run.write_losses([1 / step for step in range(1, losses + 1)])
     x = torch.linspace(-1, 1, count).view(-1, 1, 1, 1).expand(-1, 3, 32, 48)
     frames.write_mp4(folder / "source.mp4", x, fps=8)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import tiny
-from tinytav.inflation import ClipCrossAttention, SpatioTemporalAttention, VideoUNet
+from tinytav.inflation import ATTENTIONS, ClipCrossAttention, SparseCausalAttention, VideoUNet
 from tinytav.measure import attention
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ def inputs(batch=2):
 
 
 def test_probabilities_are_what_the_fused_call_multiplies_values_by():
-    module = attention.SpatioTemporalAttention(FRAMES, "spatial", 16, 4)
+    module = SparseCausalAttention(FRAMES, 16, 4)
     q, k = random(5, 16), random(9, 16)
     heads = [z.unflatten(-1, (4, -1)).transpose(0, 1) for z in (q, k)]
     values = torch.eye(9).expand(4, -1, -1)                                 # so that the outputs are the probabilities
@@ -62,28 +62,30 @@ def test_a_words_maps_are_of_the_prompt_and_not_of_the_empty_one():
     ("sparse-causal", 0, [0]), ("sparse-causal", 1, [0]), ("sparse-causal", 3, [0, 2]), ("first", 2, [0]), ("spatial", 2, [2]),
     ("causal", 2, [0, 1, 2]), ("full", 1, [0, 1, 2, 3])])
 def test_a_pixels_maps_are_of_the_frames_it_looks_at_and_hold_all_its_attention(kind, frame, seen):
-    look = attention.PixelMaps(FRAMES, frame, 0.3, 0.7, HEIGHT, WIDTH)
-    with attention.watched(model := net(kind), SpatioTemporalAttention, look):
+    look = attention.PixelMaps(kind, FRAMES, frame, 0.3, 0.7, HEIGHT, WIDTH)
+    with attention.watched(model := net(kind), ATTENTIONS[kind], look):
         model(*inputs(1))
     maps = look.mean.value()
     assert look.seen == seen and maps.shape == (len(seen), HEIGHT, WIDTH)
     assert maps.mean((1, 2)).sum().item() == pytest.approx(1, abs=0.02)     # bilinear enlargement keeps the mean nearly
 
 
-def test_a_pixels_map_is_its_own_row_of_the_softmax():
-    module = net().down_blocks[0].attentions[0].transformer_blocks[0].attn1
+@pytest.mark.parametrize("frame", [0, 1, 3])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_values_weighted_by_a_pixels_maps_are_what_the_attention_gives_it(kind, frame):
+    """With one head, the mean over heads is the head's own map, and the model's fused call must agree with it."""
+    module = tiny.filled(ATTENTIONS[kind](FRAMES, 16, 1))
     x = random(FRAMES, HEIGHT * WIDTH, 16)
-    look = attention.PixelMaps(FRAMES, 3, 0.5, 0.25, HEIGHT, WIDTH)
+    look = attention.PixelMaps(kind, FRAMES, frame, 0.5, 0.25, HEIGHT, WIDTH)
     look(module, x)
-    pixel = 3 * WIDTH + 2
-    keys = torch.cat([x[0], x[2]])
-    wanted = attention.probabilities(module, module.to_q(x[3])[pixel:pixel + 1], module.to_k(keys))[0]
-    torch.testing.assert_close(look.mean.value().flatten() / (HEIGHT * WIDTH), wanted)
+    shares = look.mean.value().flatten(1) / (HEIGHT * WIDTH)                # (frames, pixels)
+    wanted = module.to_out[0]((shares[..., None] * module.to_v(x[look.seen])).sum((0, 1)))
+    torch.testing.assert_close(wanted, module(x)[frame, 3 * WIDTH + 2])
 
 
 @pytest.mark.parametrize("kind, look", [
     (ClipCrossAttention, attention.WordMaps(FRAMES, [1], HEIGHT, WIDTH)),
-    (SpatioTemporalAttention, attention.PixelMaps(FRAMES, 2, 0.5, 0.5, HEIGHT, WIDTH))])
+    (SparseCausalAttention, attention.PixelMaps("sparse-causal", FRAMES, 2, 0.5, 0.5, HEIGHT, WIDTH))])
 def test_watching_changes_no_bit_and_leaves_nothing_behind(kind, look):
     model = net()
     before = model(*inputs())

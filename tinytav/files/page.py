@@ -12,6 +12,7 @@ metrics.json                what `python -m tinytav metrics` measured
 """
 import csv
 import html
+import json
 import math
 import re
 import shlex
@@ -21,6 +22,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from tinytav.files import frames
+from tinytav.files.atomic import replace, replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.config import InputError
 
@@ -59,7 +61,7 @@ def save(path, title, content):
 
     def write_text(file):
         Path(file).write_text(text, encoding="utf-8", errors="replace")     # a file name may hold bytes that are no text
-    frames.replace(path, write_text)
+    replace(path, write_text)
     return path
 
 
@@ -112,6 +114,12 @@ def number(value):
 def command(*words):
     """Words -> a line for the shell."""
     return shlex.join(map(str, words))
+
+
+def write_record(folder, name, prompt, settings, repeat):
+    """NAME.sample.json: what a sample was told, and the command that repeats it. No sample's own file has this name."""
+    told = dict(prompt=prompt, settings=settings, command=repeat)
+    replace_text(Path(folder) / f"{name}.sample.json", json.dumps(told, indent=2) + "\n")
 
 
 # ---- what the folder holds ---------------------------------------------------------------------------------------------

@@ -14,18 +14,17 @@ import json
 import math
 import re
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from tinytav import cli, pipeline
 from tinytav.files import frames, page
+from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
-from tinytav.inflation import ClipCrossAttention, SpatioTemporalAttention, inflate
+from tinytav.inflation import ATTENTIONS, ClipCrossAttention
 from tinytav.stable_diffusion.config import InputError
 
 # Dark violet to light yellow, from nothing to the most: as heat maps are often drawn. Red, green, blue.
@@ -34,6 +33,12 @@ FRAMES = 8              # in a picture at most; of more, they are spread over th
 COLUMNS = 4             # frames in a row of a picture
 SIDE = 200              # pixels of a frame's short side in a picture
 LABEL = 20              # pixels of the line of text above a row
+
+
+def looks_at(kind, frame, count):
+    """The frames, from 0, whose keys the frame gets from an attention of this name, in the order of its keys."""
+    return {"sparse-causal": [0, max(frame - 1, 0)], "spatial": [frame], "first": [0], "causal": list(range(frame + 1)),
+            "full": list(range(count))}[kind]
 
 
 @contextmanager
@@ -93,24 +98,24 @@ class WordMaps:
 class PixelMaps:
     """How much attention a pixel of one frame pays to each pixel of the frames it looks at.
 
-    frame: from 0. y, x: where the pixel is, as parts of the height and the width, from 0 to 1.
+    kind: the name of the attention. frame: from 0. y, x: where the pixel is, as parts of height and width, from 0 to 1.
     """
 
-    def __init__(self, frames, frame, y, x, height, width):
+    def __init__(self, kind, frames, frame, y, x, height, width):
         self.frames, self.frame, self.y, self.x = frames, frame, y, x
-        self.mean, self.seen = Mean(height, width), None
+        self.looked_at = looks_at(kind, frame, frames)
+        self.seen = sorted(set(self.looked_at))
+        self.mean = Mean(height, width)
 
     def __call__(self, attention, x):                                       # (b f) n c
         height, width = grid(x.shape[1], *self.mean.size)
         pixel = int(self.y * height) * width + int(self.x * width)
         clip = x[-self.frames:]
-        looked_at = attention.rows[self.frame]
-        q, k = attention.to_q(clip[self.frame][pixel]), attention.to_k(clip[looked_at])
-        parts = probabilities(attention, q[None], k.flatten(0, 1))[0].unflatten(0, (len(looked_at), height, width))
-        self.seen = sorted(set(looked_at))
+        q, k = attention.to_q(clip[self.frame, pixel]), attention.to_k(clip[self.looked_at])
+        parts = probabilities(attention, q[None], k.flatten(0, 1))[0].unflatten(0, (-1, height, width))
         # where the first frame is also the previous one, its keys stand there twice, and both shares are its own
-        shares = torch.stack([sum(part for part, at in zip(parts, looked_at) if at == i) for i in self.seen])
-        self.mean.add(shares * height * width)                              # 1 is what even attention to one frame would give
+        shares = [sum(part for part, at in zip(parts, self.looked_at) if at == frame) for frame in self.seen]
+        self.mean.add(torch.stack(shares) * height * width)                 # 1: as if it looked at one frame, evenly
 
 
 def word_positions(tokenizer, prompt, word):
@@ -132,7 +137,7 @@ def of_word(net, sd, noise, context, empty, positions, steps, guidance):
     maps = WordMaps(net.frames, positions, *noise.shape[3:])
     with watched(net, ClipCrossAttention, maps):
         sampling = pipeline.sample(net, sd.schedule, noise, context, empty, steps, guidance)
-        latents = pipeline.last(tqdm(sampling, "sampling", steps, unit="step"))
+        latents = pipeline.last(cli.progress(sampling, steps, "sampling"))
     return latents, maps.mean.value()
 
 
@@ -142,11 +147,10 @@ def of_pixel(net, sd, latents, context, noise, frame, y, x, steps, name):
 
     latents and noise (1, 4, f, h, w). The same noise, whatever the net: what differs between two nets is their doing.
     """
-    maps = PixelMaps(net.frames, frame, y, x, *latents.shape[3:])
-    with watched(net, SpatioTemporalAttention, maps):
-        for t, _ in tqdm(sd.schedule.pairs(steps), name, steps, unit="step"):
-            t = torch.tensor([t], device=latents.device)
-            net(sd.schedule.add_noise(latents, noise, t), t, context)
+    maps = PixelMaps(net.attention, net.frames, frame, y, x, *latents.shape[3:])
+    with watched(net, ATTENTIONS[net.attention], maps):
+        for t, _ in cli.progress(sd.schedule.pairs(steps), steps, name):
+            pipeline.ask(net, sd.schedule.add_noise(latents, noise, t), t, context)
     return maps.mean.value(), maps.seen
 
 
@@ -192,7 +196,7 @@ def resized(x, side):
     factor = side / min(x.shape[2:])
     size = [round(n * factor) for n in x.shape[2:]]
     mode = dict(mode="nearest") if factor > 1 else dict(mode="area")
-    return frames.to_uint8(F.interpolate(x, size, **mode), shown=1)
+    return frames.to_uint8(F.interpolate(x, size, **mode)).numpy()
 
 
 def spread(count, most):
@@ -260,46 +264,30 @@ def prompt_with(run, word):
     """The newest sample's prompt that holds the word; the run's own if no sample's does."""
     prompts = [told["prompt"] for name, told in page.read_samples(run.path) if name != "source.mp4"]
     holding = [prompt for prompt in prompts if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
-    return holding[-1] if holding else run.settings["prompt"]
-
-
-def untuned_and_tuned(run, sd):
-    """The inflated U-Net as it was before the run's tuning, and after it."""
-    settings = run.settings
-    nets = []
-    for tuned in (False, True):
-        torch.manual_seed(settings["seed"])                                 # T-Attn's first q, k and v, as train.py draws them
-        net = inflate(sd.unet, settings["frames"], settings["attention"], settings["norm"])
-        if tuned:
-            tensors = run.read("tuned", {name: p.shape for name, p in net.tuned().items()})
-            for name, p in net.tuned().items():
-                p.copy_(tensors[name])
-        nets.append(net)
-    return nets
+    return holding[-1] if holding else run.settings.prompt
 
 
 def save(run, name, picture, caption, repeat):
     """The picture and its record in the run's folder; then the page. Prints where they are."""
     path = run.path / f"{name}.attention.png"
-    frames.replace(path, lambda file: picture.save(file, "PNG", optimize=True))
-    text = json.dumps(dict(caption=caption, command=repeat), indent=2) + "\n"
-    frames.replace(path.with_suffix(".json"), lambda file: Path(file).write_text(text, encoding="utf-8"))
+    replace(path, lambda file: picture.save(file, "PNG", optimize=True))
+    replace_text(path.with_suffix(".json"), json.dumps(dict(caption=caption, command=repeat), indent=2) + "\n")
     print(f"{path}\n{caption}\npage: {page.write(run.path)}")
 
 
 def watch_word(args, run, sd):
     """Samples with the word's maps, and saves their picture."""
     settings = run.settings
-    prompt = getattr(args, "prompt", None) or prompt_with(run, args.word)
+    prompt = prompt_with(run, args.word) if args.prompt is None else args.prompt
     positions = word_positions(sd.tokenizer, prompt, args.word)
     print(f"prompt: {prompt}")
-    empty, context = sd.encode_prompts(["", prompt]).split(1)
-    noise = run.read("inversion")["noise"].to(empty.device)
-    net = untuned_and_tuned(run, sd)[1]
-    latents, maps = of_word(net, sd, noise, context, empty, positions, settings["ddim_steps"], settings["guidance"])
+    net, clip = run.net(sd), run.clip(sd)
+    noise = run.noise(sd, net, clip, settings.ddim_steps, cli.progress)
+    latents, maps = of_word(net, sd, noise, sd.encode_prompts([prompt]), clip.empty, positions, settings.ddim_steps,
+                            settings.guidance)
     picture = word_picture(pipeline.decode(sd.vae, latents).cpu(), maps, args.word)
     caption = (f"Where each frame looks for \u201c{args.word}\u201d in \u201c{prompt}\u201d: cross-attention, the mean over "
-               f"heads, layers and {settings['ddim_steps']} steps. Brightest: {100 * maps.max():.1f} % of a pixel's attention.")
+               f"heads, layers and {settings.ddim_steps} steps. Brightest: {100 * maps.max():.1f} % of a pixel's attention.")
     save(run, f"{slug(prompt)}.{slug(args.word)}", picture, caption,
          page.command("python", "-m", "tinytav", "attention", run.path, "--word", args.word, "--prompt", prompt))
 
@@ -307,23 +295,23 @@ def watch_word(args, run, sd):
 def watch_pixel(args, run, sd):
     """Shows the noised clip to the net before and after tuning, and saves the picture of a pixel's maps."""
     settings = run.settings
-    mean, _ = run.clip("cpu")
-    x = pipeline.decode(sd.vae, mean.to(next(sd.unet.parameters()).device)).cpu()
-    height, width = frames.to_uint8(x[:1]).shape[1:3]                       # as source.mp4 shows it
-    frame = getattr(args, "frame", len(x))
+    clip = run.clip(sd)
+    x = pipeline.decode(sd.vae, clip.mean).cpu()
+    height, width = frames.enlarged(x[:1]).shape[1:3]                       # as source.mp4 shows it
+    frame = len(x) if args.frame is None else args.frame
     if args.pixel[0] >= width or args.pixel[1] >= height or frame > len(x):
         raise InputError(f"source.mp4 of {run.path} has {len(x)} frames of {width}x{height} pixels: pixel "
                          f"{args.pixel[0]} {args.pixel[1]} of frame {frame} is not in it.")
     place = (args.pixel[1] + 0.5) / height, (args.pixel[0] + 0.5) / width
-    context = sd.encode_prompts([settings["prompt"]])
-    noise = pipeline.gaussian(mean.shape, settings["seed"]).to(context.device)
+    noise = pipeline.gaussian(clip.mean.shape, settings.seed).to(sd.device)
+    untuned = pipeline.new_net(sd, clip.frames, settings.attention, settings.norm, settings.seed)
     rows = []
-    for name, net in zip(("before tuning", "after tuning"), untuned_and_tuned(run, sd)):
-        maps, seen = of_pixel(net, sd, mean.to(context.device), context, noise, frame - 1, *place, settings["ddim_steps"], name)
+    for name, net in (("before tuning", untuned), ("after tuning", run.net(sd))):
+        maps, seen = of_pixel(net, sd, clip.mean, clip.context, noise, frame - 1, *place, settings.ddim_steps, name)
         rows.append((name, maps))
     picture = pixel_picture(x, frame - 1, place, seen, rows)
-    caption = (f"Where the pixel {args.pixel[0]}, {args.pixel[1]} of frame {frame} looks in the frames that {settings['attention']} "
-               f"attention shows it: ST-Attn's first and previous one. The mean over heads, layers and {settings['ddim_steps']} "
+    caption = (f"Where the pixel {args.pixel[0]}, {args.pixel[1]} of frame {frame} looks in the frames that {settings.attention} "
+               f"attention shows it: ST-Attn's first and previous one. The mean over heads, layers and {settings.ddim_steps} "
                "timesteps of the noised clip.")
     save(run, f"pixel-{args.pixel[0]}-{args.pixel[1]}-frame-{frame}", picture, caption,
          page.command("python", "-m", "tinytav", "attention", run.path, "--pixel", *args.pixel, "--frame", frame))
@@ -334,8 +322,9 @@ def main():
     run = Run.open(args.run)
     if not run.finished:
         raise InputError(f"{run.path} is unfinished: go on with python train.py --resume {run.path}.")
-    sd, device, dtype = cli.load_weights(args, run)
-    if hasattr(args, "word"):
+    sd = cli.load_weights(args, run.settings.source())
+    run.check(sd)
+    if args.word is not None:
         watch_word(args, run, sd)
     else:
         watch_pixel(args, run, sd)
