@@ -9,18 +9,19 @@ import tempfile
 import threading
 from pathlib import Path
 
-import broken
-import crashes
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+import broken
+import crashes
 from tinytav import inflate
-from tinytav.measure import memory
 from tinytav.files import runs
-from tinytav.stable_diffusion.config import InputError
-from tinytav.files.frames import replace
+from tinytav.files.atomic import replace
+from tinytav.measure import memory
 from tinytav.stable_diffusion.checkpoint import load
+from tinytav.stable_diffusion.config import InputError
 from warm import ROOT, Touches, Warm
 
 NEW = {"new": torch.ones(50_000)}        # made here: in a fork, torch's threads are gone and more than one would be waited for
@@ -101,7 +102,7 @@ def test_a_folder_without_write_permission_is_a_sentence(warm, place):
 
 def test_two_train_py_on_one_run_are_one_too_many(warm, place):
     """The second is refused while the first holds the folder, and not after it was killed."""
-    code = "import sys, time, signal; from tinytav import runs; runs.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    code = "import sys, time, signal; from tinytav.files import runs; runs.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, place / "runs/half"], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     before = {file: file.read_bytes() for file in (place / "runs/half").iterdir()}
@@ -176,13 +177,13 @@ def test_too_little_memory_is_told_beforehand_with_settings_that_would_fit(stock
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1.2 * kept)
     assert 2.5 * least < 1.1 * kept and fit(24, 64)
     monkeypatch.setattr(memory, "free_bytes", lambda device: least)
-    with pytest.raises(InputError, match="memory, even with gradient checkpointing") as error:
-        fit(24, 64)
-    _, frames, _, size = str(error.value).partition("use ")[2].rstrip(".").replace("or ", "").split()
+    with pytest.warns(UserWarning, match="memory, even with gradient checkpointing") as caught:
+        assert fit(24, 64)
+    _, frames, _, size = str(caught[0].message).partition("use ")[2].rstrip(".").replace("or ", "").split()
     assert 1 < int(frames) < 24 and 8 < int(size) < 64
     fit(int(frames), 64), fit(24, int(size))
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
-    with pytest.raises(InputError, match="use a machine that has more"):
+    with pytest.warns(UserWarning, match="use a machine that has more"):
         fit(24, 64)
 
 

@@ -4,8 +4,8 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinytav.measure import memory
 from tinytav.inflation import VideoUNet, inflate
+from tinytav.measure import memory
 
 COUNTS = (4, 8, 16, 32, 64)     # frames of 64x64 pixels
 

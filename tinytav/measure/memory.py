@@ -1,11 +1,10 @@
 """How much memory a tuning step takes, how much there is, and gradient checkpointing, which trades time for it."""
+import warnings
 from pathlib import Path
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
-from tinytav.stable_diffusion.config import InputError
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion.unet import ResnetBlock, Transformer
 
@@ -17,11 +16,7 @@ def checkpoint_gradients(net):
     """
     for module in net.modules():
         if isinstance(module, (ResnetBlock, Transformer)):
-            module.forward = _checkpointed(module.forward)
-
-
-def _checkpointed(forward):
-    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+            module.checkpointing = True
 
 
 def training_bytes(net, latent_shape, context_shape):
@@ -54,7 +49,7 @@ def training_bytes(net, latent_shape, context_shape):
 def is_tight(net, latent_shape, context_shape, device, size, multiple):
     """Does a step of tuning fit only with gradient checkpointing?
 
-    Raises InputError where it does not even so, naming settings that would: memory grows with frames and pixels.
+    Warns where it does not even so, naming settings that would: memory grows with frames and pixels.
     """
     kept, least = training_bytes(net, latent_shape, context_shape)
     moments = 12 * sum(p.numel() for p in net.tuned().values())             # a gradient and AdamW's two, float32
@@ -64,8 +59,8 @@ def is_tight(net, latent_shape, context_shape, device, size, multiple):
         share = max(0, free - moments) / (least - moments)
         settings = {"--frames": int(net.frames * share), "--size": int(size * share ** 0.5) // multiple * multiple}
         use = " or ".join(f"{name} {value}" for name, value in settings.items() if value) or "a machine that has more"
-        raise InputError(f"A step of tuning needs about {least / 2 ** 30:.2f} GB of memory, even with gradient "
-                         f"checkpointing, and {free / 2 ** 30:.2f} GB are free: use {use}.")
+        warnings.warn(f"A step of tuning needs about {least / 2 ** 30:.2f} GB of memory, even with gradient "
+                      f"checkpointing, and {free / 2 ** 30:.2f} GB are free: use {use}.")
     return whole > free
 
 
