@@ -2,7 +2,7 @@
 from fractions import Fraction
 from pathlib import Path
 
-from tinytav import cli, pipeline
+from tinytav import cli, editing, pipeline
 from tinytav.files import frames
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
@@ -47,15 +47,15 @@ def refuse_what_does_not_go_together(args, run):
 def make_net(args, run, sd):
     """The run's tuned net, or without a run the inflated, untuned one."""
     if run is not None:
-        return run.net(sd, args.attention, args.frames)
-    return pipeline.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
+        return editing.net_of(run, sd, args.attention, args.frames)
+    return editing.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
 
 
 def random_noise(args, run, sd, count):
     """Noise for `count` frames: of the size that is asked for, else of the run's clip, else a square of the weights' size."""
     size = args.size or sd.defaults.size
     frames.check_size(size, sd.multiple)
-    shape = pipeline.noise_shape(sd, count, size, size)
+    shape = editing.noise_shape(sd, count, size, size)
     if run is not None and args.size is None:
         mean, _ = run.latents()
         shape = (1, 4, count, *mean.shape[3:])
@@ -97,8 +97,8 @@ def main():
     net = make_net(args, run, sd)
     source, suffix = None, ""
     if run and not args.no_inversion:
-        clip = run.clip(sd)
-        noise = run.noise(sd, net, clip, steps, cli.progress)
+        clip = editing.clip_of(run, sd)
+        noise = editing.noise_of(run, sd, net, clip, steps, cli.progress)
         source = source_strip(sd, clip)
     else:
         noise = random_noise(args, run, sd, net.frames)
@@ -106,7 +106,7 @@ def main():
     folder = Path(args.out or (run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
     for prompt in args.prompt:
-        x = pipeline.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress)
+        x = editing.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress)
         print(write(folder, slug(prompt) + suffix, x, source, fps, prompt))
     return 0
 

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import tinytav
-from tinytav import cli, pipeline
+from tinytav import cli, editing, pipeline
 from tinytav.files import frames
 from tinytav.files.runs import Run, Settings, lock
 from tinytav.inflation import ATTENTIONS
@@ -56,7 +56,7 @@ def start(args):
     source = frames.read(args.clip, size, sd.multiple, args.frames or sd.defaults.frames, args.start or 0, args.stride,
                          exact=args.frames is not None)
     describe(args.clip, source)
-    clip = pipeline.encode_clip(sd, source, args.prompt)
+    clip = editing.encode_clip(sd, source, args.prompt)
     run = Run.create(args.out or "runs", Path(args.clip).stem, settings_of(args, sd, source, size))
     try:
         run.write("clip", dict(mean=clip.mean, std=clip.std))
@@ -193,8 +193,8 @@ def main():
     run, sd = start(args) if args.resume is None else resume(args)
     settings = run.settings
     print(f"run: {run.path} (Ctrl-C stops it; go on with: python train.py --resume {run.path})")
-    clip = run.clip(sd)
-    net = pipeline.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
+    clip = editing.clip_of(run, sd)
+    net = editing.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
     report(sd, net)
     if memory.is_tight(net, clip.mean.shape, clip.context.shape, sd.device, settings.size, sd.multiple):
         memory.checkpoint_gradients(net)
@@ -213,7 +213,7 @@ def main():
         print(f"stopped and saved; go on with: python train.py --resume {run.path}")
         return 128 + number
     run.write("tuned", net.tuned())
-    noise = pipeline.invert_clip(sd, net, clip, settings.ddim_steps, cli.progress)
+    noise = editing.invert_clip(sd, net, clip, settings.ddim_steps, cli.progress)
     run.write("inversion", dict(noise=noise, steps=torch.tensor(settings.ddim_steps)))
     run.finish()
     print(f'done; now edit it: python sample.py --run {run.path} --prompt "..."')

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from hardening.warm import Warm
-from tinytav import pipeline
+from tinytav import editing, pipeline
 from tinytav.files.runs import Run
 from tinytav.stable_diffusion.checkpoint import load
 
@@ -79,7 +79,7 @@ def test_steps_other_than_the_runs_are_inverted_anew(place):
 
 def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(place):
     run, sd = Run.open(place / "runs/clip"), load(place / "w")
-    net = run.net(sd)
+    net = editing.net_of(run, sd)
     mean, _ = run.latents()
     noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, sd.encode_prompts([""]), run.settings.ddim_steps))
     torch.testing.assert_close(run.read("inversion")["noise"], noise, atol=1e-5, rtol=1e-5)
@@ -196,14 +196,11 @@ def test_weights_that_are_absent_or_other_than_the_runs_are_refused(place):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_runs_and_stays_near(place, precision):
+def test_in_half_precision_tuned_tensors_stay_float32(place, precision):
+    """What half precision does to an edit is compared on the toy, in claims/test_edit.py."""
     call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--precision", precision, "--out", precision)
     assert all(z.dtype is torch.float32 for z in load_file(place / precision / "clip/tuned.safetensors").values())
-    full, half = ([float(line.split(",")[1]) for line in (place / run / "clip/loss.csv").read_text().splitlines()[1:]]
-                  for run in ("runs", precision))
-    assert max(abs(a - b) for a, b in zip(full, half)) < 0.02 * max(full)
-    full, half = (load_file(place / run / "clip/inversion.safetensors")["noise"] for run in ("runs", precision))
-    assert (full - half).std() < 0.1 * full.std()
+    assert json.loads((place / precision / "clip/run.json").read_text())["precision"] == precision
     call(place, "sample.py", "--run", f"{precision}/clip", "--prompt", "x", "--precision", precision)
 
 

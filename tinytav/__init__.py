@@ -2,22 +2,10 @@
 
 The names below are the library. inflation.py, tuning.py and pipeline.py hold the paper; start reading there.
 """
+from tinytav.editing import Clip, edit, invert_clip, new_net, read_clip, sample_clip, tune_on
 from tinytav.files.frames import write_gif, write_mp4, write_strip
 from tinytav.inflation import VideoUNet, inflate
-from tinytav.pipeline import (
-                              Clip,
-                              decode,
-                              edit,
-                              encode,
-                              gaussian,
-                              invert,
-                              invert_clip,
-                              last,
-                              new_net,
-                              read_clip,
-                              sample,
-                              tune_on,
-)
+from tinytav.pipeline import decode, encode, gaussian, invert, last, sample
 from tinytav.stable_diffusion.checkpoint import StableDiffusion, load
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule

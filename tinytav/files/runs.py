@@ -15,7 +15,6 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as changed
-from fractions import Fraction
 from pathlib import Path
 
 import safetensors
@@ -24,7 +23,6 @@ from safetensors.torch import save_file
 
 from tinytav.files.atomic import replace, replace_text
 from tinytav.inflation import ATTENTIONS
-from tinytav.pipeline import Clip, invert_clip, new_net, no_progress
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
 from tinytav.stable_diffusion.config import Config, InputError
 from tinytav.stable_diffusion.precision import PRECISIONS
@@ -138,14 +136,6 @@ class Run:
                              f"{self.settings.fingerprint}) than {sd.path} ({sd.fingerprint}): name those with --weights.")
         self.latents()
 
-    # ---- What the run knows, for the pipeline
-
-    def clip(self, sd):
-        """The clip and its caption as the pipeline's Clip, on the device of `sd`. Raises InputError."""
-        mean, std = (z.to(sd.device) for z in self.latents())
-        context, empty = sd.encode_prompts([self.settings.prompt, ""]).split(1)
-        return Clip(mean, std, context, empty, Fraction(self.settings.fps))
-
     def latents(self):
         """Mean and std of the clip's latents, (1, 4, f, h, w) each. Raises InputError if they are not this run's."""
         tensors = self.read("clip")
@@ -155,23 +145,6 @@ class Run:
                 or mean[:3] != (1, 4, self.settings.frames):
             raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings.frames} frames of run.json.")
         return tensors["mean"], tensors["std"]
-
-    def net(self, sd, attention=None, frames=None):
-        """The inflated U-Net with the run's tuned tensors. Raises InputError if they do not fit."""
-        net = new_net(sd, frames or self.settings.frames, attention or self.settings.attention, self.settings.norm)
-        tuned = net.tuned()
-        tensors = self.read("tuned", {name: p.shape for name, p in tuned.items()})
-        for name, p in tuned.items():
-            p.copy_(tensors[name])
-        return net
-
-    def noise(self, sd, net, clip, steps, progress=no_progress):
-        """The clip's noise x_T, as it was saved, or anew if the number of steps or the attention is another."""
-        if net.attention == self.settings.attention and self.has("inversion"):
-            inversion = self.read("inversion", dict(noise=clip.mean.shape, steps=()))
-            if int(inversion["steps"]) == steps:
-                return inversion["noise"].to(sd.device)
-        return invert_clip(sd, net, clip, steps, progress)
 
     # ---- Files
 
