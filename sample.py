@@ -3,12 +3,13 @@ from fractions import Fraction
 from pathlib import Path
 
 from tinytav import cli, editing, pipeline
-from tinytav.files import frames
+from tinytav.files import frames, page
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.precision import name_of
 
-SUFFIXES = (".mp4", ".gif", ".png")
+SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")
 
 
 def arguments():
@@ -68,9 +69,13 @@ def source_strip(sd, clip):
     return pipeline.decode(sd.vae, clip.mean[:, :, columns])
 
 
-def write(folder, name, x, source, fps, prompt):
-    """An mp4 with the prompt as its title, a gif and a strip, or one picture. Returns the path of the one to look at."""
+def write(folder, name, x, source, fps, prompt, told, repeat):
+    """An mp4 with the prompt as its title, a gif and a strip, or one picture. Returns the path of the one to look at.
+
+    told: the settings, and repeat: the command that makes it again; both for the page.
+    """
     path = folder / f"{new_name(folder, name, SUFFIXES)}.png"
+    page.write_record(folder, path.stem, prompt, told, repeat)
     columns = frames.strip_columns(len(x))
     frames.write_strip(path, *([] if source is None else [source]), x[columns])
     if len(x) == 1:
@@ -78,6 +83,12 @@ def write(folder, name, x, source, fps, prompt):
     frames.write_mp4(path.with_suffix(".mp4"), x, fps, title=prompt)
     frames.write_gif(path.with_suffix(".gif"), x, fps)
     return path.with_suffix(".mp4")
+
+
+def command_for(args, run, prompt, steps, guidance):
+    """The line that makes this sample again, whatever the defaults are then."""
+    named = dict(run=run.path if run else None, prompt=prompt, steps=steps, guidance=guidance)
+    return page.command("python", "sample.py", *page.flags(vars(args) | named))
 
 
 def main():
@@ -105,9 +116,14 @@ def main():
         suffix = "-no-inversion" if run else ""
     folder = Path(args.out or (run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
+    told = dict(ddim_steps=steps, guidance=guidance, attention=net.attention, frames=net.frames,
+                noise="random" if source is None else "inverted", precision=name_of(sd.dtype))
     for prompt in args.prompt:
         x = editing.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress)
-        print(write(folder, slug(prompt) + suffix, x, source, fps, prompt))
+        repeat = command_for(args, run, prompt, steps, guidance)
+        print(write(folder, slug(prompt) + suffix, x, source, fps, prompt, told, repeat))
+        shown = page.write(folder)
+    print(f"page: {shown}")
     return 0
 
 

@@ -36,7 +36,7 @@ NUMBERS = {
 }
 LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the mean cosine between CLIP's features of frames. "
           "Text is 100 x the mean cosine of frames and prompt. Values of two CLIPs cannot be compared")
-# What repeats a run, as flags of train.py, in the order of its --help.
+# The settings of a run that are flags of train.py, in the order of its --help.
 TUNING_FLAGS = ("weights", "tokenizer", "prediction", "size", "frames", "start", "stride", "steps", "lr", "attention",
                 "norm", "precision", "seed", "preview")
 NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint"}    # said elsewhere, or too long
@@ -114,6 +114,20 @@ def number(value):
 def command(*words):
     """Words -> a line for the shell."""
     return shlex.join(map(str, words))
+
+
+def flags(values):
+    """{name: value} -> the words of a command line. None and False are not given; a list follows its flag."""
+    words = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, (list, tuple)):
+            words += value
+        elif value is not True:
+            words.append(value)
+    return words
 
 
 def write_record(folder, name, prompt, settings, repeat):
@@ -343,8 +357,8 @@ def run_settings(folder, settings):
 
 def tuning_command(folder, settings):
     """The line that repeats a run, with every setting named, so that no default can change it."""
-    flags = [part for key in TUNING_FLAGS if settings.get(key) is not None for part in (f"--{key}", settings[key])]
-    return command("python", "train.py", settings.get("clip"), settings.get("prompt"), *flags, "--out", folder.parent)
+    given = {key: settings.get(key) for key in TUNING_FLAGS}
+    return command("python", "train.py", settings.get("clip"), settings.get("prompt"), *flags(given), "--out", folder.parent)
 
 
 # ---- the page of a set -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from tinytav import cli, pipeline
+from tinytav import cli, editing, pipeline
 from tinytav.files import frames, page
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
@@ -281,8 +281,8 @@ def watch_word(args, run, sd):
     prompt = prompt_with(run, args.word) if args.prompt is None else args.prompt
     positions = word_positions(sd.tokenizer, prompt, args.word)
     print(f"prompt: {prompt}")
-    net, clip = run.net(sd), run.clip(sd)
-    noise = run.noise(sd, net, clip, settings.ddim_steps, cli.progress)
+    net, clip = editing.net_of(run, sd), editing.clip_of(run, sd)
+    noise = editing.noise_of(run, sd, net, clip, settings.ddim_steps, cli.progress)
     latents, maps = of_word(net, sd, noise, sd.encode_prompts([prompt]), clip.empty, positions, settings.ddim_steps,
                             settings.guidance)
     picture = word_picture(pipeline.decode(sd.vae, latents).cpu(), maps, args.word)
@@ -295,7 +295,7 @@ def watch_word(args, run, sd):
 def watch_pixel(args, run, sd):
     """Shows the noised clip to the net before and after tuning, and saves the picture of a pixel's maps."""
     settings = run.settings
-    clip = run.clip(sd)
+    clip = editing.clip_of(run, sd)
     x = pipeline.decode(sd.vae, clip.mean).cpu()
     height, width = frames.enlarged(x[:1]).shape[1:3]                       # as source.mp4 shows it
     frame = len(x) if args.frame is None else args.frame
@@ -304,9 +304,9 @@ def watch_pixel(args, run, sd):
                          f"{args.pixel[0]} {args.pixel[1]} of frame {frame} is not in it.")
     place = (args.pixel[1] + 0.5) / height, (args.pixel[0] + 0.5) / width
     noise = pipeline.gaussian(clip.mean.shape, settings.seed).to(sd.device)
-    untuned = pipeline.new_net(sd, clip.frames, settings.attention, settings.norm, settings.seed)
+    untuned = editing.new_net(sd, clip.frames, settings.attention, settings.norm, settings.seed)
     rows = []
-    for name, net in (("before tuning", untuned), ("after tuning", run.net(sd))):
+    for name, net in (("before tuning", untuned), ("after tuning", editing.net_of(run, sd))):
         maps, seen = of_pixel(net, sd, clip.mean, clip.context, noise, frame - 1, *place, settings.ddim_steps, name)
         rows.append((name, maps))
     picture = pixel_picture(x, frame - 1, place, seen, rows)

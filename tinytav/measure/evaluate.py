@@ -27,7 +27,7 @@ import torch
 from torch import distributed
 
 import tinytav
-from tinytav import cli, pipeline
+from tinytav import cli, editing, pipeline
 from tinytav.files import frames, page
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, Settings, lock, slug
@@ -196,13 +196,13 @@ def pick_score(judge, pictures, prompt):
 def evaluate_clip(sd, clip, path, args, judges, progress):
     """Tunes, edits and measures what is not done yet, in the run's folder `path`. Returns the clip's rows."""
     run = tuned_run(sd, clip, path, args, progress)
-    net, source = run.net(sd), run.clip(sd)
-    noise = run.noise(sd, net, source, run.settings.ddim_steps, progress)
+    net, source = editing.net_of(run, sd), editing.clip_of(run, sd)
+    noise = editing.noise_of(run, sd, net, source, run.settings.ddim_steps, progress)
     rows = []
     for kind, prompt in clip.edits:
         name = slug(f"{kind} {prompt}")
         if not (path / f"{name}.mp4").is_file():
-            x = pipeline.sample_clip(sd, net, noise, prompt, run.settings.ddim_steps, run.settings.guidance, progress)
+            x = editing.sample_clip(sd, net, noise, prompt, run.settings.ddim_steps, run.settings.guidance, progress)
             write_edit(sd, run, source, name, prompt, x)
         rows.append(dict(clip=clip.name, caption=clip.caption, kind=kind, prompt=prompt, page=f"{clip.folder}/index.html",
                          strip=f"{clip.folder}/{name}.png", **judges.measure(path / f"{name}.mp4", prompt)))
@@ -230,7 +230,7 @@ def new_run(sd, clip, path, args):
     size = args.size or sd.defaults.size
     source = frames.read(clip.path, size, sd.multiple, args.frames or sd.defaults.frames, exact=args.frames is not None)
     frames.warn_if_far_apart(source, clip.path)
-    encoded = pipeline.encode_clip(sd, source, clip.caption)
+    encoded = editing.encode_clip(sd, source, clip.caption)
     settings = Settings(
         clip=str(clip.path), prompt=clip.caption, weights=str(sd.path), fingerprint=sd.fingerprint, tokenizer=args.tokenizer,
         prediction=args.prediction, precision=name_of(sd.dtype), size=size, frames=len(source.x), indices=source.indices,
@@ -253,8 +253,8 @@ def numbers(args, sd):
 
 def tune(sd, run, progress):
     """Tunes from where the run's saved state stands, saving it now and then; then inverts the clip."""
-    settings, clip = run.settings, run.clip(sd)
-    net = pipeline.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
+    settings, clip = run.settings, editing.clip_of(run, sd)
+    net = editing.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
     if memory.is_tight(net, clip.mean.shape, clip.context.shape, sd.device, settings.size, sd.multiple):
         memory.checkpoint_gradients(net)
     tuner = Tuner(net, sd.schedule, clip.mean, clip.std, clip.context, settings.lr, settings.seed)
@@ -269,7 +269,7 @@ def tune(sd, run, progress):
             save_at = time.time() + SAVE_EVERY
     run.write_losses(tuner.losses)
     run.write("tuned", net.tuned())
-    noise = pipeline.invert_clip(sd, net, clip, settings.ddim_steps, progress)
+    noise = editing.invert_clip(sd, net, clip, settings.ddim_steps, progress)
     run.write("inversion", dict(noise=noise, steps=torch.tensor(settings.ddim_steps)))
     run.finish()
 
@@ -289,7 +289,7 @@ def write_edit(sd, run, source, name, prompt, x):
 def save_results(path, rows, judges):
     """results.json, by which the clip counts as finished; metrics.json and the page of its run."""
     values = {Path(row["strip"]).with_suffix(".mp4").name: {key: row[key] for key in page.NUMBERS if key in row} for row in rows}
-    replace_text(path / "metrics.json", json.dumps(dict(clip=judges.name, values=values), indent=2) + "\n")
+    metrics.save(path, judges.name, values)
     page.write(path)
     replace_text(path / "results.json", json.dumps(dict(measured=judges.told, rows=rows), indent=2) + "\n")
 
@@ -359,7 +359,7 @@ def arguments():
 def work(sd, mine, out, args, judges, rank):
     """Evaluates this rank's clips. Returns {clip's name: why it has no results}."""
     failures = {}
-    progress = cli.progress if rank == 0 else pipeline.no_progress
+    progress = cli.progress if rank == 0 else editing.no_progress
     for number, clip in enumerate(mine, 1):
         began = time.time()
         try:
