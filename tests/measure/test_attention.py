@@ -1,10 +1,13 @@
 """Attention maps are the softmax that the model computes, of the rows asked for, and taking them changes nothing."""
+import functools
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import tiny
+from hardening.warm import Warm
 from tinytav.inflation import ATTENTIONS, ClipCrossAttention, SparseCausalAttention, VideoUNet
 from tinytav.measure import attention
 from tinytav.stable_diffusion.config import InputError
@@ -12,6 +15,7 @@ from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNetConfig
 
 FRAMES, HEIGHT, WIDTH = 4, 6, 8
+warm = functools.cache(Warm)
 
 
 def random(*shape):
@@ -144,3 +148,45 @@ def test_pictures_have_a_row_for_each_part_and_a_column_for_each_frame():
     assert word.size[0] == width and 4 * 200 < word.size[1] < 4 * 260
     pixel = attention.pixel_picture(x, 9, (0.5, 0.5), [0, 8], [("before", random(2, 2, 3).abs()), ("after", random(2, 2, 3).abs())])
     assert pixel.size[0] == 3 * 300 + 2 * 4 and 2 * 200 < pixel.size[1] < 2 * 260
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with weights and a finished run that has one sample."""
+    place = tmp_path_factory.mktemp("place")
+    tiny.write_folder(place / "w")
+    tiny.write_clip(place / "clip.mp4")
+    for args in (("train.py", "clip.mp4", "a man is skiing", "--weights", "w"), ("sample.py", "--prompt", "a panda is skiing")):
+        done = warm()(place, *args, limit=300)
+        assert done.status == 0, done.err
+    return place
+
+
+def call(place, *args, status=0):
+    done = warm()(place, "tinytav/__main__.py", "attention", *args, limit=300)
+    assert done.status == status and "Traceback" not in done.err, done.out + done.err
+    return done
+
+
+def test_the_command_draws_pictures_that_the_page_shows_and_changes_no_other_file(place):
+    run = place / "runs/clip"
+    before = {file: file.read_bytes() for file in run.iterdir() if file.name != "index.html"}
+    done = call(place, "runs/clip", "--word", "panda")
+    assert "prompt: a panda is skiing" in done.out and done.out.splitlines()[-1] == "page: runs/clip/index.html"
+    call(place, "runs/clip", "--word", "man")                               # in the run's own prompt
+    call(place, "runs/clip", "--pixel", 100, 30)
+    call(place, "runs/clip", "--pixel", 100, 30, "--frame", 1)
+    names = {"a-panda-is-skiing.panda", "a-man-is-skiing.man", "pixel-100-30-frame-3", "pixel-100-30-frame-1"}
+    assert {file.name.removesuffix(".attention.png") for file in run.glob("*.attention.png")} == names
+    page = (run / "index.html").read_text()
+    assert all(f'src="{name}.attention.png"' in page for name in names) and "--pixel 100 30 --frame 3" in page
+    assert before == {file: file.read_bytes() for file in before}
+
+
+@pytest.mark.parametrize("args, message", [
+    (("--word", "dragon"), "does not hold the word 'dragon'"), (("--pixel", 4000, 3), "has 3 frames of"),
+    (("--pixel", 3, 3, "--frame", 9), "of frame 9 is not in it"), ((), "required")])
+def test_what_cannot_be_shown_is_refused(place, args, message):
+    assert message in call(place, "runs/clip", *args, status=2).err
