@@ -143,6 +143,19 @@ def test_a_folder_of_samples_without_a_run_has_a_page_too(tmp_path):
     assert "a dog" in shown.text and [picture["src"] for picture in shown.all("img")] == ["a-cat.png"]
 
 
+@pytest.mark.parametrize("changes", [dict(fps="abc"), dict(fps="0/0"), dict(finished="yes"), dict(steps=None), dict(versions=3),
+                                     dict(prompt=["a"], clip=None)])
+def test_a_run_json_edited_by_hand_is_shown_as_far_as_it_can_be(tmp_path, changes):
+    assert "0.0003" in Elements(page.write(make_run(tmp_path / "run", **changes))).text
+
+
+@pytest.mark.parametrize("values, line", [
+    (dict(steps=3, seed=None, no_inversion=True, chosen=False), "--steps 3 --no-inversion"),
+    (dict(prompt="it's \"x\""), """--prompt 'it'"'"'s "x"'"""), (dict(lora=["a.safetensors", 0.5]), "--lora a.safetensors 0.5")])
+def test_flags_are_a_line_that_the_shell_reads_back(values, line):
+    assert page.command(*page.flags(values)) == line
+
+
 # ---- in a real browser -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ def test_a_second_call_does_nothing_again_and_other_settings_are_refused(place):
     before = {file: file.stat().st_mtime_ns for file in (place / "evaluated/set").rglob("*.mp4")}
     assert "3 finished before, 0 to do" in call(place, "set.csv", *FLAGS).out
     assert before == {file: file.stat().st_mtime_ns for file in (place / "evaluated/set").rglob("*.mp4")}
-    assert "another steps" in call(place, "set.csv", *FLAGS, "--steps", 5, status=2).err
+    assert "other settings (steps)" in call(place, "set.csv", *FLAGS, "--steps", 5, status=2).err
 
 
 def test_a_new_edit_is_made_without_tuning_again(place):

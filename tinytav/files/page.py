@@ -17,6 +17,7 @@ import math
 import re
 import shlex
 import time
+from fractions import Fraction
 from pathlib import Path
 from urllib.parse import quote
 from xml.etree import ElementTree
@@ -45,11 +46,11 @@ NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint"}
 def write(folder):
     """Writes folder/index.html for a run's folder, or for a folder of samples without a run. Returns its path."""
     folder = Path(folder)
-    settings = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    settings = record(folder / "run.json")
     samples = read_samples(folder)
     content = [*heading(folder, settings), *clips(folder, settings, samples)]
     content += attention(folder) + loss_chart(folder, settings) + previews(folder) + run_settings(folder, settings)
-    return save(folder / "index.html", settings.get("prompt") or folder.name, content)
+    return save(folder / "index.html", shown(settings.get("prompt", folder.resolve().name)), content)
 
 
 def save(path, title, content):
@@ -190,11 +191,11 @@ def read_losses(folder):
 
 def heading(folder, settings):
     if not settings:
-        return [element("p", {"class": "kind"}, "samples without a run"), element("h1", {}, folder.name)]
+        return [element("p", {"class": "kind"}, "samples"), element("h1", {}, folder.resolve().name)]
     content = [element("p", {"class": "kind"}, "tuned on ", element("b", {}, shown(settings.get("clip"))), " with the caption"),
                element("h1", {}, prompt_text(shown(settings.get("prompt"))))]
     finished = settings.get("finished")
-    if finished:
+    if isinstance(finished, (int, float)) and finished > 0:
         when = time.strftime("%d %B %Y, %H:%M", time.localtime(finished))
         return [*content, element("p", {"class": "state finished"}, f"finished {when}")]
     done = f"unfinished: {len(read_losses(folder))} of {shown(settings.get('steps'))} steps"
@@ -221,8 +222,10 @@ def clips(folder, settings, samples):
 
 def player(fps):
     """The one play button and scrubber; `fps` as run.json writes it, "8" or "25/2"."""
-    top, _, bottom = str(fps).partition("/")
-    rate = float(top) / float(bottom or 1)
+    try:
+        rate = float(Fraction(fps))
+    except (TypeError, ValueError, ArithmeticError):        # a run.json edited by hand
+        rate = float(frames.FOLDER_FPS)
     return element("div", {"class": "player", "data-fps": f"{rate:.6g}"},
                    element("button", {"type": "button"}, "Play"),
                    element("input", {"type": "range", "min": "0", "max": "0", "step": "1", "value": "0", "aria-label": "frame"}),

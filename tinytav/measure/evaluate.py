@@ -194,20 +194,26 @@ def pick_score(judge, pictures, prompt):
 # ---- one clip ----------------------------------------------------------------------------------------------------------
 
 def evaluate_clip(sd, clip, path, args, judges, progress):
-    """Tunes, edits and measures what is not done yet, in the run's folder `path`. Returns the clip's rows."""
+    """Tunes, edits and measures what is not done yet, in the run's folder `path`, and saves the results there."""
     run = tuned_run(sd, clip, path, args, progress)
     net, source = editing.net_of(run, sd), editing.clip_of(run, sd)
     noise = editing.noise_of(run, sd, net, source, run.settings.ddim_steps, progress)
-    rows = []
     for kind, prompt in clip.edits:
-        name = slug(f"{kind} {prompt}")
+        name = edit_name(kind, prompt)
         if not (path / f"{name}.mp4").is_file():
             x = editing.sample_clip(sd, net, noise, prompt, run.settings.ddim_steps, run.settings.guidance, progress)
             write_edit(sd, run, source, name, prompt, x)
+    rows = []
+    for kind, prompt in progress(clip.edits, len(clip.edits), "measuring"):
+        name = edit_name(kind, prompt)
         rows.append(dict(clip=clip.name, caption=clip.caption, kind=kind, prompt=prompt, page=f"{clip.folder}/index.html",
                          strip=f"{clip.folder}/{name}.png", **judges.measure(path / f"{name}.mp4", prompt)))
     save_results(path, rows, judges)
-    return rows
+
+
+def edit_name(kind, prompt):
+    """The name of an edit's files, without what follows the dot."""
+    return slug(f"{kind} {prompt}")
 
 
 def tuned_run(sd, clip, path, args, progress):
@@ -320,7 +326,7 @@ def hold_settings(out, wanted):
         return
     saved = read_json(file)
     if differing := sorted(key for key in wanted.keys() | saved.keys() if wanted.get(key) != saved.get(key)):
-        raise InputError(f"{out} was made with another {', '.join(differing)}: name another folder with --out.")
+        raise InputError(f"{out} was made with other settings ({', '.join(differing)}): name another folder with --out.")
 
 
 def write_results(out, args, clips, results, failures):
@@ -364,7 +370,9 @@ def work(sd, mine, out, args, judges, rank):
         began = time.time()
         try:
             evaluate_clip(sd, clip, out / clip.folder, args, judges, progress)
-        except (InputError, OSError) as error:
+        except (InputError, OSError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, (InputError, OSError)) and not cli.is_out_of_memory(error):
+                raise
             failures[clip.name] = str(error)
             print(f"error: {clip.name}: {error}", file=sys.stderr, flush=True)
             continue
