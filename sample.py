@@ -1,15 +1,16 @@
 """Edit the tuned clip with a prompt: python sample.py --prompt "a panda is skiing"."""
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from tinytav import cli, pipeline
 from tinytav.files import frames
-from tinytav.stable_diffusion.config import InputError
-from tinytav.inflation import LOOKS_AT, inflate
 from tinytav.files.runs import Run, new_name, slug
+from tinytav.inflation import ATTENTIONS
+from tinytav.measure import fit, memory
+from tinytav.stable_diffusion.config import InputError
+
+SUFFIXES = (".mp4", ".gif", ".png")
 
 
 def arguments():
@@ -19,97 +20,106 @@ def arguments():
     p.add_argument("--frames", type=cli.number(int, 1, 1000), metavar="N",
                    help="without inversion: how many; 1 is a picture")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N",
-                   help="without inversion: pixels of a square; else the weights' own")
-    p.add_argument("--no-inversion", action="store_true", default=False, help="begin with random noise")
+                   help="without inversion: pixels of a square; else the clip's own size")
+    p.add_argument("--no-inversion", action="store_true", help="begin with random noise")
     p.add_argument("--steps", type=cli.number(int, 1, 999), metavar="N",
                    help="of DDIM, best a divisor of 1000; else the run's own")
     p.add_argument("--guidance", type=cli.number(float, 0), metavar="N",
                    help="how strongly to follow the prompt; else the run's own")
-    p.add_argument("--attention", choices=LOOKS_AT, help="the frames a frame looks at; else the run's own")
+    p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at; else the run's own")
     p.add_argument("--out", metavar="PATH", help="folder for the results; else the run's own, or samples/")
     return p.parse_args()
 
 
 def find_run(args):
     """The run that is named or the newest; None for zero-shot use: weights named, no run."""
-    if hasattr(args, "run"):
+    if args.run is not None:
         return Run.open(args.run)
-    return None if hasattr(args, "weights") else Run.newest("runs")
+    return None if args.weights is not None else Run.newest("runs")
 
 
-def tuned_net(run, sd, settings):
-    """The inflated U-Net, with the run's tuned tensors if there is a run."""
-    net = inflate(sd.unet, settings["frames"], settings["attention"], settings["norm"])
-    if run:
-        tensors = run.read("tuned", {name: p.shape for name, p in net.tuned().items()})
-        for name, p in net.tuned().items():
-            p.copy_(tensors[name])
-    return net
+def refuse_what_does_not_go_together(args, run):
+    """Raises InputError for flags that ask for two different things."""
+    inverted = run is not None and not args.no_inversion
+    if inverted and (args.frames or args.size):
+        raise InputError("Inverted noise has the run's own size and frames: leave out --frames and --size, or begin with "
+                         "random noise by --no-inversion.")
 
 
-def inverted(run, net, sd, empty, device, steps):
-    """The clip's noise: as it was saved, or anew if it was made with another number of steps or another attention."""
-    mean, _ = run.clip(device)
-    if net.attention == run.settings["attention"] and run.has("inversion"):
-        inversion = run.read("inversion", dict(noise=mean.shape, steps=()))
-        if int(inversion["steps"]) == steps:
-            return inversion["noise"].to(device)
-    return pipeline.last(tqdm(pipeline.invert(net, sd.schedule, mean, empty, steps), "inverting", steps, unit="step"))
+def make_net(args, run, sd):
+    """The run's tuned net, or without a run the inflated, untuned one."""
+    if run is not None:
+        return run.net(sd, args.attention, args.frames)
+    return pipeline.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
 
 
-def noise_shape(run, sd, settings, args):
-    """Of random noise: the run's clip's, with the size and frames asked for."""
-    height = width = settings["size"] // sd.multiple * sd.multiple // sd.vae.cfg.factor
-    if run and not hasattr(args, "size"):
-        height, width = run.clip("cpu")[0].shape[3:]
-    if not sd.multiple <= settings["size"] <= frames.LARGEST:
-        raise InputError(f"The size {settings['size']} is not from {sd.multiple} to {frames.LARGEST}: use a multiple "
-                         f"of {sd.multiple}.")
-    return 1, 4, settings["frames"], height, width
+def random_noise(args, run, sd, count):
+    """Noise for `count` frames: of the size that is asked for, else of the run's clip, else a square of the weights' size."""
+    size = args.size or sd.defaults.size
+    frames.check_size(size, sd.multiple)
+    shape = pipeline.noise_shape(sd, count, size, size)
+    if run is not None and args.size is None:
+        mean, _ = run.latents()
+        shape = (1, 4, count, *mean.shape[3:])
+    return pipeline.gaussian(shape, 33 if args.seed is None else args.seed).to(sd.device)
+
+
+def source_strip(sd, clip):
+    """The frames of the source that a strip shows, as the VAE gives them back."""
+    columns = frames.strip_columns(clip.frames)
+    return pipeline.decode(sd.vae, clip.mean[:, :, columns])
 
 
 def write(folder, name, x, source, fps, prompt):
     """An mp4 with the prompt as its title, a gif and a strip, or one picture. Returns the path of the one to look at."""
-    path = folder / f"{new_name(folder, name, ('.mp4', '.gif', '.png'))}.png"
-    if len(x) > 1:
-        frames.write_mp4(path.with_suffix(".mp4"), x, fps, title=prompt)
-        frames.write_gif(path.with_suffix(".gif"), x, fps)
-    frames.write_strip(path, *([] if source is None else [source]), x)
-    return path if len(x) == 1 else path.with_suffix(".mp4")
+    path = folder / f"{new_name(folder, name, SUFFIXES)}.png"
+    columns = frames.strip_columns(len(x))
+    frames.write_strip(path, *([] if source is None else [source]), x[columns])
+    if len(x) == 1:
+        return path
+    frames.write_mp4(path.with_suffix(".mp4"), x, fps, title=prompt)
+    frames.write_gif(path.with_suffix(".gif"), x, fps)
+    return path.with_suffix(".mp4")
+
+
+def warn_if_tight(sd, net, noise, guidance, free):
+    """A warning where sampling such noise may not fit into `free` bytes."""
+    others = fit.weight_bytes(sd.vae) + fit.weight_bytes(sd.text_encoder)
+    plan = fit.plan_sampling(memory.work_on(sd, net, noise), free, guidance, others)
+    if plan.warning:
+        warnings.warn(plan.warning)
 
 
 def main():
     args = arguments()
+    free = fit.free_bytes(cli.choose_device(args.device))       # before the weights take their part of it
     run = find_run(args)
-    invert = run and not args.no_inversion
-    if invert and (hasattr(args, "frames") or hasattr(args, "size")):
-        raise InputError("Inverted noise has the run's own size and frames: leave out --frames and --size, or begin with "
-                         "random noise by --no-inversion.")
+    refuse_what_does_not_go_together(args, run)
     print(f"run: {run.path}" if run else "no run: the untuned net draws from random noise; --run names a run to edit")
-    sd, device, dtype = cli.load_weights(args, run)
-    cli.warn_of_the_unknown(sd, args.prompt)
-    settings = vars(sd.defaults) | dict(attention="sparse-causal", norm="clip", fps="8") | (run.settings if run else {})
-    settings |= {name: getattr(args, name) for name in ("frames", "size", "guidance", "attention") if hasattr(args, name)}
-    steps = getattr(args, "steps", settings["ddim_steps"])
-    net = tuned_net(run, sd, settings)
-    cli.autocast(net, device, dtype, "forward")
-    empty, *contexts = sd.encode_prompts(["", *args.prompt]).split(1)
-    sd.text_encoder = None                                                  # its work is done
-    if invert:
-        noise = inverted(run, net, sd, empty, device, steps)
-        source = pipeline.decode(sd.vae, run.clip(device)[0])
+    sd = cli.load_weights(args, run.settings.source() if run else None)
+    if run:
+        run.check(sd)
+    cli.warn_of_the_unknown(sd.path, args.prompt)
+    sd.tokenizer(args.prompt)                                   # raises for bytes that are not UTF-8
+    defaults = run.settings if run else sd.defaults
+    steps = args.steps or defaults.ddim_steps
+    guidance = defaults.guidance if args.guidance is None else args.guidance
+    fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
+    net = make_net(args, run, sd)
+    source, suffix = None, ""
+    if run and not args.no_inversion:
+        clip = run.clip(sd)
+        noise = run.noise(sd, net, clip, steps, cli.progress)
+        source = source_strip(sd, clip)
     else:
-        noise = pipeline.gaussian(noise_shape(run, sd, settings, args), args.seed).to(device)
-        source = None
-    folder = Path(getattr(args, "out", run.path if run else "samples"))
+        noise = random_noise(args, run, sd, net.frames)
+        suffix = "-no-inversion" if run else ""
+    warn_if_tight(sd, net, noise, guidance, free)
+    folder = Path(args.out or (run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
-    for prompt, context in zip(args.prompt, contexts):
-        latents = pipeline.sample(net, sd.schedule, noise, context, empty, steps, settings["guidance"])
-        latents = pipeline.last(tqdm(latents, slug(prompt)[:30], steps, unit="step"))
-        if not latents.isfinite().all():
-            raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
-        name = slug(prompt) + ("-no-inversion" if run and not invert else "")
-        print(write(folder, name, pipeline.decode(sd.vae, latents), source, Fraction(settings["fps"]), prompt))
+    for prompt in args.prompt:
+        x = pipeline.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress)
+        print(write(folder, slug(prompt) + suffix, x, source, fps, prompt))
     return 0
 
 

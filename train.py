@@ -3,6 +3,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,92 +11,105 @@ import torch
 from tqdm import tqdm
 
 import tinytav
-from tinytav import cli, pipeline, tuning
-from tinytav.files import frames, runs
-from tinytav.measure import memory
+from tinytav import cli, pipeline
+from tinytav.files import frames
+from tinytav.files.runs import Run, Settings, lock
+from tinytav.inflation import ATTENTIONS
+from tinytav.measure import fit, memory, recompute
 from tinytav.stable_diffusion.config import InputError
-from tinytav.inflation import LOOKS_AT, VideoUNet, inflate
-from tinytav.files.runs import Run
+from tinytav.stable_diffusion.precision import name_of
+from tinytav.tuning import Tuner
 
-SETTINGS = ("size", "frames", "start", "stride", "steps", "lr", "attention", "norm", "seed", "preview")
+RESUMABLE = {"resume", "device", "precision", "checkpointing", *cli.SOURCE}     # flags that may stand beside --resume
 
 
 def arguments():
     p = cli.parser(__doc__)
-    p.add_argument("clip", nargs="?", help="mp4, mov, webm, gif, or a folder of images")
+    p.add_argument("clip", nargs="?", help="mp4, mov, webm, gif, or a folder of pictures")
     p.add_argument("prompt", nargs="?", help="what the clip shows")
-    p.add_argument("--out", metavar="PATH", default="runs", help="where the run's folder is made")
+    p.add_argument("--out", metavar="PATH", help="where the run's folder is made (default: runs)")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="pixels of the short side; else the weights' own")
     p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="how many; else the weights' own number")
-    p.add_argument("--start", type=cli.number(int, 0), metavar="N", default=0, help="first frame")
+    p.add_argument("--start", type=cli.number(int, 0), metavar="N", help="first frame (default: 0)")
     p.add_argument("--stride", type=cli.number(int, 1), metavar="N",
                    help="take every n-th frame; else spread over the whole clip")
     p.add_argument("--steps", type=cli.number(int, 1), metavar="N", help="of tuning; else the weights' own")
     p.add_argument("--lr", type=cli.number(float, 0), metavar="N", help="learning rate; else the weights' own")
-    p.add_argument("--attention", choices=LOOKS_AT, default="sparse-causal", help="the frames a frame looks at")
-    p.add_argument("--norm", choices=["clip", "frame"], default="clip", help="what group norms run over")
+    p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at (default: sparse-causal)")
+    p.add_argument("--norm", choices=["clip", "frame"], help="what group norms run over (default: clip)")
     p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
+    p.add_argument("--checkpointing", choices=["auto", "on", "off"],
+                   help="compute blocks again for the gradient, to save memory (default: auto, where it is needed)")
     p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
-    args = p.parse_args()
-    args.given = cli.given(p, args)
-    return args
+    return p.parse_args()
 
+
+# ---- A new run, or an unfinished one -----------------------------------------------------------------------------------
 
 def start(args):
-    """A new run: read the clip, encode it once. Returns the run, what it was loaded with, and is_tight."""
-    if not hasattr(args, "prompt"):
+    """Reads the clip, encodes it once and makes a run of it. Returns the run and the Stable Diffusion."""
+    if args.prompt is None:
         raise InputError('A clip and its caption are needed: python train.py clip.mp4 "a man is skiing".')
     if not args.prompt.strip():
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
-    sd, device, dtype = cli.load_weights(args)
-    cli.warn_of_the_unknown(sd, [args.prompt], args.clip)
-    sd.tokenizer([args.prompt, getattr(args, "preview", "")])               # before anything is written: are they text?
-    settings = {name: value for name, value in vars(sd.defaults).items() if name != "draws"}
-    settings |= {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-    x, indices, fps = frames.read(args.clip, settings["size"], sd.multiple, settings["frames"], args.start,
-                                  settings.get("stride"), exact=hasattr(args, "frames"))
-    if len(x) < settings["frames"]:
-        print(f"{args.clip} has fewer than {settings['frames']} frames: using {len(x)}")
-    print(f"clip: {args.clip}, {len(x)} frames of {x.shape[3]}x{x.shape[2]}")
-    checkpoint = is_tight(sd, settings, (1, 4, len(x), *(n // sd.vae.cfg.factor for n in x.shape[2:])), device)
-    mean, std = pipeline.encode(sd.vae, x.to(device))
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise InputError("The VAE gives this clip latents that are not finite: try --precision fp32.")
-    settings |= dict(
-        clip=str(args.clip), prompt=args.prompt, weights=str(sd.path), fingerprint=sd.fingerprint, frames=len(x),
-        indices=indices, fps=str(fps), tokenizer=getattr(args, "tokenizer", None),
-        prediction=getattr(args, "prediction", None), precision=cli.name_of(dtype),
-        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
-    run = Run.create(args.out, Path(args.clip).stem, settings | dict(finished=0))
+    sd = cli.load_weights(args)
+    cli.warn_of_the_unknown(sd.path, [args.prompt], args.clip)
+    sd.tokenizer([args.prompt, args.preview or ""])             # raises for bytes that are not UTF-8
+    size = args.size or sd.defaults.size
+    source = frames.read(args.clip, size, sd.multiple, args.frames or sd.defaults.frames, args.start or 0, args.stride,
+                         exact=args.frames is not None)
+    describe(args.clip, source)
+    clip = pipeline.encode_clip(sd, source, args.prompt)
+    run = Run.create(args.out or "runs", Path(args.clip).stem, settings_of(args, sd, source, size))
     try:
-        run.write("clip", dict(mean=mean, std=std))
-        frames.write_mp4(run.path / "source.mp4", x, fps)
+        run.write("clip", dict(mean=clip.mean, std=clip.std))
+        frames.write_mp4(run.path / "source.mp4", source.x, source.fps)
         run.save()
     except BaseException:
         shutil.rmtree(run.path)
         raise
-    return run, sd, device, dtype, checkpoint
+    return run, sd
+
+
+def settings_of(args, sd, source, size):
+    """All that is needed to repeat the run: what was given, and the weights' defaults for the rest."""
+    return Settings(
+        clip=str(args.clip), prompt=args.prompt, preview=args.preview,
+        weights=str(sd.path), fingerprint=sd.fingerprint, tokenizer=args.tokenizer, prediction=args.prediction,
+        precision=name_of(sd.dtype),
+        size=size, frames=len(source.x), start=args.start or 0, stride=args.stride,
+        indices=source.indices, total=source.total, fps=str(source.fps),
+        steps=args.steps or sd.defaults.steps, lr=sd.defaults.lr if args.lr is None else args.lr,
+        ddim_steps=sd.defaults.ddim_steps, guidance=sd.defaults.guidance,
+        attention=args.attention or "sparse-causal", norm=args.norm or "clip",
+        seed=33 if args.seed is None else args.seed,
+        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
+
+
+def describe(clip, source):
+    """Prints which frames were chosen, and warns if they are far apart."""
+    count, _, height, width = source.x.shape
+    print(f"clip: {clip}, {count} of {source.total} frames: {float(source.fps):.3g} fps, {width}x{height}")
+    frames.warn_if_far_apart(source, clip)
 
 
 def resume(args):
-    """An unfinished run, with the weights and the precision it was begun with."""
-    run = Run.open(args.resume).hold()
+    """An unfinished run, locked, with the weights and the precision it was begun with."""
+    more = cli.given(args) - RESUMABLE
+    if more:
+        raise InputError(f"A resumed run keeps its own settings: leave out {', '.join(sorted(more))}.")
+    lock(Run.open(args.resume).path)
+    run = Run.open(args.resume)             # read again: another train.py may have finished it before the lock
+    run.clear()
     if run.finished:
         raise InputError(f"{run.path} is finished: sample from it with sample.py --run.")
-    if more := args.given - {"resume", "device", "precision", *cli.SOURCE}:
-        raise InputError(f"A resumed run keeps its own settings: leave out {', '.join(sorted(more))}.")
-    if args.precision == "auto":
-        args.precision = run.settings["precision"]
-    sd, device, dtype = cli.load_weights(args, run)
-    return run, sd, device, dtype, is_tight(sd, run.settings, run.clip("cpu")[0].shape, device)
+    args.precision = args.precision or run.settings.precision
+    sd = cli.load_weights(args, run.settings.source())
+    run.check(sd)
+    return run, sd
 
 
-def is_tight(sd, settings, shape, device):
-    """Must tuning on latents of this shape checkpoint its gradients to fit? Raises InputError if it cannot."""
-    with torch.device("meta"):
-        net = VideoUNet(sd.unet.cfg, shape[2], settings["attention"], settings["norm"])
-    return memory.is_tight(net, shape, (1, 77, sd.unet.cfg.cross_attention_dim), device, settings["size"], sd.multiple)
-
+# ---- Tuning ------------------------------------------------------------------------------------------------------------
 
 class Stop:
     """Within it, Ctrl-C and SIGTERM only leave their number in `signal`, so that a step ends whole. A second one kills."""
@@ -114,27 +128,24 @@ class Stop:
             signal.signal(number, handler)
 
 
-def tune(run, net, schedule, mean, std, context, on_cpu, preview):
-    """The loop: progress, checkpoints, previews. Returns the number of the signal that stopped it, or 0."""
-    optimizer, total = tuning.adamw(net.tuned(), run.settings["lr"]), run.settings["steps"]
-    losses = []
-    if run.has("state"):
-        losses = runs.load_state_dict(net, optimizer, run.read("state"))
-    first = len(losses)
-    steps = tuning.tune(net, optimizer, schedule, mean, std, context, run.settings["seed"], first, total)
-    began, due, shown = time.time(), 0., [total * i // 4 for i in (1, 2, 3, 4)]
+def tune(run, tuner, on_cpu, preview):
+    """The loop: progress, checkpoints, previews. Returns the number of the signal that stopped it, or 0.
+
+    preview(step, stop): called at each quarter, after the step is saved.
+    """
+    total, first = run.settings.steps, len(tuner.losses)
+    quarters = [total * i // 4 for i in (1, 2, 3, 4)]
+    began, save_at = time.time(), 0.
     with Stop() as stop, tqdm(total=total, initial=first, desc="tuning", unit="step") as bar:
-        for step, loss in steps:
-            losses.append(loss)
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
+        for step in range(first + 1, total + 1):
+            make_step(tuner, bar.write)
+            recent = tuner.losses[-50:]
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
             bar.update()
-            if preview and step in shown:
-                preview(step)
-            if stop.signal or step == total or time.time() > due:
-                start = time.time()
-                run.write("state", runs.state_dict(net, optimizer, losses))
-                run.write_losses(losses)
-                due = time.time() + 20 * (time.time() - start)              # a twentieth of the time goes into saving
+            if stop.signal or step == total or step in quarters or time.time() > save_at:
+                save_at = time.time() + 20 * save(run, tuner)       # a twentieth of the time goes into saving
+            if step in quarters and not stop.signal:
+                preview(step, stop)
             if stop.signal:
                 break
             if on_cpu and step == first + 3:
@@ -142,46 +153,103 @@ def tune(run, net, schedule, mean, std, context, on_cpu, preview):
     return stop.signal
 
 
+def make_step(tuner, say):
+    """One step of tuning. If the device's memory runs out, all blocks are computed again, and the step is made again.
+
+    A step is a function of the seed and its number, so the second attempt is the same step.
+    """
+    blocks = memory.checkpointable(tuner.net).values()
+    try:
+        tuner.step()
+        return
+    except torch.OutOfMemoryError:
+        if all(block.checkpointing for block in blocks):
+            raise
+    # Here the error is gone, and with it the tensors of the failed step.
+    tuner.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    recompute.switch(tuner.net, recompute.everything(tuner.net))
+    say(f"the memory is too small for step {len(tuner.losses) + 1}: all blocks are computed again for the gradient from now "
+        "on, which is slower.")
+    tuner.step()
+
+
+def save(run, tuner):
+    """Writes what resuming needs. Returns the seconds it took."""
+    began = time.time()
+    run.write("state", tuner.state_dict())
+    run.write_losses(tuner.losses)
+    return time.time() - began
+
+
 def say_time_left(seconds, bar):
+    """On a CPU, tells once how long the tuning takes, if it is long."""
     if seconds > 600:
         bar.write(f"about {seconds / 60:.0f} minutes of tuning are left on this CPU. Ctrl-C stops it so that --resume "
                   "goes on; fewer --steps, fewer --frames or a smaller --size is quicker.")
 
 
+def write_preview(run, sd, net, clip, step, stop):
+    """Samples run.json's preview prompt and writes preview-<step>.gif, unless a signal stops it in between."""
+    settings = run.settings
+    wanted = sd.encode_prompts([settings.preview])
+    for noise in pipeline.invert(net, sd.schedule, clip.mean, clip.empty, settings.ddim_steps):
+        if stop.signal:
+            return
+    for latents in pipeline.sample(net, sd.schedule, noise, wanted, clip.empty, settings.ddim_steps, settings.guidance):
+        if stop.signal:
+            return
+    frames.write_gif(run.path / f"preview-{step}.gif", pipeline.decode(sd.vae, latents), Fraction(settings.fps))
+
+
+# ---- The command -------------------------------------------------------------------------------------------------------
+
+def report(sd, net):
+    """Prints what inflation did to the U-Net."""
+    kept, new = len(sd.unet.state_dict()), len(net.state_dict()) - len(sd.unet.state_dict())
+    tuned = net.tuned()
+    print(f"inflated: {kept} tensors kept, {new} new, {len(tuned)} tuned "
+          f"({sum(p.numel() for p in tuned.values()):,} parameters)")
+
+
+def plan_memory(args, run, sd, net, clip, free):
+    """Chooses the blocks that are computed again, so that a step fits into `free` bytes. Prints and warns."""
+    stay = 0 if run.settings.preview is None else fit.weight_bytes(sd.vae) + fit.weight_bytes(sd.text_encoder)
+    plan = fit.plan_tuning(memory.work_on(sd, net, clip.mean), free - stay, args.checkpointing or "auto")
+    if plan.note:
+        print(plan.note)
+    if plan.warning:
+        warnings.warn(plan.warning)
+    recompute.switch(net, plan.recomputed)
+
+
 def main():
     args = arguments()
-    run, sd, device, dtype, checkpoint = resume(args) if hasattr(args, "resume") else start(args)
-    print(f"run: {run.path} (Ctrl-C stops it; go on with: python train.py --resume {run.path})")
+    free = fit.free_bytes(cli.choose_device(args.device))       # before the weights take their part of it
+    run, sd = start(args) if args.resume is None else resume(args)
     settings = run.settings
-    torch.manual_seed(settings["seed"])                                     # draws T-Attn's first q, k and v
-    net = inflate(sd.unet, settings["frames"], settings["attention"], settings["norm"])
-    cli.autocast(net, device, dtype, "forward")
-    print(f"inflated: {len(sd.unet.state_dict())} tensors kept, {len(net.state_dict()) - len(sd.unet.state_dict())} new, "
-          f"{len(net.tuned())} tuned ({sum(p.numel() for p in net.tuned().values()):,} parameters)")
-    mean, std = run.clip(device)
-    context, empty, wanted = sd.encode_prompts([settings["prompt"], "", settings.get("preview", "")]).split(1)
-    if checkpoint:
-        memory.checkpoint_gradients(net)
+    print(f"run: {run.path} (Ctrl-C stops it; go on with: python train.py --resume {run.path})")
+    clip = run.clip(sd)
+    net = pipeline.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
+    report(sd, net)
+    plan_memory(args, run, sd, net, clip, free)
+    if settings.preview is None:
+        sd.vae = sd.text_encoder = None                         # their work is done: free their memory
 
-    def preview(step):
-        noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, empty, settings["ddim_steps"]))
-        latents = pipeline.last(pipeline.sample(net, sd.schedule, noise, wanted, empty, settings["ddim_steps"],
-                                                settings["guidance"]))
-        frames.write_gif(run.path / f"preview-{step}.gif", pipeline.decode(sd.vae, latents), Fraction(settings["fps"]))
+    def preview(step, stop):
+        if settings.preview is not None:
+            write_preview(run, sd, net, clip, step, stop)
 
-    sd.text_encoder = None                                                  # its work is done; so is the VAE's
-    if "preview" not in settings:
-        sd.vae = None
-    if number := tune(run, net, sd.schedule, mean, std, context, device.type == "cpu",
-                      preview if "preview" in settings else None):
+    tuner = Tuner(net, sd.schedule, clip.mean, clip.std, clip.context, settings.lr, settings.seed)
+    if run.has("state"):
+        tuner.load_state_dict(run.read("state"))
+    number = tune(run, tuner, sd.device.type == "cpu", preview)
+    if number:
         print(f"stopped and saved; go on with: python train.py --resume {run.path}")
         return 128 + number
     run.write("tuned", net.tuned())
-    steps = settings["ddim_steps"]
-    noise = pipeline.last(tqdm(pipeline.invert(net, sd.schedule, mean, empty, steps), "inverting", steps, unit="step"))
-    if not noise.isfinite().all():
-        raise InputError("The tuned net inverts the clip to values that are not finite: begin again with a smaller --lr.")
-    run.write("inversion", dict(noise=noise, steps=torch.tensor(steps)))
+    noise = pipeline.invert_clip(sd, net, clip, settings.ddim_steps, cli.progress)
+    run.write("inversion", dict(noise=noise, steps=torch.tensor(settings.ddim_steps)))
     run.finish()
     print(f'done; now edit it: python sample.py --run {run.path} --prompt "..."')
     return 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stable_diffusion.test_checkpoint import LAYOUTS, single_file_shapes
+from tiny import LAYOUTS, single_file_shapes
 
 ROOT = Path(__file__).parents[1]
 CLIP = LAYOUTS.parent / "clips/man-skiing.mp4"

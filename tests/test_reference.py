@@ -3,12 +3,13 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from tiny import DATA, close, fill, filled, reference
 from tinytav import pipeline, tuning
-from tinytav.stable_diffusion.ddim import Schedule
-from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.inflation import VideoUNet
+from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
+from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -28,6 +29,16 @@ def test_unet(sd):
     unet = filled(UNet(UNetConfig.from_json(config)))
     assert_keys(unet, f"unet-{sd}")
     assert close(unet(case["x"], case["timestep"], case["context"]), case["y"])
+
+
+@pytest.mark.parametrize("sd", ["sd1", "sd2"])
+@torch.no_grad()
+def test_unet_on_sides_that_halve_unevenly(sd):
+    """9x13 latents: where halving rounds up, the way back takes the skip's size."""
+    unet = filled(UNet(UNetConfig.from_json(reference(f"unet-{sd}")[0])))
+    x, context = (torch.from_numpy(fill.noise(f"odd.{name}", shape))
+                  for name, shape in (("x", (2, 4, 9, 13)), ("context", (2, 7, 24))))
+    assert close(unet(x, torch.tensor([3, 801]), context), reference("unet-odd")[1][f"unet-{sd}.y"])
 
 
 @torch.no_grad()
@@ -71,6 +82,17 @@ def test_tokenizer():
     assert tokenizer(["caf\u00e9"]).equal(tokenizer(["cafe\u0301"]))          # composed and decomposed
 
 
+class Recorded(torch.nn.Module):
+    """A net that gives recorded answers, whatever it is asked."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs, self.weight = outputs, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t, context):
+        return next(self.outputs)
+
+
 @pytest.mark.parametrize("name, prediction", [("sd1", "epsilon"), ("sd2-v", "v_prediction")])
 def test_ddim_both_ways(name, prediction):
     case, schedule = reference(f"ddim-{name}")[1], Schedule(prediction_type=prediction)
@@ -81,11 +103,11 @@ def test_ddim_both_ways(name, prediction):
     x0 = torch.from_numpy(fill.noise("ddim.x", (1, 4, 3, 8, 8)))
     for direction in ("sample", "inverse"):
         outputs = iter(torch.from_numpy(fill.noise(f"ddim.eps{i}", x0.shape)) for i in range(10))
-        answer = lambda x, t, context: next(outputs)
+        net = Recorded(outputs)
         if direction == "sample":
-            walk = pipeline.sample(answer, schedule, x0, x0[0, 0], x0[0, 0], steps=10, guidance=1)
+            walk = pipeline.sample(net, schedule, x0, x0[0, 0], x0[0, 0], steps=10, guidance=1)
         else:
-            walk = pipeline.invert(answer, schedule, x0, None, steps=10)
+            walk = pipeline.invert(net, schedule, x0, None, steps=10)
         for i, x in enumerate(walk):
             assert close(x, case[f"{direction}{i}"]), f"{direction} {i}"
 
@@ -110,7 +132,8 @@ def test_official_video_unet_its_loss_and_all_gradients(sd):
         assert_keys(net, "tav-sd1")
     assert set(net.tuned()) == set(json.loads((DATA / f"tav-{sd}.trainable.json").read_text()))
     net.requires_grad_(False)
-    tuning.adamw(net.tuned(), lr=1e-3)
+    for p in net.tuned().values():
+        p.requires_grad_()
     y = net(case["x"], case["timestep"].expand(2), case["context"])
     assert close(y, case["y"])
     loss = torch.nn.functional.mse_loss(y, case["target"])
@@ -131,3 +154,34 @@ def test_official_inversion_and_guided_sampling(sd):
     assert close(x_T, case["ddim.inverted"], 1e-4)
     x_0 = pipeline.last(pipeline.sample(net, Schedule(), case["ddim.sample_start"], context, empty, 10, guidance=7.5))
     assert close(x_0, case["ddim.sampled"], 1e-4)
+
+
+@pytest.mark.parametrize("sd", ["sd1", "sd2"])
+def test_a_whole_run_of_the_official_code(sd, monkeypatch):
+    """Tuning by the official recipe, inversion, and guided sampling, with the official run's own draws."""
+    case = reference(f"tav-run-{sd}")[1]
+    with safe_open(DATA / f"tav-run-{sd}.safetensors", "pt") as file:
+        told = file.metadata()
+    shape = (1, 4, int(told["frames"]), int(told["height"]), int(told["width"]))
+
+    def drawn(name, shape=shape):
+        return torch.from_numpy(fill.noise(f"run.{name}", shape))
+
+    def official_draw(seed, k, shape, timesteps):
+        return drawn(f"draw{k}"), drawn(f"noise{k}"), int(case["timesteps"][k])
+    monkeypatch.setattr(tuning, "draw", official_draw)
+    own, empty, want = (drawn(name, (1, 9, 24)) for name in ("own", "empty", "want"))
+    mean, std = drawn("mean"), 0.1 * drawn("std").abs()
+    net = filled(VideoUNet(UNetConfig.from_json(reference(f"unet-{sd}")[0]), shape[2])).requires_grad_(False)
+    steps = int(told["steps"])
+    losses = torch.tensor([loss for _, loss in tuning.tune(net, Schedule(), mean, std, own, steps, float(told["lr"]))])
+    assert close(losses, case["losses"], 1e-4)
+    for name, p in net.tuned().items():
+        assert close(p.norm(), case[f"norm.{name}"], 1e-4), name
+        if f"tuned.{name}" in case:
+            assert close(p, case[f"tuned.{name}"], 1e-4), name
+    ddim_steps = int(told["ddim_steps"])
+    noise = pipeline.last(pipeline.invert(net, Schedule(), mean, empty, ddim_steps))
+    assert close(noise, case["inverted"], 1e-4)
+    edited = pipeline.last(pipeline.sample(net, Schedule(), noise, want, empty, ddim_steps, float(told["guidance"])))
+    assert close(edited, case["edited"], 1e-4)

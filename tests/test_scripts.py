@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import sample
 import tiny
 from hardening.warm import Warm
 from tinytav import pipeline
@@ -79,15 +79,16 @@ def test_steps_other_than_the_runs_are_inverted_anew(place):
 
 def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(place):
     run, sd = Run.open(place / "runs/clip"), load(place / "w")
-    net = sample.tuned_net(run, sd, run.settings)
-    noise = pipeline.last(pipeline.invert(net, sd.schedule, run.clip("cpu")[0], sd.encode_prompts([""]), run.settings["ddim_steps"]))
+    net = run.net(sd)
+    mean, _ = run.latents()
+    noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, sd.encode_prompts([""]), run.settings.ddim_steps))
     torch.testing.assert_close(run.read("inversion")["noise"], noise, atol=1e-5, rtol=1e-5)
 
 
 def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
     call(place, "sample.py", "--prompt", "a dog", "--no-inversion", "--frames", 5, "--size", 16, "--out", "free")
     from tinytav.files import frames
-    assert frames.read(place / "free/a-dog-no-inversion.mp4", 16, 4, 5)[0].shape == (5, 3, 16, 16)
+    assert frames.read(place / "free/a-dog-no-inversion.mp4", 16, 4, 5).x.shape == (5, 3, 16, 16)
     call(place, "sample.py", "--prompt", "a dog", "--frames", 5, status=2)
 
 
@@ -121,13 +122,12 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bits(place, long, number):
     state = place / out / "clip/state.safetensors"
     while not state.exists() and process.poll() is None:
         time.sleep(0.005)
-    time.sleep(0.1)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
         assert f"--resume {out}/clip" in output
-    assert 0 < int(load_file(state)["step"]) < 60
+    assert 0 < len(load_file(state)["losses"]) < 60
     call(place, "train.py", "--resume", f"{out}/clip")
     assert not state.exists()
     for name in ("tuned.safetensors", "inversion.safetensors", "loss.csv"):
@@ -146,6 +146,28 @@ def test_ctrl_c_stops_the_inversion_after_tuning_too(place):
     assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 130
     call(place, "train.py", "--resume", "late/clip")
     assert (place / "late/clip/inversion.safetensors").exists()
+
+
+def test_a_preview_comes_after_its_step_is_saved_and_ctrl_c_ends_it(place):
+    """300 DDIM steps make the preview long. The signal comes while it runs: it ends at once, and no step is lost."""
+    shutil.copytree(place / "w", place / "slow")
+    tiny.save_json(place / "slow/defaults.json", tiny.DEFAULTS | {"ddim_steps": 900, "steps": 8})
+    process = subprocess.Popen(command("train.py", "clip.mp4", "a man", "--weights", "slow", "--out", "seen", "--preview", "x"),
+                               cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    state = place / "seen/clip/state.safetensors"
+
+    def steps_saved():
+        try:
+            return len(load_file(state)["losses"])
+        except (OSError, SafetensorError):
+            return 0
+    while steps_saved() < 2 and process.poll() is None:                 # the first preview comes after step 2
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume seen/clip" in output
+    assert steps_saved() == 2 and not list((place / "seen/clip").glob("preview-*"))
 
 
 @pytest.mark.parametrize("script, args, message", [
@@ -213,10 +235,10 @@ def edited(place, name, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(frames=4), "does not hold the 4 frames"), (dict(fps="abc"), "fps or precision"), (dict(fps="0"), "fps or precision"),
-    (dict(precision="fp8"), "fps or precision"), (dict(finished="yes"), "finished = 'yes' is not a float"),
-    (dict(seed=None), "seed = None is not a int"), (dict(seed=2 ** 40), "seed = 1099511627776 is not from 0 to 2**32"),
-    (dict(frames=-3), "frames = -3 is not from 0"), (dict(attention="sideways"), "sideways")])
+    (dict(frames=4), "does not hold the 4 frames"), (dict(fps="abc"), "fps = 'abc' is not a number"), (dict(fps="0"), "fps = '0'"),
+    (dict(precision="fp8"), "precision = 'fp8' is none of"), (dict(finished="yes"), "finished = 'yes' is not a float"),
+    (dict(seed=None), "seed = None is not a int"), (dict(seed=2 ** 40), "seed = 1099511627776 is not from 0"),
+    (dict(frames=-3), "frames = -3 is not above 0"), (dict(attention="sideways"), "sideways")])
 def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):
     run = edited(place, f"edited{abs(hash(str(changes)))}", **changes)
     done = call(place, "sample.py", "--run", run, "--prompt", "x", "--no-inversion", status=2)
@@ -236,7 +258,7 @@ def test_an_unfinished_run_is_not_sampled_but_resumed(place):
     for name in ("tuned", "inversion"):
         (place / run / f"{name}.safetensors").unlink()
     assert "train.py --resume unfinished" in call(place, "sample.py", "--run", run, "--prompt", "x", status=2).err
-    torch_file = {"step": torch.tensor(1), "losses": torch.zeros(1)}
+    torch_file = {"scale": torch.tensor(1.), "losses": torch.zeros(1)}
     save_file(torch_file, place / run / "state.safetensors")
     assert "does not fit" in call(place, "train.py", "--resume", run, status=2).err
 
@@ -248,7 +270,7 @@ def test_another_prediction_than_the_runs_is_refused(place):
 
 def test_weights_of_a_small_world_warn_once_of_what_they_cannot_draw(place):
     world = tiny.write_folder(place / "world")
-    tiny.save_json(world / "defaults.json", tiny.DEFAULTS | {"draws": "a man who is skiing"})
+    (world / "knows.txt").write_text("a man who is skiing\n")
     tiny.write_clip(world / "clip.mp4")
     done = call(place, "train.py", "world/clip.mp4", "a man is skiing", "--weights", "world", "--out", "small")
     assert "warning" not in done.err

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).parent / "data"
+LAYOUTS = DATA.parents[2] / "shared/sd-layouts"     # ../shared/sd-layouts: real configs and keys, for extra tests
 sys.path.insert(0, str(DATA))
-import fill                                                                 # noqa: E402
+import fill  # noqa: E402
 
 UNET = dict(json.loads((DATA / "unet-sd1.config.json").read_text()), block_out_channels=[16, 32], layers_per_block=1,
             norm_num_groups=8, attention_head_dim=2, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -64,8 +65,17 @@ def write_folder(path, dtype=torch.float32):
 def write_clip(path, frames=6, size=(48, 40)):
     """A short mp4 of coloured bars on the move."""
     import numpy as np
+
     from tinytav.files.frames import write_mp4
     i, y, x = np.mgrid[:frames, :size[1], :size[0]]
     colours = np.stack([np.sin(x / 5 + i), np.cos(y / 7 - i), np.sin((x + y) / 9 + 2 * i)], axis=1)
     write_mp4(path, torch.from_numpy(colours).float(), fps=12)
     return path
+
+
+def single_file_shapes(keys):
+    """The single file's own keys and shapes, from those of the folder."""
+    shapes = keys["unet"] | keys["vae"] | keys["text_encoder"]
+    for old, new in keys["single_file"].items():
+        shape = [3 * shapes[new[0]][0], *shapes[new[0]][1:]] if isinstance(new, list) else shapes[new]
+        yield old, shape + [1, 1] if ".attn_1." in old and len(shape) == 2 else shape

@@ -1,12 +1,29 @@
-"""tinytav: Tune-A-Video (arXiv 2212.11565) from scratch. One clip and a sentence -> an edited clip."""
+"""tinytav: Tune-A-Video (arXiv 2212.11565) from scratch. One clip and a sentence -> an edited clip.
+
+The names below are the library. inflation.py, tuning.py and pipeline.py hold the paper; start reading there.
+"""
+from tinytav.files.frames import write_gif, write_mp4, write_strip
+from tinytav.inflation import VideoUNet, inflate
+from tinytav.pipeline import (
+                              Clip,
+                              decode,
+                              edit,
+                              encode,
+                              gaussian,
+                              invert,
+                              invert_clip,
+                              last,
+                              new_net,
+                              read_clip,
+                              sample,
+                              tune_on,
+)
+from tinytav.stable_diffusion.checkpoint import StableDiffusion, load
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
-from tinytav.inflation import VideoUNet, inflate
-from tinytav.pipeline import decode, encode, gaussian, invert, last, sample
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
-from tinytav.tuning import adamw, tune
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
-from tinytav.stable_diffusion.checkpoint import StableDiffusion, load
+from tinytav.tuning import Tuner, tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

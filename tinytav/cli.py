@@ -1,4 +1,4 @@
-"""What both scripts share: flags, device and precision, errors as sentences."""
+"""What the commands share: flags, device and precision, errors as sentences."""
 import argparse
 import re
 import sys
@@ -6,110 +6,101 @@ import warnings
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from tinytav.stable_diffusion.config import PRECISIONS, InputError
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.precision import PRECISIONS
 
-SOURCE = ("weights", "tokenizer", "prediction")         # what tells where the weights come from
+SOURCE = ("weights", "tokenizer", "prediction")         # the flags that tell where the weights come from
+KNOWN = "knows.txt"     # weights of a small world say in this file of their folder what they know
+# How torch says that a CPU's memory is too small. There is no class for it.
+CPU_ALLOCATOR = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
 
+
+# ---- Flags -------------------------------------------------------------------------------------------------------------
 
 def parser(description):
-    """An argument parser with the flags that train.py and sample.py have in common."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                argument_default=argparse.SUPPRESS)
+    """An argument parser with the flags that train.py and sample.py have in common. A flag not given is None."""
+    p = argparse.ArgumentParser(description=description)
     p.add_argument("--weights", metavar="PATH", help="Stable Diffusion folder or .safetensors file; else what lies in weights/")
     p.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint has none: a folder, or hub:NAME to download")
     p.add_argument("--prediction", choices=PREDICTIONS, help="of a Stable Diffusion 2.x single file")
-    p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps")
-    p.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: fp32, on CUDA bf16 or fp16")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 31), default=33, metavar="N", help="same seed, same result")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; else the best there is")
+    p.add_argument("--precision", choices=PRECISIONS, help="of the frozen weights; else fp32, on CUDA bf16 or fp16")
+    p.add_argument("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="same seed, same result (default: 33)")
     return p
 
 
-def given(p, args):
-    """The names of the flags that the user gave, also where the value is the default."""
-    blank = argparse.Namespace(**dict.fromkeys(vars(args)))
-    return {name for name, value in vars(p.parse_args(namespace=blank)).items() if value is not None}
-
-
 def number(kind, low, high=float("inf")):
-    """An argparse type: a number from low to high."""
+    """An argparse type: a finite number from low to high."""
     def parse(text):
-        if not low <= (value := kind(text)) <= high or value == float("inf"):
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
     parse.__name__ = kind.__name__
     return parse
 
 
-def name_of(dtype):
-    """torch.float32 -> "fp32"."""
-    return next(name for name, value in PRECISIONS.items() if value is dtype)
+def given(args):
+    """The names of the flags that the user gave."""
+    return {name for name, value in vars(args).items() if value is not None}
 
 
-def run(main):
-    """Calls main() as a script: an InputError or a failing disk is a sentence and exit status 2, not a traceback."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    sys.stdout.reconfigure(errors="backslashreplace")       # file names may hold bytes that are no text
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        print(f"error: the memory is too small: {str(error).partition(chr(10))[0]} Half the --frames need about half of "
-              "it, half the --size a quarter.", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+# ---- Device, precision, weights ----------------------------------------------------------------------------------------
 
-
-def device_and_dtype(args):
-    """--device and --precision -> torch.device, torch.dtype."""
-    name = args.device
-    if name == "auto":
+def choose_device(name=None):
+    """--device -> torch.device; without a name the best there is. Raises InputError if it cannot be used."""
+    if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"The device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    precision = args.precision
-    if precision == "auto":
-        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        precision = half if device.type == "cuda" else "fp32"
-    return device, PRECISIONS[precision]
+    return device
 
 
-def load_weights(args, run=None):
-    """The Stable Diffusion that --weights names, or the run's, on its device. The first line printed says which.
+def choose_dtype(device, name=None):
+    """--precision -> torch.dtype; without a name float32, on CUDA bf16, or fp16 where bf16 is emulated."""
+    if name is not None:
+        return PRECISIONS[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
-    Raises InputError if the run was made with another.
+
+def load_weights(args, source=None):
+    """The Stable Diffusion that the flags name, or else `source`, a dict of the same names, or else what is in weights/.
+
+    The first line printed says which. Raises InputError.
     """
-    device, dtype = device_and_dtype(args)
-    source = {name: run.settings.get(name) for name in SOURCE} if run else {}
-    source |= {name: getattr(args, name) for name in SOURCE if hasattr(args, name)}
+    device = choose_device(args.device)
+    dtype = choose_dtype(device, args.precision)
+    source = dict(source or {})
+    for name in SOURCE:
+        if getattr(args, name) is not None:
+            source[name] = getattr(args, name)
     path = source.pop("weights", None) or default_path()
     print(f"weights: {path}")
-    sd = load(path, dtype=dtype, **source)
-    if run:
-        run.check(sd)
-    for model in (sd.unet, sd.vae, sd.text_encoder):
-        model.to(device)
-    for model, calls in ((sd.vae, ("encode", "decode")), (sd.text_encoder, ("forward",))):
-        autocast(model, device, dtype, *calls)
-    return sd, device, dtype
+    return load(path, device=device, dtype=dtype, **source)
 
 
-def warn_of_the_unknown(sd, prompts, clip=None):
-    """One warning where weights of a small world are shown words, or a clip, from outside it."""
-    unknown = sorted(words(" ".join(prompts)) - words(sd.defaults.draws))
-    if sd.defaults.draws and (unknown or clip and Path(clip).resolve().parent != sd.path.resolve()):
-        what = ", ".join(map(repr, unknown)) or clip
-        warnings.warn(f"{sd.path} may not know {what}: it draws {sd.defaults.draws}. For anything else use Stable "
+def warn_of_the_unknown(weights, prompts, clip=None):
+    """One warning where weights of a small world get words, or a clip, from outside it.
+
+    Such weights say in knows.txt what they know. Other weights have no such file: they know anything.
+    """
+    file = Path(weights) / KNOWN
+    if not file.is_file():
+        return
+    knows = file.read_text(encoding="utf-8").strip()
+    unknown = [repr(word) for word in sorted(words(" ".join(prompts)) - words(knows))]
+    if clip and not unknown and Path(clip).resolve().parent != Path(weights).resolve():
+        unknown = [str(clip)]
+    if unknown:
+        warnings.warn(f"{weights} may not know {', '.join(unknown)}: it draws {knows}. For anything else use Stable "
                       "Diffusion: weights/README.md says how.")
 
 
@@ -117,8 +108,35 @@ def words(text):
     return set(re.findall(r"\w+", text.lower())) - {"a", "an", "the"}
 
 
-def autocast(model, device, dtype, *calls):
-    """Let the named methods compute in dtype. Weights that are tuned stay float32 and are cast on the way."""
-    if dtype is not torch.float32:
-        for name in calls:
-            setattr(model, name, torch.autocast(device.type, dtype)(getattr(model, name)))
+def progress(steps, total, name):
+    """A progress bar around an iterable of `total` steps, as the pipeline's functions take it."""
+    return tqdm(steps, name[:30], total, unit="step")
+
+
+# ---- Errors ------------------------------------------------------------------------------------------------------------
+
+def run(main):
+    """Calls main() as a script. What the user can mend is a sentence and exit status 2, not a traceback."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names may hold bytes that are not UTF-8
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: the memory is too small: {str(error).splitlines()[0] if str(error) else 'no more is free.'} "
+              "Half the --frames need about half of it, half the --size a quarter.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Does this error say that memory ran out? An "illegal memory access", for one, does not."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and CPU_ALLOCATOR.search(str(error)) is not None

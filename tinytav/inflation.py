@@ -1,8 +1,13 @@
-"""Everything Tune-A-Video changes in Stable Diffusion's U-Net. Wu et al., arXiv 2212.11565.
+"""Everything Tune-A-Video changes in Stable Diffusion's U-Net. Wu et al., arXiv 2212.11565, section 3.2.
 
-Inside, the frames of a clip are folded into the batch, "(b f)". So a 1x3x3 convolution (section 3.2, "pseudo 3D") IS
-the 2-D convolution, and needs no line here. What lets frames look at each other is: ST-Attn in place of the
-self-attention, a temporal self-attention at the end of each block, and group norms over the whole clip.
+Inside the U-Net the frames of a clip are folded into the batch, written (b f). A 1x3x3 convolution on a clip is then the
+same as the 3x3 convolution on its frames, so the convolutions stay as they are. Three things let frames see each other:
+
+  1. ST-Attn takes the place of the self-attention: frame i looks at the first frame and at the frame before it.
+  2. T-Attn, a temporal self-attention, is added at the end of each transformer block.
+  3. The resnets' group norms run over all frames of a clip.
+
+In the shapes below: b clips, f frames, n pixels of a feature map, c channels, m text tokens of width d.
 """
 from functools import partial
 
@@ -12,68 +17,110 @@ from torch import nn
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.unet import Attention, TransformerBlock, UNet
 
-# Frame i takes keys and values from these frames (section 3.2 and figure 4; the others are there for comparison).
-LOOKS_AT = {
-    "sparse-causal": lambda i, f: [0, max(i - 1, 0)],      # ST-Attn; frame 0 is its own predecessor, as in the official
-    "spatial": lambda i, f: [i],                           # attention.py, SparseCausalAttention.forward
-    "first": lambda i, f: [0],
-    "causal": lambda i, f: [*range(i + 1)],
-    "full": lambda i, f: [*range(f)],
-}
-# What is tuned (section 3.3, figure 4; official train_tuneavideo.py, trainable_modules): 112 tensors at Stable
-# Diffusion's size. The new ones are 112 too, but not the same: two queries a block are old, and norm_temp's two are new
-# and stay frozen at 1 and 0.
+# What is tuned (section 3.3 and figure 4; official train_tuneavideo.py, trainable_modules): the queries of both old
+# attentions and all of T-Attn. At Stable Diffusion's size these are 112 tensors. Inflation adds 112 tensors too, but
+# not the same ones: the norm before T-Attn is new and stays frozen, as in the official code.
 TUNED = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")
 
 
-class SpatioTemporalAttention(Attention):
-    """attn1: queries from frame i, keys and values from the frames that `attention` lets it look at."""
+# ---- Attention between frames ------------------------------------------------------------------------------------------
 
-    def __init__(self, frames, attention, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.frames = frames
-        self.rows = [LOOKS_AT[attention](i, frames) for i in range(frames)]
-
-    def forward(self, x):                                                   # (b f) n c
-        q, k, v = (z.unflatten(0, (-1, self.frames)) for z in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        if len({len(row) for row in self.rows}) == 1:
-            look = torch.tensor(self.rows, device=x.device)                 # (f, r): all frames in one call
-            k, v = (z[:, look].flatten(2, 3).flatten(0, 1) for z in (k, v))                     # (b f) r*n c
-            return self.attend(q.flatten(0, 1), k, v)
-        # rows of unequal length, one call a frame: repeating frames to fill a row would change the softmax
-        return torch.stack([self.attend(q[:, i], k[:, row].flatten(1, 2), v[:, row].flatten(1, 2))
-                            for i, row in enumerate(self.rows)], dim=1).flatten(0, 1)
-
-
-class ClipCrossAttention(Attention):
-    """attn2: all tokens of a clip look at its one context, so K and V are projected once a clip, not once a frame."""
+class FrameAttention(Attention):
+    """Base of the attentions that know how many frames are folded into the batch."""
 
     def __init__(self, frames, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.frames = frames
 
+    def unfold(self, z):                                                    # (b f) n c -> b f n c
+        return z.unflatten(0, (-1, self.frames))
+
+
+class SparseCausalAttention(FrameAttention):
+    """ST-Attn: Q from frame v_i, K and V from [v_1, v_i-1]. Official attention.py, SparseCausalAttention.
+
+    The first frame is its own predecessor, so it looks at itself twice.
+    """
+
+    def forward(self, x):                                                   # (b f) n c
+        q = self.to_q(x)
+        k = self.first_and_previous(self.to_k(x))
+        v = self.first_and_previous(self.to_v(x))
+        return self.attend(q, k, v)
+
+    def first_and_previous(self, z):                                        # (b f) n c -> (b f) 2n c
+        z = self.unfold(z)
+        first = z[:, :1].expand_as(z)
+        previous = torch.cat([z[:, :1], z[:, :-1]], dim=1)
+        return torch.cat([first, previous], dim=2).flatten(0, 1)
+
+
+class SpatialAttention(FrameAttention):
+    """Each frame looks at itself: the image U-Net's self-attention."""
+
+
+class FirstFrameAttention(FrameAttention):
+    """Every frame looks at the first frame. All queries of a clip share its keys, so one call serves all frames."""
+
+    def forward(self, x):                                                   # (b f) n c
+        first = self.unfold(x)[:, 0]                                        # b n c
+        q = self.unfold(self.to_q(x)).flatten(1, 2)                         # b (f n) c
+        return self.attend(q, self.to_k(first), self.to_v(first)).view_as(x)
+
+
+class CausalAttention(FrameAttention):
+    """Frame i looks at frames 1 to i. The rows differ in length, so each frame has a call of its own."""
+
+    def forward(self, x):                                                   # (b f) n c
+        q, k, v = (self.unfold(z) for z in (self.to_q(x), self.to_k(x), self.to_v(x)))
+        rows = []
+        for i in range(self.frames):
+            seen = slice(0, i + 1)
+            rows.append(self.attend(q[:, i], k[:, seen].flatten(1, 2), v[:, seen].flatten(1, 2)))
+        return torch.stack(rows, dim=1).flatten(0, 1)
+
+
+class FullAttention(FrameAttention):
+    """Every frame looks at all frames: one call over all pixels of the clip."""
+
+    def forward(self, x):                                                   # (b f) n c
+        y = self.unfold(x).flatten(1, 2)                                    # b (f n) c
+        return super().forward(y).view_as(x)
+
+
+# The paper uses the first (section 3.2); the others are for its comparisons.
+ATTENTIONS = {
+    "sparse-causal": SparseCausalAttention,
+    "spatial": SpatialAttention,
+    "first": FirstFrameAttention,
+    "causal": CausalAttention,
+    "full": FullAttention,
+}
+
+
+class ClipCrossAttention(FrameAttention):
+    """Cross-attention to the caption. All pixels of a clip share one context, so its K and V are projected once."""
+
     def forward(self, x, context):                                          # (b f) n c, b m d
-        y = x.unflatten(0, (-1, self.frames)).flatten(1, 2)                 # b (f n) c
+        y = self.unfold(x).flatten(1, 2)                                    # b (f n) c
         return super().forward(y, context).view_as(x)
 
 
-class TemporalAttention(Attention):
-    """attn_temp: each pixel looks at itself in all frames. No positional encoding, as in the official code."""
-
-    def __init__(self, frames, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.frames = frames
+class TemporalAttention(FrameAttention):
+    """T-Attn: each pixel looks at itself in all frames. It has no positional encoding, as in the official code."""
 
     def forward(self, x):                                                   # (b f) n c
-        y = x.unflatten(0, (-1, self.frames)).transpose(1, 2)               # b n f c
-        y = super().forward(y.flatten(0, 1)).view_as(y)
+        y = self.unfold(x).transpose(1, 2)                                  # b n f c
+        y = super().forward(y.flatten(0, 1)).view_as(y)                     # each pixel is a sequence of f tokens
         return y.transpose(1, 2).flatten(0, 1)                              # (b f) n c
 
+
+# ---- The video U-Net ---------------------------------------------------------------------------------------------------
 
 class ClipGroupNorm(nn.GroupNorm):
     """GroupNorm whose mean and variance run over all frames of a clip, as over the official code's 5-D tensors.
 
-    So are the resnets' norms and conv_norm_out. The norm before each transformer stays per frame, there as here.
+    The resnets and conv_norm_out have it. The norm before each transformer stays per frame, there as here.
     """
 
     def __init__(self, frames, *args, **kwargs):
@@ -86,33 +133,51 @@ class ClipGroupNorm(nn.GroupNorm):
 
 
 class VideoTransformerBlock(TransformerBlock):
-    """TransformerBlock's three lines, with attn1 and attn2 replaced by those that know of frames, and then T-Attn."""
+    """TransformerBlock with attentions that know of frames, and T-Attn after its three lines (figure 4)."""
 
     def __init__(self, frames, attention, cfg, dim, heads):
         super().__init__(cfg, dim, heads)
-        self.attn1 = SpatioTemporalAttention(frames, attention, dim, heads, upcast=cfg.upcast_attention)
-        self.attn2 = ClipCrossAttention(frames, dim, heads, cfg.cross_attention_dim, cfg.upcast_attention)
+        upcast = cfg.upcast_attention
+        self.attn1 = ATTENTIONS[attention](frames, dim, heads, upcast=upcast)
+        self.attn2 = ClipCrossAttention(frames, dim, heads, cfg.cross_attention_dim, upcast)
         self.norm_temp = nn.LayerNorm(dim)
-        self.attn_temp = TemporalAttention(frames, dim, heads, upcast=cfg.upcast_attention)
+        self.attn_temp = TemporalAttention(frames, dim, heads, upcast=upcast)
 
     def forward(self, x, context):                                          # (b f) n c, b m d
         x = super().forward(x, context)
         x = x + self.attn_temp(self.norm_temp(x))
         return x
 
+    def initialise_temporal(self):
+        """T-Attn begins as nothing: its output projection is zero, weight and bias.
+
+        The official code leaves the bias random. Then the inflated net is not the image net at first.
+        """
+        self.norm_temp.reset_parameters()
+        for linear in (self.attn_temp.to_q, self.attn_temp.to_k, self.attn_temp.to_v):
+            linear.reset_parameters()
+        nn.init.zeros_(self.attn_temp.to_out[0].weight)
+        nn.init.zeros_(self.attn_temp.to_out[0].bias)
+
 
 class VideoUNet(UNet):
+    """The inflated U-Net for clips of a fixed number of frames.
+
+    attention: a key of ATTENTIONS. norm: "clip" (official) or "frame", what the resnets' group norms run over. Raises
+    InputError for others, and for less than one frame.
+    """
+
     def __init__(self, cfg, frames, attention="sparse-causal", norm="clip"):
-        """`attention`: a row of LOOKS_AT. `norm`: "clip" (official) or "frame", the resnets' group norms."""
-        if attention not in LOOKS_AT or norm not in ("clip", "frame") or frames < 1:
+        if attention not in ATTENTIONS or norm not in ("clip", "frame") or frames < 1:
             raise InputError(f"A video U-Net of {frames} frames with {attention!r} attention and {norm!r} norm is not "
-                             f"known: frames from 1, attention {', '.join(LOOKS_AT)}, norm clip or frame.")
-        super().__init__(cfg, partial(VideoTransformerBlock, frames, attention),
-                         partial(ClipGroupNorm, frames) if norm == "clip" else nn.GroupNorm)
+                             f"known: frames from 1, attention {', '.join(ATTENTIONS)}, norm clip or frame.")
+        Block = partial(VideoTransformerBlock, frames, attention)
+        Norm = partial(ClipGroupNorm, frames) if norm == "clip" else nn.GroupNorm
+        super().__init__(cfg, Block, Norm)
         self.frames, self.attention, self.norm = frames, attention, norm
 
     def forward(self, x, t, context):
-        """Noisy clips x (b, 4, f, h, w), t (b,), context (b, m, d) -> (b, 4, f, h, w)."""
+        """Noisy clips x (b, 4, f, h, w), timesteps t (b,), context (b, m, d) -> (b, 4, f, h, w)."""
         y = x.transpose(1, 2).flatten(0, 1)                                 # (b f) 4 h w
         y = super().forward(y, t.repeat_interleave(self.frames), context)
         return y.unflatten(0, (-1, self.frames)).transpose(1, 2)            # b 4 f h w
@@ -123,11 +188,10 @@ class VideoUNet(UNet):
 
 
 def inflate(unet, frames, attention="sparse-causal", norm="clip"):
-    """Image U-Net -> video U-Net: every key kept, only `*_temp.*` new, and at first the same function of a still clip.
+    """Image U-Net -> VideoUNet: every tensor is kept, only `*_temp.*` are new, and a still clip gives the same answer.
 
-    T-Attn's output projection starts at zero, weight and bias (the official code leaves the bias: README's audit); its
-    q, k and v are drawn from torch's global generator. Frozen tensors are shared with `unet`; tuned ones are copies in
-    float32, so `unet` stays what it was.
+    T-Attn's q, k and v are drawn from torch's global generator. Frozen tensors are shared with `unet`. Tuned ones are
+    copies in float32, so `unet` stays what it was. Raises InputError as VideoUNet does.
     """
     with torch.device("meta"):
         video = VideoUNet(unet.cfg, frames, attention, norm)
@@ -135,11 +199,9 @@ def inflate(unet, frames, attention="sparse-causal", norm="clip"):
     kept = {name: p.float().clone() if name in tuned else p for name, p in unet.state_dict().items()}
     missing, unexpected = video.load_state_dict(kept, strict=False, assign=True)
     assert not unexpected and all("_temp." in name for name in missing)
-    for block in (m for m in video.modules() if isinstance(m, VideoTransformerBlock)):
-        for module in (block.norm_temp, *block.attn_temp.modules()):
-            if list(module.parameters(recurse=False)):
-                module.to_empty(device=unet.conv_in.weight.device)
-                module.reset_parameters()
-        nn.init.zeros_(block.attn_temp.to_out[0].weight)
-        nn.init.zeros_(block.attn_temp.to_out[0].bias)
+    for block in video.modules():
+        if isinstance(block, VideoTransformerBlock):
+            block.norm_temp.to_empty(device=unet.conv_in.weight.device)
+            block.attn_temp.to_empty(device=unet.conv_in.weight.device)
+            block.initialise_temporal()
     return video.requires_grad_(False)

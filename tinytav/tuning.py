@@ -1,54 +1,122 @@
-"""Tuning on one clip: the loss and the loop. Paper section 3.3, official train_tuneavideo.py.
+"""Tuning on one clip: the paper's loss and loop. Wu et al., arXiv 2212.11565, section 3.3; official train_tuneavideo.py.
 
-Step k's randomness is a function of (seed, k), so a resumed run needs no saved random state.
+The randomness of step k is a function of (seed, k). So a resumed run needs no saved random state, and a step can be
+repeated.
 """
 import torch
 from torch.nn import functional as F
 
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.precision import autocast
 
-FP16_SCALE = 4096.      # keeps fp16's gradients off its subnormal numbers; constant, so that it need not be resumed
-
-
-def adamw(tuned, lr):
-    """The official optimiser over net.tuned(), whose 112 tensors from now on require gradients. They stay float32."""
-    parameters = [p.requires_grad_() for p in tuned.values()]
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+FP16_SCALE = 65536.     # at first the loss is multiplied by it, so that small gradients do not vanish in fp16
 
 
 def draw(seed, k, shape, timesteps):
-    """Step k's randomness, on the CPU: posterior noise and diffusion noise of `shape`, and a timestep (1,)."""
-    generator = torch.Generator().manual_seed((1_000_003 * seed + k) % 2 ** 32)     # it uses 32 bits of its seed
-    t = torch.randint(timesteps, (1,), generator=generator)
+    """The randomness of step k, on the CPU: posterior noise and diffusion noise of `shape`, and a timestep (an int)."""
+    generator = torch.Generator().manual_seed((1_000_003 * seed + k) % 2 ** 32)     # torch uses 32 bits of a seed
+    t = torch.randint(timesteps, (1,), generator=generator).item()
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), t
 
 
 def denoising_loss(net, schedule, x0, noise, t, context):
-    """E || noise - net(x_t, t, context) ||^2 (paper equation 1), or of v. x0, noise (b, 4, f, h, w), t (b,)."""
-    output = net(schedule.add_noise(x0, noise, t), t, context)
+    """E || noise - net(x_t, t, context) ||^2 (equation 1), or the same of v. x0, noise (b, 4, f, h, w), t an int."""
+    noisy = schedule.add_noise(x0, noise, t)
+    timesteps = torch.full((len(x0),), t, device=x0.device)
+    with autocast(net):
+        output = net(noisy, timesteps, context)
     return F.mse_loss(output.float(), schedule.target(x0, noise, t))
 
 
-def tune(net, optimizer, schedule, mean, std, context, seed=33, first=0, steps=500):
-    """Yields (steps done, loss) after each of steps first+1..steps. Changes the optimiser's parameters of `net`.
+class Tuner:
+    """The tuning of one net on one clip: AdamW over net.tuned(), and the losses of the steps that are done.
 
-    mean, std (1, 4, f, h, w) of the clip's latents, context (1, m, d) of its caption. Raises InputError when the loss
-    or its gradient is not finite; the parameters are then those of the step before. `first` steps are done already.
+    mean, std (1, 4, f, h, w): the clip's latents. context (1, m, d): its caption's. `parameters` {name: parameter}
+    replaces net.tuned() in experiments. From now on these parameters require gradients.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for k in range(first, steps):
-        *noises, t = (z.to(mean.device) for z in draw(seed, k, mean.shape, schedule.num_train_timesteps))
-        x0 = mean + std * noises[0]
-        loss = denoising_loss(net, schedule, x0, noises[1], t, context)
-        scale = FP16_SCALE if net.conv_in.weight.dtype is torch.float16 else 1.
-        (scale * loss).backward()
-        for p in parameters:
-            p.grad /= scale
+
+    def __init__(self, net, schedule, mean, std, context, lr=3e-5, seed=33, parameters=None):
+        self.net, self.schedule, self.mean, self.std, self.context = net, schedule, mean, std, context
+        self.seed = seed
+        self.parameters = net.tuned() if parameters is None else parameters
+        for p in self.parameters.values():
+            p.requires_grad_()
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8,
+                                           weight_decay=1e-2)
+        self.losses = []
+        half = net.conv_in.weight.dtype is torch.float16
+        self.scale = FP16_SCALE if half else 1.
+
+    def step(self):
+        """Makes the next step and returns its loss.
+
+        In fp16 a gradient may overflow. Then the loss's scale is halved and the same step is made again. Raises
+        InputError when the loss or its gradient is not finite otherwise; the parameters are then those of the step
+        before.
+        """
+        loss = self.loss()
+        while not self.backward(loss):
+            if self.scale == 1 or not loss.isfinite():
+                raise InputError(f"The loss is {loss.item()} and its gradient is not finite at step "
+                                 f"{len(self.losses) + 1}: the learning rate is too high, or the weights overflow at "
+                                 "this precision. Try a smaller --lr, or --precision fp32.")
+            self.scale /= 2
+            loss = self.loss()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def loss(self):
+        """The loss of the next step, a function of (seed, step) and the parameters."""
+        shape, device = self.mean.shape, self.mean.device
+        posterior, noise, t = draw(self.seed, len(self.losses), shape, self.schedule.num_train_timesteps)
+        x0 = self.mean + self.std * posterior.to(device)
+        return denoising_loss(self.net, self.schedule, x0, noise.to(device), t, self.context)
+
+    def backward(self, loss):
+        """Puts the gradients, clipped to a norm of 1, into the parameters. False, and no gradients, if not finite."""
+        (self.scale * loss).backward()
+        parameters = list(self.parameters.values())
+        if self.scale != 1:
+            for p in parameters:
+                p.grad /= self.scale
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not (loss.isfinite() and norm.isfinite()):
-            raise InputError(f"The loss is {loss.item()} and its gradient's norm {norm.item()} at step {k + 1}: the "
-                             "learning rate is too high, or the weights overflow at this precision. Try a smaller --lr, "
-                             "or --precision fp32.")
-        optimizer.step()
-        optimizer.zero_grad()
-        yield k + 1, loss.item()
+        if loss.isfinite() and norm.isfinite():
+            return True
+        self.optimizer.zero_grad()
+        return False
+
+    def state_dict(self):
+        """All that resuming needs, as flat named tensors: the tuned tensors, AdamW's moments, losses, fp16's scale."""
+        state = {"losses": torch.tensor(self.losses), "scale": torch.tensor(self.scale)}
+        for name, p in self.parameters.items():
+            moments = self.optimizer.state[p]
+            state[f"tuned.{name}"] = p.detach()
+            state[f"exp_avg.{name}"] = moments["exp_avg"]
+            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        return state
+
+    def load_state_dict(self, state):
+        """The inverse of state_dict. Raises InputError if the state is of another net."""
+        shapes = {f"{kind}.{name}": p.shape for kind in ("tuned", "exp_avg", "exp_avg_sq")
+                  for name, p in self.parameters.items()}
+        steps = state["losses"].numel() if "losses" in state else 0
+        shapes |= {"losses": (steps,), "scale": ()}
+        if {name: tensor.shape for name, tensor in state.items()} != shapes:
+            raise InputError("state.safetensors does not fit this run's net: it cannot be resumed, only begun again.")
+        self.losses = state["losses"].tolist()
+        self.scale = state["scale"].item()
+        for name, p in self.parameters.items():
+            p.data.copy_(state[f"tuned.{name}"])
+            self.optimizer.state[p] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": state[f"exp_avg.{name}"].to(p.device).clone(),
+                "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(p.device).clone()}
+
+
+def tune(net, schedule, mean, std, context, steps=500, lr=3e-5, seed=33):
+    """Tunes `net` in place. Yields (steps done, loss) after each step. Arguments and errors as Tuner's."""
+    tuner = Tuner(net, schedule, mean, std, context, lr, seed)
+    for step in range(1, steps + 1):
+        yield step, tuner.step()

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinytav.stable_diffusion import checkpoint
-from tinytav.toy.examples import CLIPS, MOTION
 from tinytav.claims.experiment import Clip, Edit, Studio, Variant
 from tinytav.claims.judge import MOTIONS
+from tinytav.stable_diffusion import checkpoint
+from tinytav.toy.examples import CLIPS, MOTION
 
 SCENE = CLIPS["skiing"]
 TOY = Path(__file__).parents[2] / "weights/toy"

@@ -6,11 +6,11 @@ from random import Random
 import pytest
 import torch
 
-from tinytav.toy import draw, world
 from tinytav.claims.experiment import make_clip
 from tinytav.claims.judge import MOTIONS, Judge, pixels
-from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.stable_diffusion.checkpoint import build, read_component
+from tinytav.stable_diffusion.vae import VAE, VAEConfig
+from tinytav.toy import draw, world
 
 ATTRIBUTES = world.ATTRIBUTES
 CLIPS = [make_clip("judge", i) for i in range(3)]

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tinytav.stable_diffusion.config import InputError
-from tinytav.inflation import VideoUNet, inflate
+
 from tinytav.claims import cost, results, table
 from tinytav.claims.experiment import TUNED
+from tinytav.inflation import VideoUNet, inflate
+from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 
 SCORE = dict.fromkeys(table.COLUMNS, 0.5) | dict(name="place", held_out=False)

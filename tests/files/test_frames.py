@@ -1,4 +1,6 @@
 """Clips in and out."""
+import warnings
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -43,10 +45,57 @@ def test_too_few_frames_are_an_error_that_says_how_many_there_are(total, asked, 
 
 
 def test_a_video_is_read_in_range_at_its_rate(clip):
-    x, indices, fps = frames.read(clip, size=16, multiple=4, frames=5)
-    assert x.shape == (5, 3, 16, 16) and x.dtype is torch.float32
-    assert -1 <= x.min() < -0.5 and 0.5 < x.max() <= 1
-    assert indices == [0, 2, 4, 6, 8] and fps == 6
+    source = frames.read(clip, size=16, multiple=4, frames=5)
+    assert source.x.shape == (5, 3, 16, 16) and source.x.dtype is torch.float32
+    assert -1 <= source.x.min() < -0.5 and 0.5 < source.x.max() <= 1
+    assert source.indices == (0, 2, 4, 6, 8) and source.total == 10 and source.fps == 6
+
+
+def count_decoded(monkeypatch):
+    """A list that grows with each frame that is turned into a picture, and one with each that is decoded."""
+    shown, decoded, upright = [], [], frames.upright
+    monkeypatch.setattr(frames, "upright", lambda frame: shown.append(1) or upright(frame))
+    opened = frames.opened
+
+    class Watched:
+        def __init__(self, container):
+            self.container = container
+
+        def demux(self, stream):
+            return self.container.demux(stream)
+
+        def decode(self, stream):
+            for frame in self.container.decode(stream):
+                decoded.append(1)
+                yield frame
+
+    @contextmanager
+    def watched(path):
+        with opened(path) as (container, stream):
+            yield Watched(container), stream
+    monkeypatch.setattr(frames, "opened", watched)
+    return shown, decoded
+
+
+def test_a_video_is_decoded_once_and_only_up_to_the_last_wanted_frame(clip, monkeypatch):
+    shown, decoded = count_decoded(monkeypatch)
+    assert frames.read(clip, 16, 4, 2, start=1, stride=3).indices == (1, 4)
+    assert len(decoded) == 5 and len(shown) == 2
+
+
+def test_a_video_that_announces_more_frames_than_it_holds_is_chosen_from_anew(clip, monkeypatch):
+    monkeypatch.setattr(frames.Video, "count", lambda self: 20)
+    source = frames.read(clip, 16, 4, 5)
+    assert source.total == 10 and source.indices == (0, 2, 4, 6, 8)
+
+
+@pytest.mark.parametrize("fps, warns", [(Fraction(24), False), (Fraction(4), False), (Fraction(4, 5), True)])
+def test_frames_that_are_far_apart_are_warned_of(fps, warns):
+    source = frames.Source(torch.zeros(3, 3, 8, 8), (0, 30, 60), fps, 90)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        frames.warn_if_far_apart(source, "clip.mp4")
+    assert [str(w.message)[:50] for w in caught] == ["The chosen frames of clip.mp4 are 1.2 seconds apar"][:warns]
 
 
 @pytest.mark.parametrize("size, fitted", [((100, 50), (64, 32)), ((50, 101), (32, 64)), ((51, 49), (32, 32)),
@@ -66,14 +115,14 @@ def test_cropping_takes_the_middle_without_squashing():
 
 def test_a_folder_of_images_goes_by_number(tmp_path):
     folder = numbered_folder(tmp_path / "f", [2, 10, 1])
-    x, _, fps = frames.read(folder, 40, 4, 3)
-    assert [round(float(v + 1) * 12.75) for v in x[:, 0, 0, 0]] == [1, 2, 10] and fps == 8
+    source = frames.read(folder, 40, 4, 3)
+    assert [round(float(v + 1) * 12.75) for v in source.x[:, 0, 0, 0]] == [1, 2, 10] and source.fps == 8
 
 
 def test_transparent_pictures_stand_on_white(tmp_path):
     (tmp_path / "f").mkdir()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "f/1.png")
-    assert frames.read(tmp_path / "f", 8, 4, 1)[0].min() == 1
+    assert frames.read(tmp_path / "f", 8, 4, 1).x.min() == 1
 
 
 def test_pictures_of_mixed_sizes_are_refused(tmp_path):
@@ -113,8 +162,8 @@ def test_what_is_written_can_be_read_again_enlarged_by_a_whole_factor(tmp_path):
     x = torch.linspace(-1, 1, 16)[None, None, None].expand(4, 3, 16, 16) * torch.tensor([1, 0.5, 0, -1]).view(4, 1, 1, 1)
     for name, write, tolerance in (("a.mp4", frames.write_mp4, 0.08), ("a.gif", frames.write_gif, 0.08)):
         write(tmp_path / name, x, Fraction(10))
-        back, _, fps = frames.read(tmp_path / name, 16, 4, 4)
-        assert (back - x).abs().mean() < tolerance and fps == 10
+        back = frames.read(tmp_path / name, 16, 4, 4)
+        assert (back.x - x).abs().mean() < tolerance and back.fps == 10
         with av.open(str(tmp_path / name)) as container:
             assert container.streams.video[0].width == 256
     with av.open(str(tmp_path / "a.mp4")) as container:
@@ -123,21 +172,19 @@ def test_what_is_written_can_be_read_again_enlarged_by_a_whole_factor(tmp_path):
 
 
 def test_a_strip_has_the_source_above_the_result(tmp_path):
-    frames.write_strip(tmp_path / "strip.png", -torch.ones(12, 3, 16, 16), torch.ones(12, 3, 16, 16))
+    columns = frames.strip_columns(12)
+    assert columns == [0, 2, 3, 5, 6, 8, 9, 11] and frames.strip_columns(3) == [0, 1, 2]
+    frames.write_strip(tmp_path / "strip.png", -torch.ones(12, 3, 16, 16)[columns], torch.ones(12, 3, 16, 16)[columns])
     strip = np.asarray(Image.open(tmp_path / "strip.png"))
     assert strip.shape == (512, 8 * 256, 3)
     assert (strip[:256] == 0).all() and (strip[256:] == 255).all()
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    (tmp_path / "a").write_text("old")
-
-    def fail(file):
-        open(file, "w").write("half")
-        raise OSError("No space left on device")
-    with pytest.raises(OSError):
-        frames.replace(tmp_path / "a", fail)
-    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+def test_bytes_and_numbers_are_inverse_to_each_other():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    x = frames.to_tensor(every)
+    assert x.shape == (1, 3, 16, 16) and x.min() == -1 and x.max() == 1
+    assert torch.equal(frames.to_uint8(x), every)
 
 
 def test_rotation_flags_are_followed(tmp_path):

@@ -12,10 +12,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-import broken                                                               # noqa: E402
-import crashes                                                              # noqa: E402
-import trial                                                                # noqa: E402
-from warm import Warm                                                       # noqa: E402
+import broken  # noqa: E402
+import crashes  # noqa: E402
+import trial  # noqa: E402
+from warm import Warm  # noqa: E402
 
 
 def table(counts):

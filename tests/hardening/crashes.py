@@ -9,8 +9,9 @@ import shutil
 import signal
 from collections import Counter
 
-import tiny
 from safetensors.torch import load_file
+
+import tiny
 
 TRAIN = ("train.py", "clip.mp4", "a man", "--weights", "w", "--steps", 6)
 SAMPLE = ("sample.py", "--run", "runs/clip", "--prompt", "a dog", "a cat")
@@ -47,7 +48,7 @@ def torn(run, whole):
             if file.name == "run.json":
                 fine = json.loads(file.read_text()).keys() == json.loads(other.read_text()).keys()
             elif file.name == "state.safetensors":
-                fine = 0 < int(load_file(file)["step"]) == len(load_file(file)["losses"])
+                fine = 0 < len(load_file(file)["losses"]) <= 6
             elif file.name == "loss.csv":
                 fine = other.read_text().startswith(file.read_text()) and file.read_text().endswith("\n")
             else:

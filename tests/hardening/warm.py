@@ -44,8 +44,11 @@ class Warm:
 def serve():
     """The warm process: one JSON job a line, each answered by a line."""
     sys.path.insert(0, str(ROOT))
-    import av, torch, tqdm, tinytav, tinytav.cli, tinytav.files.frames, tinytav.files.runs, tinytav.measure.memory      # noqa: E401, F401
-    import torch._dynamo, torch._inductor.config                           # what the optimizer would import
+    import av  # noqa: E401, F401
+    import torch
+    import torch._dynamo  # what the optimizer would import
+    import torch._inductor.config
+
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = SimpleNamespace(**({"count": False, "kill": None, "signal": None, "file_size": None, "user": None} | json.loads(line)))

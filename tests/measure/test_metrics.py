@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 import tiny
 from tinytav.files import frames
+from tinytav.files.runs import Run, Settings
 from tinytav.measure import metrics
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
-from tinytav.files.runs import Run
+from tinytav.stable_diffusion.config import InputError
 
 ROOT = Path(__file__).parents[2]
-RUN = dict(clip="clip.mp4", prompt="a man", weights="w", fingerprint="0", frames=3, fps="8", size=64, norm="clip",
+RUN = Settings(clip="clip.mp4", prompt="a man", weights="w", fingerprint="0", frames=3, fps="8", size=64, norm="clip",
            attention="sparse-causal", steps=1, lr=1e-3, seed=33, ddim_steps=2, guidance=2., precision="fp32", finished=1.)
 
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from tiny import UNET, VAE, write_folder
+from tiny import LAYOUTS, UNET, single_file_shapes, write_folder
 from tinytav.stable_diffusion import single_file
+from tinytav.stable_diffusion.checkpoint import build, default_path, load
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
@@ -16,7 +17,6 @@ from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE as VAEModel
 from tinytav.stable_diffusion.vae import VAEConfig
-from tinytav.stable_diffusion.checkpoint import build, default_path, load
 
 UNET_FILE, VAE_FILE = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
 TEXT_FILE = "text_encoder/model.safetensors"
@@ -41,7 +41,7 @@ def test_a_folder(folder):
     sd = load(folder)
     expected = tiny.filled(UNet(UNetConfig.from_json(UNET)))
     assert same(sd.unet, expected) and not any(p.requires_grad for p in sd.unet.parameters())
-    assert sd.defaults.frames == 3 and sd.multiple == 4 and sd.schedule.prediction_type == "epsilon"
+    assert sd.defaults.frames == 3 and sd.multiple == 2 and sd.schedule.prediction_type == "epsilon"
     assert sd.encode_prompts(["a man", ""]).shape == (2, 77, 24)
 
 
@@ -180,21 +180,12 @@ def test_single_files_that_are_something_else_are_refused(tmp_path):
 
 # ---- The four published layouts, on the meta device --------------------------------------------------------------------
 
-LAYOUTS = tiny.DATA.parents[2] / "shared/sd-layouts"                        # ../shared/sd-layouts
 MODELS = dict(unet=(UNet, UNetConfig), vae=(VAEModel, VAEConfig), text_encoder=(TextEncoder, TextEncoderConfig))
 layouts = pytest.mark.skipif(not LAYOUTS.is_dir(), reason="../shared/sd-layouts is not here")
 
 
 def meta(shape):
     return torch.empty(shape, device="meta")
-
-
-def single_file_shapes(keys):
-    """The single file's own keys and shapes, from those of the folder."""
-    shapes = keys["unet"] | keys["vae"] | keys["text_encoder"]
-    for old, new in keys["single_file"].items():
-        shape = [3 * shapes[new[0]][0], *shapes[new[0]][1:]] if isinstance(new, list) else shapes[new]
-        yield old, shape + [1, 1] if ".attn_1." in old and len(shape) == 2 else shape
 
 
 @layouts

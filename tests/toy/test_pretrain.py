@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import tinytav
+from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.toy import pretrain, world
-from tinytav.stable_diffusion.checkpoint import build, read_component
 
 
 def stage(name, out, minutes, *more):

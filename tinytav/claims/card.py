@@ -9,16 +9,16 @@ from pathlib import Path
 from random import Random
 
 import torch
-from PIL import Image
 
-from tinytav.measure import metrics
 from tinytav import pipeline
-from tinytav.stable_diffusion import checkpoint
-from tinytav.inflation import inflate
-from tinytav.measure.metrics import psnr
-from tinytav.toy import draw, world
 from tinytav.claims.experiment import FRAMES, Studio, make_clip
 from tinytav.claims.judge import pixels
+from tinytav.files import frames
+from tinytav.inflation import inflate
+from tinytav.measure import metrics
+from tinytav.measure.metrics import psnr
+from tinytav.stable_diffusion import checkpoint
+from tinytav.toy import draw, world
 
 
 def renders(count, seed, held_out=False):
@@ -77,8 +77,8 @@ def inversion(folder, settings, tuned, clips=2):
 def save_grid(path, x, columns):
     """Pictures (n, 3, h, w) in [-1, 1], row by row, enlarged twice -> PNG."""
     rows = [torch.cat(list(row), dim=2) for row in x.split(columns)]
-    grid = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(grid.repeat(2, 0).repeat(2, 1)).save(path)
+    grid = frames.to_uint8(torch.cat(rows, dim=1)[None])[0].numpy()
+    frames.write_picture(path, grid.repeat(2, 0).repeat(2, 1))
 
 
 def main():

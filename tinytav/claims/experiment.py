@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from tinytav.measure import metrics
-from tinytav import pipeline, tuning
-from tinytav.stable_diffusion import checkpoint
-from tinytav.inflation import inflate
-from tinytav.toy import world
+from tinytav import pipeline
 from tinytav.claims.judge import MOTIONS, Judge
+from tinytav.inflation import inflate
+from tinytav.measure import metrics
+from tinytav.stable_diffusion import checkpoint
+from tinytav.toy import world
 from tinytav.toy.world import ATTRIBUTES, Motion, Scene
+from tinytav.tuning import Tuner
 
 FRAMES = 8
 TUNED = {"the paper's": lambda net: net.tuned(),
@@ -75,8 +76,9 @@ class Studio:
 
     def tune(self, net, tuned, lr, seed, steps):
         """Yields (steps done, loss)."""
-        optimizer = tuning.adamw(TUNED[tuned](net), lr)
-        yield from tuning.tune(net, optimizer, self.sd.schedule, self.mean, self.std, self.own, seed, 0, steps)
+        tuner = Tuner(net, self.sd.schedule, self.mean, self.std, self.own, lr, seed, TUNED[tuned](net))
+        for step in range(1, steps + 1):
+            yield step, tuner.step()
 
     def inflated(self, attention="sparse-causal", norm="clip", seed=33):
         torch.manual_seed(seed)

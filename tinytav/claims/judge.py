@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from tinytav.files import frames
 from tinytav.measure.metrics import psnr
 from tinytav.toy import draw, world
 
@@ -21,7 +22,7 @@ MOTIONS = {"phase": (0, 0.25, 0.5, 0.75), "x": (0, -0.08, 0.08), "camera": (0, 0
 
 def pixels(pictures):
     """A list of pictures (h, w, 3) uint8 -> (n, 3, h, w) float32 in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return frames.to_tensor(np.stack(pictures))
 
 
 class Judge:

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from tinytav.files import frames
-from tinytav.stable_diffusion.config import InputError
+from tinytav.files.atomic import replace, replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
+from tinytav.stable_diffusion.config import InputError
 
 MARGIN = 150        # pixels before a picture's rows, for their names
 
@@ -41,7 +42,7 @@ def same_settings(file, settings):
     if file.exists() and read_json(file) != settings:
         raise InputError(f"{file.parent} holds results of other weights or settings: name another folder with --out.")
     file.parent.mkdir(parents=True, exist_ok=True)
-    frames.replace(file, lambda temporary: Path(temporary).write_text(json.dumps(settings, indent=2) + "\n"))
+    replace_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 def write(folder, name, make, studio):
@@ -51,12 +52,12 @@ def write(folder, name, make, studio):
     """
     clips, scores = folder / f"{name}.safetensors", folder / f"{name}.json"
     if not clips.exists():
-        results = ((make() + 1) * 127.5).round().to(torch.uint8).contiguous()
+        results = torch.stack([frames.to_uint8(x).permute(0, 3, 1, 2) for x in make()]).contiguous()
         folder.mkdir(parents=True, exist_ok=True)
-        frames.replace(clips, lambda file: save_file(dict(frames=results), file))
+        replace(clips, lambda file: save_file(dict(frames=results), file))
     if not scores.exists():
         found = json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1))
-        frames.replace(scores, lambda file: Path(file).write_text(found))
+        replace_text(scores, found)
 
 
 def row(name, values):
@@ -71,4 +72,4 @@ def labelled(path, rows):
     for i, (name, strip) in enumerate(zip(rows, strips)):
         image.paste(Image.fromarray(strip), (MARGIN, i * height))
         ImageDraw.Draw(image).text((4, i * height + height // 2 - 6), name, "black")
-    frames.replace(path, lambda file: image.save(file, "PNG"))
+    frames.write_picture(path, np.asarray(image))

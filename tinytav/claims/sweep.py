@@ -5,16 +5,14 @@
 Writes the table sweep.md and the picture sweep.png, in which an edit goes from ignored to collapsed.
 """
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tinytav import cli
-from tinytav.stable_diffusion import checkpoint
 from tinytav.claims.experiment import Studio, make_clip
 from tinytav.claims.results import every_clip, labelled, parser, row, write
+from tinytav.stable_diffusion import checkpoint
 
 STEPS, RATES, GUIDANCES = (20, 80), (3e-4, 3e-3), (1., 3., 6., 12.)
 

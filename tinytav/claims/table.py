@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tinytav import cli
-from tinytav.measure import metrics
-from tinytav.stable_diffusion import checkpoint
 from tinytav.claims import card, cost
 from tinytav.claims.experiment import FRAMES, Studio, Variant, make_clip
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.claims.results import every_clip, labelled, parser, row, write
+from tinytav.measure import metrics
+from tinytav.stable_diffusion import checkpoint
 from tinytav.toy.world import ATTRIBUTES
 
 VARIANTS = {

@@ -2,7 +2,7 @@
 
 runs/<clip>/  run.json              everything that is needed to repeat it; written last, so a folder without it is no run
               clip.safetensors      mean and std of the clip's latents: neither resuming nor sampling needs the clip
-              state.safetensors     while it is unfinished: tuned tensors, AdamW's moments, the step
+              state.safetensors     while it is unfinished: tuned tensors, AdamW's moments, the losses
               tuned.safetensors     the tuned tensors, by the official names
               inversion.safetensors x_T, and how many steps led there
               source.mp4, loss.csv, and an mp4, a gif and a strip (png) per sample
@@ -13,23 +13,74 @@ import os
 import re
 import time
 import warnings
+from dataclasses import asdict, dataclass, field
+from dataclasses import replace as changed
+from fractions import Fraction
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 
-from tinytav.stable_diffusion.config import PRECISIONS, InputError
-from tinytav.files.frames import replace
+from tinytav.files.atomic import replace, replace_text
+from tinytav.inflation import ATTENTIONS
+from tinytav.pipeline import Clip, invert_clip, new_net, no_progress
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
+from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.stable_diffusion.precision import PRECISIONS
 
 try:
     import fcntl
 except ImportError:             # Windows: nothing there keeps two train.py off one run
     fcntl = None
 
-NEEDED = dict(clip=str, prompt=str, weights=str, fingerprint=str, frames=int, fps=str, size=int, attention=str,
-              norm=str, steps=int, lr=float, seed=int, ddim_steps=int, guidance=float, precision=str, finished=float)
+LARGE = 2 ** 32
+FPS = r"[1-9]\d{0,8}(/[1-9]\d{0,8})?"       # a Fraction as text
+
+
+@dataclass(frozen=True)
+class Settings(Config):
+    """run.json: what train.py was told, and what it needs to know again."""
+    clip: str                       # path of the source
+    prompt: str                     # its caption
+    weights: str                    # path of the Stable Diffusion
+    fingerprint: str                # of these weights
+    size: int                       # pixels of the short side
+    frames: int
+    fps: str                        # of the chosen frames, a fraction
+    steps: int                      # of tuning
+    lr: float
+    ddim_steps: int
+    guidance: float
+    attention: str
+    norm: str
+    seed: int
+    precision: str
+    start: int = 0
+    stride: int | None = None
+    indices: tuple[int, ...] | None = None      # of the chosen frames in the source
+    total: int = 0                              # frames in the source
+    tokenizer: str | None = None
+    prediction: str | None = None
+    preview: str | None = None
+    versions: dict = field(default_factory=dict)
+    finished: float = 0             # when, in seconds since 1970; 0 if it is not finished
+
+    LIMITS = dict(guidance=(0, LARGE), seed=(0, LARGE), start=(0, LARGE), indices=(0, LARGE), total=(0, LARGE),
+                  finished=(0, LARGE), lr=(0, LARGE))
+    CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
+                   norm=("clip", "frame"))
+
+    def __post_init__(self):
+        for name, values in self.CHOICES.items():
+            if getattr(self, name) not in values:
+                raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of {', '.join(map(str, values))}.")
+        if not re.fullmatch(FPS, self.fps):
+            raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or 30000/1001.")
+
+    def source(self):
+        """Where the weights come from, as cli.load_weights takes it."""
+        return dict(weights=self.weights, tokenizer=self.tokenizer, prediction=self.prediction)
 
 
 class Run:
@@ -38,9 +89,11 @@ class Run:
     def __init__(self, path, settings):
         self.path, self.settings = Path(path), settings
 
+    # ---- Making and finding runs
+
     @classmethod
     def create(cls, folder, name, settings):
-        """A new folder, `name` or `name-2`, ...: a run is never overwritten. save() makes it a run."""
+        """A new, locked folder, `name` or `name-2`, ...: a run is never overwritten. save() makes it a run."""
         while True:
             path = Path(folder) / new_name(Path(folder), slug(name))
             try:
@@ -53,22 +106,13 @@ class Run:
     @classmethod
     def open(cls, path):
         """Raises InputError if there is no run at `path`, or its run.json lacks or misstates something."""
-        path = Path(path)
-        if not (path / "run.json").is_file():
+        file = Path(path) / "run.json"
+        if not file.is_file():
             raise InputError(f"{path} is not a run: it has no run.json. train.py makes runs.")
-        settings = read_json(path / "run.json")
-        for name, kind in NEEDED.items():
-            value = settings.get(name)
-            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-                raise InputError(f"{path / 'run.json'}: {name} = {value!r} is not a {kind.__name__}.")
-            if kind is not str and not 0 <= value <= 2 ** 32:
-                raise InputError(f"{path / 'run.json'}: {name} = {value!r} is not from 0 to 2**32.")
-        if not re.fullmatch(r"[1-9]\d{0,8}(/[1-9]\d{0,8})?", settings["fps"]) \
-                or settings["precision"] not in PRECISIONS or settings.get("prediction") not in (None, *PREDICTIONS) \
-                or not all(isinstance(settings.get(name) or "", str) for name in ("tokenizer", "preview")):
-            raise InputError(f"{path / 'run.json'}: fps or precision, prediction, tokenizer or preview is not what "
-                             "train.py writes.")
-        return cls(path, settings)
+        try:
+            return cls(path, Settings.from_json(read_json(file)))
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
 
     @classmethod
     def newest(cls, folder):
@@ -81,41 +125,81 @@ class Run:
                 warnings.warn(f"passed over: {error}")
         if not any(run.finished for run in runs):
             raise InputError(f"No finished run in {folder}: tune on a clip with train.py first, or name a run with --run.")
-        return max(runs, key=lambda run: run.finished)
+        return max(runs, key=lambda run: run.settings.finished)
 
     @property
     def finished(self):
-        """When, in seconds since 1970; 0 if it is not."""
-        return self.settings["finished"]
+        return self.settings.finished > 0
 
     def check(self, sd):
-        """Raises InputError unless `sd` is the Stable Diffusion this run was made with."""
-        if sd.fingerprint != self.settings["fingerprint"]:
-            raise InputError(f"{self.path} was made with other weights ({self.settings['weights']}, fingerprint "
-                             f"{self.settings['fingerprint']}) than {sd.path} ({sd.fingerprint}): name those with --weights.")
-        self.clip("cpu")
+        """Raises InputError unless `sd` is the Stable Diffusion this run was made with, and its latents are whole."""
+        if sd.fingerprint != self.settings.fingerprint:
+            raise InputError(f"{self.path} was made with other weights ({self.settings.weights}, fingerprint "
+                             f"{self.settings.fingerprint}) than {sd.path} ({sd.fingerprint}): name those with --weights.")
+        self.latents()
 
-    def hold(self):
-        """Lock the folder, and clear away what a killed process left there. Returns the run as it then stands."""
-        lock(self.path)
-        for file in self.path.glob(".*.part"):
-            file.unlink()
-        run = Run.open(self.path)
-        if run.finished:
-            (self.path / "state.safetensors").unlink(missing_ok=True)
-        return run
+    # ---- What the run knows, for the pipeline
+
+    def clip(self, sd):
+        """The clip and its caption as the pipeline's Clip, on the device of `sd`. Raises InputError."""
+        mean, std = (z.to(sd.device) for z in self.latents())
+        context, empty = sd.encode_prompts([self.settings.prompt, ""]).split(1)
+        return Clip(mean, std, context, empty, Fraction(self.settings.fps))
+
+    def latents(self):
+        """Mean and std of the clip's latents, (1, 4, f, h, w) each. Raises InputError if they are not this run's."""
+        tensors = self.read("clip")
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        mean = shapes.get("mean", ())
+        if shapes.keys() != {"mean", "std"} or shapes["std"] != mean or len(mean) != 5 \
+                or mean[:3] != (1, 4, self.settings.frames):
+            raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings.frames} frames of run.json.")
+        return tensors["mean"], tensors["std"]
+
+    def net(self, sd, attention=None, frames=None):
+        """The inflated U-Net with the run's tuned tensors. Raises InputError if they do not fit."""
+        net = new_net(sd, frames or self.settings.frames, attention or self.settings.attention, self.settings.norm)
+        tuned = net.tuned()
+        tensors = self.read("tuned", {name: p.shape for name, p in tuned.items()})
+        for name, p in tuned.items():
+            p.copy_(tensors[name])
+        return net
+
+    def noise(self, sd, net, clip, steps, progress=no_progress):
+        """The clip's noise x_T, as it was saved, or anew if the number of steps or the attention is another."""
+        if net.attention == self.settings.attention and self.has("inversion"):
+            inversion = self.read("inversion", dict(noise=clip.mean.shape, steps=()))
+            if int(inversion["steps"]) == steps:
+                return inversion["noise"].to(sd.device)
+        return invert_clip(sd, net, clip, steps, progress)
+
+    # ---- Files
 
     def save(self):
-        text = json.dumps(self.settings, indent=2) + "\n"
-        replace(self.path / "run.json", lambda file: Path(file).write_text(text, encoding="utf-8"))
+        """Writes run.json."""
+        replace_text(self.path / "run.json", json.dumps(asdict(self.settings), indent=2) + "\n")
 
     def finish(self):
-        self.settings["finished"] = time.time()
+        """Marks the run as finished and removes what only resuming needs."""
+        self.settings = changed(self.settings, finished=time.time())
         self.save()
-        (self.path / "state.safetensors").unlink(missing_ok=True)
+        self.remove("state")
+
+    def clear(self):
+        """Removes what a killed process left in the folder. Only for who holds its lock."""
+        for file in self.path.glob(".*.part"):
+            file.unlink()
+        if self.finished:
+            self.remove("state")
+
+    def has(self, name):
+        return (self.path / f"{name}.safetensors").is_file()
+
+    def remove(self, name):
+        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
 
     def write(self, name, tensors):
-        """A dict of tensors -> name.safetensors."""
+        """A dict of tensors -> name.safetensors. Raises InputError if they cannot be written."""
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
             replace(self.path / f"{name}.safetensors", lambda file: save_file(tensors, file))
@@ -125,29 +209,19 @@ class Run:
     def read(self, name, shapes=None):
         """name.safetensors -> dict of tensors. Raises InputError if they are not finite or not of these shapes."""
         if not self.has(name):
-            raise InputError(f"{self.path} has no {name}.safetensors" + (
-                "." if self.finished else f": it is unfinished. Go on with python train.py --resume {self.path}."))
+            hint = "." if self.finished else f": it is unfinished. Go on with python train.py --resume {self.path}."
+            raise InputError(f"{self.path} has no {name}.safetensors{hint}")
         tensors = read_tensors(self.path / f"{name}.safetensors")
-        if shapes and {key: z.shape for key, z in tensors.items()} != shapes \
-                or not all(z.dtype in (torch.float32, torch.int64) and z.isfinite().all() for z in tensors.values()):
+        fits = shapes is None or {key: tensor.shape for key, tensor in tensors.items()} == shapes
+        sound = all(z.dtype in (torch.float32, torch.int64) and z.isfinite().all() for z in tensors.values())
+        if not (fits and sound):
             raise InputError(f"{self.path / name}.safetensors does not fit this run, or holds NaN or infinite values.")
         return tensors
-
-    def clip(self, device):
-        """Mean and std of the clip's latents, (1, 4, f, h, w) each. Raises InputError if they are not this run's."""
-        tensors = self.read("clip")
-        if tensors.keys() != {"mean", "std"} or tensors["mean"].shape != tensors["std"].shape or any(
-                z.ndim != 5 or z.shape[:3] != (1, 4, self.settings["frames"]) for z in tensors.values()):
-            raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings['frames']} frames of run.json.")
-        return tensors["mean"].to(device), tensors["std"].to(device)
-
-    def has(self, name):
-        return (self.path / f"{name}.safetensors").is_file()
 
     def write_losses(self, losses):
         """loss.csv: step,loss. Rewritten whole with every checkpoint."""
         lines = ["step,loss", *(f"{step},{loss:.6f}" for step, loss in enumerate(losses, 1))]
-        replace(self.path / "loss.csv", lambda file: Path(file).write_text("\n".join(lines) + "\n"))
+        replace_text(self.path / "loss.csv", "\n".join(lines) + "\n")
 
 
 def lock(folder):
@@ -171,27 +245,3 @@ def new_name(folder, name, suffixes=("",)):
     """name, or name-2, ...: the first that folder holds with none of the suffixes."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(name for name in names if not any(os.path.lexists(folder / f"{name}{suffix}") for suffix in suffixes))
-
-
-def state_dict(net, optimizer, losses):
-    """All that resuming needs, as flat named tensors: tuned tensors, AdamW's moments, the loss of each step done."""
-    state = {"step": torch.tensor(len(losses)), "losses": torch.tensor(losses)}
-    for name, p in net.tuned().items():
-        moments = optimizer.state[p]
-        state |= {f"tuned.{name}": p.detach(), f"exp_avg.{name}": moments["exp_avg"],
-                  f"exp_avg_sq.{name}": moments["exp_avg_sq"]}
-    return state
-
-
-def load_state_dict(net, optimizer, state):
-    """The inverse of state_dict. Returns the losses. Raises InputError if the state is of another net."""
-    shapes = {f"{what}.{name}": p.shape for what in ("tuned", "exp_avg", "exp_avg_sq") for name, p in net.tuned().items()}
-    shapes |= {"step": (), "losses": (int(state.get("step", torch.tensor(0)).sum()),)}
-    if {name: z.shape for name, z in state.items()} != shapes:
-        raise InputError("state.safetensors does not fit this run's net: it cannot be resumed, only begun again.")
-    step = int(state["step"])
-    for name, p in net.tuned().items():
-        p.data.copy_(state[f"tuned.{name}"])
-        optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"exp_avg.{name}"].to(p.device).clone(),
-                              "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(p.device).clone()}
-    return state["losses"].tolist()

@@ -59,12 +59,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a simulation found. Bytes and floating-point operations."""
+    """What a simulation found, in bytes and floating-point operations."""
     weights: int                                    # alive before the work begins
     peak: int                                       # alive at the most, weights included
     flops: int                                      # of matrix products, convolutions and attention
     blocks: tuple[Block, ...] = ()                  # of tuning without recomputing
     peaks: tuple[int, ...] = ()                     # of tuning without recomputing, by place: see Meter.watch
+
+
+def work_on(sd, net, latents):
+    """The Work of tuning `net` on a clip of these latents (1, 4, f, h, w), or of sampling such a clip from it."""
+    return Work(*latents.shape[2:], sd.dtype, sd.device.type, net.cfg, sd.vae.cfg, net.attention, net.norm)
 
 
 # ---- The simulation ----------------------------------------------------------------------------------------------------
@@ -228,6 +233,12 @@ def video_unet(work):
     """The U-Net as inflate() makes it: frozen weights in the work's precision, tuned ones in float32."""
     net = VideoUNet(work.unet, work.frames, work.attention, work.norm)
     return in_precision(net, work.dtype, net.tuned())
+
+
+def on_meta(work):
+    """The U-Net without any memory: for its names and shapes."""
+    with torch.device("meta"):
+        return VideoUNet(work.unet, work.frames, work.attention, work.norm)
 
 
 def in_precision(model, dtype, tuned=()):

@@ -19,11 +19,11 @@ from PIL import Image
 
 from tinytav import cli
 from tinytav.files import frames
-from tinytav.stable_diffusion.config import InputError
-from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
 from tinytav.files.runs import Run
-from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
+from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.tokenizer import Tokenizer
 
 
 def consistency_all_pairs(features):
@@ -77,7 +77,7 @@ class Features:
     def images(self, pictures):
         """Frames (f, 3, h, w) in [-1, 1], or f PIL pictures -> (f, d)."""
         if isinstance(pictures, torch.Tensor):
-            pictures = [Image.fromarray(picture) for picture in frames.to_uint8(pictures, shown=1)]
+            pictures = [Image.fromarray(picture) for picture in frames.to_uint8(pictures).cpu().numpy()]
         parts = [self.preprocess(pictures[i:i + 16]) for i in range(0, len(pictures), 16)]
         return torch.cat([self.clip.encode_image(part.to(self.device)) for part in parts]).cpu()
 
@@ -93,10 +93,10 @@ def rows(run, eye):
     PSNR is that of a sample which should be the source: begun from the inverted clip, under the run's own prompt. What
     the VAE loses counts too.
     """
-    source, own = None, run.settings["prompt"]
+    source, own = None, run.settings.prompt
     for path in sorted(run.path.glob("*.mp4"), key=lambda path: (path.name != "source.mp4", path.name)):
         prompt, pictures = own if path.name == "source.mp4" else frames.title(path), frames.pictures(path)
-        x, features = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1, eye.images(pictures)
+        x, features = frames.to_tensor(np.stack(pictures)), eye.images(pictures)
         alignment = textual_alignment(features, eye.texts([prompt])) if prompt else math.nan
         same = source is not None and prompt == own and x.shape == source.shape and "-no-inversion" not in path.stem
         yield (path.name, consistency_all_pairs(features), consistency_neighbours(features), alignment,
@@ -108,11 +108,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("run", help="a folder that train.py made")
     p.add_argument("--clip", default="weights/toy/clip", metavar="PATH", help="a CLIP folder; else weights/toy/clip")
-    p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps")
-    p.set_defaults(precision="fp32")
+    p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; else the best there is")
     args = p.parse_args()
-    run, (device, _) = Run.open(args.run), cli.device_and_dtype(args)
-    eye = Features(args.clip, device)
+    run = Run.open(args.run)
+    eye = Features(args.clip, cli.choose_device(args.device))
     print(f"clip: {args.clip}\n{'':44}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
     for name, *values in rows(run, eye):
         values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)

@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tinytav.stable_diffusion import single_file
-from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.stable_diffusion.config import LARGEST, Config, InputError
 from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.precision import autocast
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import END, Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -40,7 +41,8 @@ class Defaults(Config):
     lr: float = 3e-5
     ddim_steps: int = 50
     guidance: float = 12.5
-    draws: str = ""             # what weights of a small world know, in words; empty: anything
+
+    LIMITS = dict(guidance=(0, LARGEST))
 
     @classmethod
     def from_json(cls, d):
@@ -51,34 +53,33 @@ class Defaults(Config):
 
 @dataclass
 class StableDiffusion:
-    """The five parts, and what the scripts want to know of their source."""
+    """The five parts, and where they come from. A part that has done its work may be set to None to free its memory."""
     tokenizer: Tokenizer
-    text_encoder: TextEncoder
-    vae: VAE
-    unet: UNet
+    text_encoder: TextEncoder | None
+    vae: VAE | None
+    unet: UNet | None
     schedule: Schedule
     path: Path
-    fingerprint: str
+    fingerprint: str                # of the weights as they are on disk
+    device: torch.device
+    dtype: torch.dtype
+    multiple: int                   # frames need sides that are multiples of it, in pixels
     defaults: Defaults = field(default_factory=Defaults)
-
-    @property
-    def multiple(self):
-        """Frames need sides that are multiples of it, in pixels."""
-        return self.vae.cfg.factor * self.unet.cfg.factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        """n prompts -> context (n, length, d)."""
-        ids = self.tokenizer(prompts).to(next(self.text_encoder.parameters()).device)
-        return self.text_encoder(ids).float()
+        """n prompts -> context (n, length, d), float32."""
+        ids = self.tokenizer(prompts).to(self.device)
+        with autocast(self.text_encoder):
+            return self.text_encoder(ids).float()
 
 
-def load(path, tokenizer=None, prediction=None, dtype=torch.float32):
-    """A Stable Diffusion folder or single file -> StableDiffusion, in eval mode and without gradients, on the CPU.
+def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float32):
+    """A Stable Diffusion folder or single file -> StableDiffusion on `device`, in eval mode and without gradients.
 
     tokenizer: a folder, or "hub:NAME" to download; by default the checkpoint's own. prediction: "epsilon" or "v", where
-    the file does not tell. With a dtype other than float32, call the models under torch.autocast. Raises InputError
-    naming the file, and the tensors missing, unexpected or misshapen.
+    the file does not tell. dtype: of the weights. Raises InputError naming the file, and the tensors that are missing,
+    unexpected or misshapen.
     """
     path = Path(path)
     if path.is_dir():
@@ -87,18 +88,23 @@ def load(path, tokenizer=None, prediction=None, dtype=torch.float32):
         parts, schedule = _read_single_file(path, prediction)
     else:
         raise InputError(f"No weights at {path}: name a Stable Diffusion folder or a .safetensors file with --weights.")
-    defaults = Defaults(size=768 if schedule.prediction_type == "v_prediction" else 512)
-    if (path / "defaults.json").is_file():
-        defaults = Defaults.from_json(read_json(path / "defaults.json"))
-    pad = "!" if parts["text_encoder"][0].hidden_size == 1024 else END      # where no tokenizer_config.json tells
-    models = {name: build(MODELS[name][0], *parts[name], dtype) for name in MODELS}
-    tokenizer = _find_tokenizer(path, tokenizer, pad)
-    text = parts["text_encoder"][0]
-    if tokenizer.size > text.vocab_size or tokenizer.length > text.max_position_embeddings:
+    text_config = parts["text_encoder"][0]
+    tokenizer = _find_tokenizer(path, tokenizer, pad="!" if text_config.hidden_size == 1024 else END)
+    if tokenizer.size > text_config.vocab_size or tokenizer.length > text_config.max_position_embeddings:
         raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text encoder "
-                         f"in {path} {text.vocab_size} and {text.max_position_embeddings}: they do not belong together.")
-    return StableDiffusion(tokenizer, schedule=schedule, path=path, defaults=defaults,
-                           fingerprint=fingerprint(parts, schedule), **models)
+                         f"in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do not belong "
+                         "together.")
+    models = {name: build(Model, *parts[name], dtype).to(device) for name, (Model, _) in MODELS.items()}
+    return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=fingerprint(parts, schedule),
+                           device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
+                           defaults=_defaults(path, schedule), **models)
+
+
+def _defaults(path, schedule):
+    """The folder's defaults.json, else Stable Diffusion's. The models that predict v are those of 768 pixels."""
+    if (path / "defaults.json").is_file():
+        return Defaults.from_json(read_json(path / "defaults.json"))
+    return Defaults(size=768 if schedule.prediction_type == "v_prediction" else 512)
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):

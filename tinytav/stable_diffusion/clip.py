@@ -28,6 +28,7 @@ class VisionConfig(Config):
     layer_norm_eps: float = 1e-5
 
     ONLY = dict(hidden_act=("quick_gelu", "gelu"), attention_dropout=(0,), num_channels=(3,))
+    LIMITS = dict(num_hidden_layers=(1, 100))
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class Preprocessor(Config):
     """A CLIP folder's preprocessor_config.json, obeyed as by transformers' CLIPImageProcessor. Defaults: ViT-L/14."""
     size: int | dict = 224              # of the short side, or {"shortest_edge": n}; {"height": h, "width": w} squashes
     crop_size: int | dict = 224         # of the centre; or {"height": h, "width": w}
-    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     ONLY = dict(do_resize=(True,), do_center_crop=(True,), do_rescale=(True,), do_normalize=(True,), resample=(3,),
                 rescale_factor=(1 / 255,))

@@ -1,44 +1,86 @@
-"""Reading a checkpoint's config.json, and the one class of errors that are the user's to mend."""
-from dataclasses import fields
+"""Reading a checkpoint's config.json, and the one class of errors that the user can mend."""
+import types
+import typing
+from dataclasses import MISSING, fields
 
-import torch
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGEST = 2 ** 20       # no size in a published model comes near it
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is a sentence that says what, where and what to do."""
+    """What the user gave cannot be used. The message is a sentence: what is wrong, where, and what to do."""
 
 
 class Config:
-    """Base of the frozen dataclasses that mirror a config.json: same names, defaults where old files omit a key.
+    """Base of the frozen dataclasses that mirror a JSON file: same names, and defaults where old files omit a key.
 
-    `ONLY` maps each setting of which just some values are implemented to those values, the default first.
+    ONLY names settings of which only some values are implemented: {name: those values, the default first}.
+    LIMITS names numbers with bounds of their own: {name: (least, most)}. Every other number must be above 0 and at
+    most LARGEST.
     """
     ONLY = {}
+    LIMITS = {}
 
     @classmethod
     def from_json(cls, d):
-        """`d`: the parsed JSON object. Raises InputError, naming the setting, for what is not implemented."""
+        """The parsed JSON object `d` -> an instance. Keys that are not fields are ignored.
+
+        Raises InputError, naming the setting, for what is missing, of a wrong type, out of bounds or not implemented.
+        """
         if not isinstance(d, dict):
             raise InputError(f"{cls.__name__}: a JSON object is expected, not {type(d).__name__}.")
         for name, values in cls.ONLY.items():
-            if (value := d.get(name, values[0])) not in values:
+            value = d.get(name, values[0])
+            if value not in values:
                 raise InputError(f"{cls.__name__}: {name} = {value!r} is not implemented; only "
                                  f"{' or '.join(map(repr, values))} is. Such a model cannot be used here.")
-        return cls(**{f.name: cls._checked(f, d[f.name]) for f in fields(cls) if f.name in d})
+        settings = {}
+        for field in fields(cls):
+            if field.name in d:
+                settings[field.name] = cls._checked(field, d[field.name])
+            elif field.default is MISSING and field.default_factory is MISSING:
+                raise InputError(f"{cls.__name__}: {field.name} is missing.")
+        return cls(**settings)
 
     @classmethod
     def _checked(cls, field, value):
-        value = tuple(value) if isinstance(value, list) else value
-        kinds = (int, float) if field.type is float else field.type
-        if not isinstance(value, kinds) or (isinstance(value, bool) and field.type is not bool):
-            raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not a {getattr(field.type, '__name__', field.type)}.")
-        like = field.default[0] if isinstance(field.default, tuple) else field.default
-        most = 100 if "layers" in field.name else 2 ** 20
-        for v in value if isinstance(value, tuple) else (value,):
-            if isinstance(value, tuple) and not isinstance(v, (int, type(like))):
-                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not all {type(like).__name__}.")
-            if isinstance(v, (int, float)) and not isinstance(v, bool) and not 0 < v <= most:
+        """The value, with lists turned into tuples. Raises InputError if it does not suit the field."""
+        if isinstance(value, list):
+            value = tuple(value)
+        if not matches(value, field.type):
+            raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not {type_name(field.type)}.")
+        least, most = cls.LIMITS.get(field.name, (None, LARGEST))
+        for number in numbers(value):
+            if least is None and not 0 < number <= most:
                 raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not above 0 and up to {most}.")
+            if least is not None and not least <= number <= most:
+                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not from {least} to {most}.")
         return value
+
+
+def matches(value, kind):
+    """Is a value of JSON of this type? An int may stand for a float; a bool is not a number; no tuple is empty."""
+    if isinstance(kind, types.UnionType):
+        return any(matches(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and len(value) > 0 and all(matches(item, element) for item in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, kind)
+
+
+def numbers(value):
+    """The numbers in a value: itself, those of a tuple, or none."""
+    items = value if isinstance(value, tuple) else (value,)
+    return [item for item in items if isinstance(item, (int, float)) and not isinstance(item, bool)]
+
+
+def type_name(kind):
+    """A type as an error message names it."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(type_name(one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {typing.get_args(kind)[0].__name__}"
+    return "null" if kind is types.NoneType else f"a {kind.__name__}"

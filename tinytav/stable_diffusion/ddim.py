@@ -1,6 +1,6 @@
-"""The diffusion process and DDIM: abar, the forward process, the step pairs, one move used in both directions.
+"""The diffusion process and DDIM: abar, the forward process, the pairs of timesteps, one move used in both directions.
 
-Song et al., arXiv 2010.02502. "abar" is the cumulative product of alphas, which that paper calls alpha.
+Song et al., arXiv 2010.02502. "abar" is the cumulative product of the alphas; that paper calls it alpha.
 """
 from dataclasses import dataclass
 
@@ -13,38 +13,47 @@ OFFSET = 1      # Stable Diffusion's `steps_offset`: timesteps are 1, 21, 41, ..
 
 @dataclass(frozen=True)
 class Schedule(Config):
-    """scheduler/scheduler_config.json. The defaults are Stable Diffusion's.
+    """The betas and the prediction type of scheduler/scheduler_config.json. The defaults are Stable Diffusion's.
 
-    `steps_offset` is not read: old configs say 0, and every Stable Diffusion pipeline overrides them with 1.
+    The file's other settings (spacing, offset, clipping, solver) describe its author's sampler. The sampler here is our
+    own, so they are not read.
     """
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_train_timesteps: int = 1000
     prediction_type: str = "epsilon"
 
-    ONLY = dict(beta_schedule=("scaled_linear",), clip_sample=(False,), prediction_type=("epsilon", "v_prediction"),
-                rescale_betas_zero_snr=(False,), set_alpha_to_one=(False,), thresholding=(False,),
-                timestep_spacing=("leading",), trained_betas=(None,))
+    ONLY = dict(beta_schedule=("scaled_linear",), trained_betas=(None,), rescale_betas_zero_snr=(False,),
+                prediction_type=("epsilon", "v_prediction"))
 
     def __post_init__(self):
         betas = torch.linspace(self.beta_start ** 0.5, self.beta_end ** 0.5, self.num_train_timesteps) ** 2
         object.__setattr__(self, "abar_table", torch.cumprod(1 - betas, dim=0))
 
     def abar(self, t):
-        """abar at timesteps t (a tensor of ints, any shape); below 0 it is abar[0] (`set_alpha_to_one` is false)."""
-        return self.abar_table[t.clamp(min=0).cpu()].to(t.device)
+        """abar at timestep t. Below 0 it is abar[0], as `set_alpha_to_one` false has it.
+
+        An int gives a scalar tensor on the CPU, which mixes with tensors on any device. Timesteps (b,) give (b,) on
+        their own device.
+        """
+        if isinstance(t, int):
+            return self.abar_table[max(t, 0)]
+        return self.abar_table.to(t.device)[t.clamp(min=0)]
 
     def add_noise(self, x0, noise, t):
-        """A draw from q(x_t | x_0), equation 4: x0 and noise (b, ...), t (b,)."""
-        abar = _like(self.abar(t), x0)
+        """A draw from q(x_t | x_0), equation 4: x0 and noise (b, ...), t an int or (b,)."""
+        abar = self._beside(x0, t)
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
     def target(self, x0, noise, t):
-        """What the net is trained to answer at t: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x0."""
+        """What the net is trained to answer at t: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x0.
+
+        v: Salimans and Ho, arXiv 2202.00512, appendix D.
+        """
         if self.prediction_type == "epsilon":
             return noise
-        abar = _like(self.abar(t), x0)
-        return abar.sqrt() * noise - (1 - abar).sqrt() * x0      # arXiv 2202.00512, appendix D
+        abar = self._beside(x0, t)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
     def epsilon(self, output, x, abar):
         """The net's answer for x, which stands at abar, as noise. All that inference needs to know of v-prediction."""
@@ -55,21 +64,23 @@ class Schedule(Config):
     def pairs(self, steps):
         """Sampling's moves [(t, t_next)], t falling: (981, 961), ..., (1, -19) for 50. Inversion walks them backwards.
 
-        The stride is rounded down ("leading" spacing), so where steps do not divide 1000 the walk ends short of the
-        noisiest timesteps: 334 steps begin at 667. The official code evaluates the net at t, the noisier end, in both directions (util.py, next_step).
+        The stride is rounded down ("leading" spacing). So where `steps` does not divide 1000, the walk begins below the
+        noisiest timestep: 334 steps begin at 667. In both directions the net is asked at t, the noisier end (official
+        util.py, next_step). Raises InputError for a number of steps that the timesteps do not allow.
         """
-        stride = self.num_train_timesteps // max(steps, 1)
         if not 1 <= steps < self.num_train_timesteps:
             raise InputError(f"{steps} DDIM steps cannot be made of {self.num_train_timesteps} timesteps: "
                              f"use 1 to {self.num_train_timesteps - 1}.")
+        stride = self.num_train_timesteps // steps
         return [(i * stride + OFFSET, (i - 1) * stride + OFFSET) for i in reversed(range(steps))]
+
+    def _beside(self, x, t):
+        """abar at t in a shape that multiplies x (b, ...)."""
+        abar = self.abar(t)
+        return abar.view(-1, *[1] * (x.ndim - 1)) if abar.ndim else abar
 
 
 def move(x, eps, abar_from, abar_to):
-    """The deterministic DDIM step, equation 12 with sigma 0: x at abar_from -> x at abar_to, either direction."""
+    """The deterministic DDIM step, equation 12 with sigma 0: x at abar_from -> x at abar_to, in either direction."""
     x0 = (x - (1 - abar_from).sqrt() * eps) / abar_from.sqrt()
     return abar_to.sqrt() * x0 + (1 - abar_to).sqrt() * eps
-
-
-def _like(abar, x):
-    return abar.view(-1, *[1] * (x.ndim - 1))

@@ -26,6 +26,7 @@ class TextEncoderConfig(Config):
     eos_token_id: int = 49407                       # where CLIP pools; a context needs none of it
 
     ONLY = dict(hidden_act=("quick_gelu", "gelu"), attention_dropout=(0,))
+    LIMITS = dict(num_hidden_layers=(1, 100), eos_token_id=(0, 2 ** 20))
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:

@@ -79,7 +79,7 @@ class Tokenizer:
         try:
             words = self.bpe.encode(prompt, add_special_tokens=False)
         except TypeError:
-            raise InputError(f"The prompt {prompt!r} holds bytes that are no text.") from None
+            raise InputError(f"The prompt {prompt!r} holds bytes that are not UTF-8.") from None
         room = self.length - 2
         if len(words.ids) > room:
             warnings.warn(f"The prompt has {len(words.ids)} tokens, {room} are used: "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tinytav.stable_diffusion.config import Config, InputError
 
@@ -17,14 +18,14 @@ class UNetConfig(Config):
     """The keys of unet/config.json that change the network. The defaults are Stable Diffusion 1.x."""
     in_channels: int = 4
     out_channels: int = 4
-    down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 768
-    attention_head_dim: int | tuple = 8             # really the NUMBER of heads, one for all stages or one each
+    attention_head_dim: int | tuple[int, ...] = 8   # really the NUMBER of heads, one for all stages or one each
     use_linear_projection: bool = False             # SD 2
     upcast_attention: bool = False                  # SD 2.1: its attention logits overflow in fp16
 
@@ -40,10 +41,7 @@ class UNetConfig(Config):
         time_cond_proj_dim=(None,), time_embedding_act_fn=(None,), time_embedding_dim=(None,),
         time_embedding_type=("positional",), timestep_post_act=(None,), transformer_layers_per_block=(1,))
 
-    @property
-    def factor(self):
-        """The sides of what goes through the U must be multiples of it."""
-        return 2 ** (len(self.block_out_channels) - 1)
+    LIMITS = dict(layers_per_block=(1, 100))
 
     def __post_init__(self):
         stages = len(self.block_out_channels)
@@ -90,7 +88,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v):                                              # (b, n, c), (b, m, c), (b, m, c)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))        # (b, heads, ., d)
-        if self.upcast and q.dtype is not torch.float32:
+        if self.upcast and q.dtype is torch.float16:                        # bf16 reaches as far as float32
             with torch.autocast(q.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         else:
@@ -148,6 +146,7 @@ class Transformer(nn.Module):
         self.proj_in = projection()
         self.transformer_blocks = nn.ModuleList([Block(cfg, dim, heads)])
         self.proj_out = projection()
+        self.checkpointing = False
 
     @staticmethod
     def project(layer, x):                                                  # on pixels, linear is a 1x1 convolution
@@ -168,6 +167,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = Norm(cfg.norm_num_groups, out_dim, eps=cfg.norm_eps)
         self.conv2 = nn.Conv2d(out_dim, out_dim, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
+        self.checkpointing = False
 
     def forward(self, x, emb):
         y = self.conv1(F.silu(self.norm1(x)))
@@ -190,8 +190,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x, size):
+        """Doubles the sides, or where halving had rounded up, takes the sides `size` (h, w) of the skip to come."""
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Stage(nn.Module):
@@ -240,31 +241,37 @@ class UNet(nn.Module):
         self.conv_norm_out = Norm(cfg.norm_num_groups, channels[0], eps=cfg.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], cfg.out_channels, 3, padding=1)
 
-    def forward(self, x, t, context):
-        """x (b, 4, h, w) noisy latents, t (b,) timesteps, context (b, m, d) -> (b, 4, h, w).
+    def run(self, block, *inputs):
+        """block(*inputs). Where block.checkpointing is set, the gradient keeps only the inputs and computes the rest again.
 
-        h and w must be multiples of cfg.factor. m is any number of text tokens.
+        Not re-entrant: that kind gives no gradient to blocks whose inputs need none.
         """
+        if block.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+    def forward(self, x, t, context):
+        """x (b, 4, h, w) noisy latents, t (b,) timesteps, context (b, m, d) -> (b, 4, h, w). Any h, w and m."""
         emb = self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(x.dtype))
         x = self.conv_in(x)
         skips = [x]
         for stage in self.down_blocks:
             for i, resnet in enumerate(stage.resnets):
-                x = resnet(x, emb)
+                x = self.run(resnet, x, emb)
                 if stage.attentions:
-                    x = stage.attentions[i](x, context)
+                    x = self.run(stage.attentions[i], x, context)
                 skips.append(x)
             for downsample in stage.downsamplers:
                 x = downsample(x)
                 skips.append(x)
-        x = self.mid_block.resnets[0](x, emb)
-        x = self.mid_block.attentions[0](x, context)
-        x = self.mid_block.resnets[1](x, emb)
+        x = self.run(self.mid_block.resnets[0], x, emb)
+        x = self.run(self.mid_block.attentions[0], x, context)
+        x = self.run(self.mid_block.resnets[1], x, emb)
         for stage in self.up_blocks:
             for i, resnet in enumerate(stage.resnets):
-                x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+                x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), emb)
                 if stage.attentions:
-                    x = stage.attentions[i](x, context)
+                    x = self.run(stage.attentions[i], x, context)
             for upsample in stage.upsamplers:
-                x = upsample(x)
+                x = upsample(x, size=skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))

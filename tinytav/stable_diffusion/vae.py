@@ -18,7 +18,7 @@ class VAEConfig(Config):
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple = (128, 256, 512, 512)
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215                 # makes latents of unit variance
@@ -26,6 +26,8 @@ class VAEConfig(Config):
     ONLY = dict(in_channels=(3,), out_channels=(3,), act_fn=("silu",), latents_mean=(None,), latents_std=(None,),
                 mid_block_add_attention=(True,), shift_factor=(None,), use_quant_conv=(True,),
                 use_post_quant_conv=(True,))
+
+    LIMITS = dict(layers_per_block=(1, 100))
 
     @property
     def factor(self):

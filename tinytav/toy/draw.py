@@ -12,8 +12,26 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tinytav.toy.shapes import (BLACK, BOARDS, BODIES, CLOTHES, CREAM, DARK, EARTH, GEAR, HATS, LIGHT, PALE, PLACES,
-                                SHOES, SKIES, SUN, WHITE, Colour, Shapes)
+from tinytav.toy.shapes import (
+    BLACK,
+    BOARDS,
+    BODIES,
+    CLOTHES,
+    CREAM,
+    DARK,
+    EARTH,
+    GEAR,
+    HATS,
+    LIGHT,
+    PALE,
+    PLACES,
+    SHOES,
+    SKIES,
+    SUN,
+    WHITE,
+    Colour,
+    Shapes,
+)
 from tinytav.toy.world import Motion, Scene, View, views
 
 Point = tuple[float, float]

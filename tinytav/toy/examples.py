@@ -2,8 +2,6 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from tinytav.files import frames
 from tinytav.toy import draw, world
 from tinytav.toy.world import Look, Motion, Scene, View
@@ -19,7 +17,7 @@ CLIPS = {
 
 def write(folder, name, scene, count=8):
     """8 frames, enlarged to 256 pixels and hardly compressed, because H.264 halves the resolution of colour."""
-    x = torch.from_numpy(draw.clip(scene, MOTION, count)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = frames.to_tensor(draw.clip(scene, MOTION, count))
     frames.write_mp4(folder / f"{name}.mp4", x, fps=8, crf=10)
 
 

@@ -29,14 +29,14 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 
-from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
+from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import BEGIN, END, WORDS, Tokenizer
-from tinytav.toy import draw, world
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
-from tinytav.stable_diffusion.checkpoint import build, read_component
+from tinytav.toy import draw, world
 
 SIZE, LENGTH = 64, 32     # pixels along a picture's side; tokens in a prompt
 TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128,
