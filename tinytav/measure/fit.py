@@ -83,9 +83,12 @@ def advice(what, work, need, free, peak):
 
 
 def share_that_fits(work, need, free, peak):
-    """The share of the work's pixels that fits: above what one frame of one pixel needs, memory grows with the pixels."""
+    """The share of the work's pixels that fits, a little less to be sure.
+
+    Above what one frame of one pixel needs, memory grows with the number of pixels.
+    """
     least = peak(replace(work, frames=1, height=1, width=1))
-    return max(0., (free - least) / (need - least))
+    return max(0., 0.95 * (free - least) / (need - least))
 
 
 def gib(count):
