@@ -173,7 +173,7 @@ def result(place, name):
 def test_a_run_follows_hints_from_its_inverted_noise(place):
     sample(place, "--out", "free")
     sample(place, "--control", "c", "--hint", "hints", "--out", "pose")
-    assert {path.name for path in (place / "pose").iterdir()} == {f"a-dog-control{end}" for end in (".mp4", ".gif", ".png")}
+    assert {path.name for path in (place / "pose").iterdir()} == {f"a-dog-control{end}" for end in (".mp4", ".gif", ".png", ".sample.json")} | {"index.html"}
     assert result(place, "pose/a-dog-control.gif") != result(place, "free/a-dog.gif")
     free, pose = (Image.open(place / name) for name in ("free/a-dog.png", "pose/a-dog-control.png"))
     assert pose.height == free.height * 3 // 2          # the strip shows the source, the hints and the result
