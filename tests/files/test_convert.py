@@ -167,7 +167,7 @@ def an_optimiser(path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make, message", [
-    (a_class_in_an_old_protocol, "asks for 'builtins.eval'"),
+    (a_class_in_an_old_protocol, "asks for 'eval'"),
     (a_name_that_writes_on_the_terminal, r"\\x1b"),
     (a_class, "asks for 'torch.nn.modules.linear.Linear'"), (an_older_format, "is older, or truncated"),
     (torn, "is older, or truncated"), (torn_within, "cannot be read as a checkpoint"),
