@@ -86,7 +86,7 @@ def test_a_run_tunes_the_merged_weights_and_records_the_lora(place):
 def test_sampling_uses_the_runs_lora_unless_told_otherwise(place):
     sample = ["sample.py", "--run", "with/clip", "--prompt", "a dog"]
     done = call(place, *sample, "--out", "same")
-    assert "lora: a.safetensors, 0.5 times" in done.out and "inverting" not in done.err
+    assert "lora: a.safetensors, scale 0.5" in done.out and "inverting" not in done.err
     done = call(place, *sample, "--lora", "a.safetensors:0.5", "--out", "same")
     assert "inverting" not in done.err                          # the same LoRA, named
     assert (place / "same/a-dog.mp4").read_bytes() == (place / "same/a-dog-2.mp4").read_bytes()
@@ -115,10 +115,10 @@ def test_exchanging_loras_keeps_what_was_tuned(place):
 def test_a_run_without_lora_takes_one_for_its_edits_and_so_does_the_untuned_net(place):
     done = call(place, "sample.py", "--run", "without/clip", "--prompt", "a dog", "--out", "one",
                 "--lora", "b.safetensors:-1.5")
-    assert "lora: b.safetensors, -1.5 times" in done.out and "inverting" in done.err
+    assert "lora: b.safetensors, scale -1.5" in done.out and "inverting" in done.err
     done = call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "two",
                 "--lora", "a.safetensors", "b.safetensors")
-    assert "a.safetensors, 1 times" in done.out and "b.safetensors, 1 times" in done.out
+    assert "a.safetensors, scale 1" in done.out and "b.safetensors, scale 1" in done.out
 
 
 def unfinished(place, name):
@@ -132,7 +132,7 @@ def unfinished(place, name):
 def test_a_resumed_run_has_its_lora_again(place):
     unfinished(place, "half")
     assert "leave out lora" in call(place, "train.py", "--resume", "half", "--lora", "b.safetensors", status=2).err
-    assert "lora: a.safetensors, 0.5 times" in call(place, "train.py", "--resume", "half").out
+    assert "lora: a.safetensors, scale 0.5" in call(place, "train.py", "--resume", "half").out
     assert (place / "half/tuned.safetensors").read_bytes() == (place / "with/clip/tuned.safetensors").read_bytes()
 
 

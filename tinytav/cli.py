@@ -14,7 +14,7 @@ from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS
 
 SOURCE = ("weights", "tokenizer", "prediction")         # the flags that tell where the weights come from
-KNOWN = "knows.txt"     # weights of a small world say in this file of their folder what they know
+KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words
 # How torch says that a CPU's memory is too small. There is no class for it.
 CPU_ALLOCATOR = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
 
@@ -63,8 +63,8 @@ def choose_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"The device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
@@ -78,13 +78,13 @@ def choose_dtype(device, name=None):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_weights(args, source=None):
+def load_weights(args, source=None, precision=None):
     """The Stable Diffusion that the flags name, or else `source`, a dict of the same names, or else what is in weights/.
 
-    The first line printed says which. Raises InputError.
+    precision: where --precision is not given. The first line printed says which weights. Raises InputError.
     """
     device = choose_device(args.device)
-    dtype = choose_dtype(device, args.precision)
+    dtype = choose_dtype(device, args.precision or precision)
     source = dict(source or {})
     for name in SOURCE:
         if getattr(args, name) is not None:
@@ -101,14 +101,14 @@ def read_loras(texts):
     return [Lora.from_text(text) for text in texts if text != "none"]
 
 
-def say_loras(loras):
+def print_loras(loras):
     """Prints which LoRAs are in use."""
     for one in loras:
-        print(f"lora: {one.file}, {one.scale:g} times")
+        print(f"lora: {one.file}, scale {one.scale:g}")
 
 
-def warn_of_the_unknown(weights, prompts, clip=None):
-    """One warning where weights of a small world get words, or a clip, from outside it.
+def warn_about_unknown_words(weights, prompts, clip=None):
+    """Warns once where weights that know a small world get words, or a clip, from outside it.
 
     Such weights say in knows.txt what they know. Other weights have no such file: they know anything.
     """
