@@ -40,7 +40,7 @@ LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the m
 # The settings of a run that are flags of train.py, in the order of its --help.
 TUNING_FLAGS = ("weights", "tokenizer", "prediction", "size", "frames", "start", "stride", "steps", "lr", "attention",
                 "norm", "precision", "seed", "preview")
-NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint"}    # said elsewhere, or too long
+NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "lora"}    # said elsewhere, or long
 
 
 def write(folder):
@@ -366,8 +366,14 @@ def run_settings(folder, settings):
 
 def tuning_command(folder, settings):
     """The line that repeats a run, with every setting named, so that no default can change it."""
-    given = {key: settings.get(key) for key in TUNING_FLAGS} | dict(out=folder.parent)
+    given = {key: settings.get(key) for key in TUNING_FLAGS} | dict(lora=lora_words(settings), out=folder.parent)
     return command("python", "train.py", settings.get("clip"), settings.get("prompt"), *flags(given))
+
+
+def lora_words(settings):
+    """The run's LoRAs as words of --lora; None where there is none."""
+    loras = settings.get("lora") if isinstance(settings.get("lora"), list) else []
+    return [f"{lora.get('file')}:{shown(lora.get('scale'))}" for lora in loras if isinstance(lora, dict)] or None
 
 
 # ---- the page of a set -----------------------------------------------------------------------------------------------
