@@ -96,11 +96,27 @@ def choose_loras(args, run):
     return wanted, [replace(one, file=moved.get(one.fingerprint, one.file)) for one in tuned_with]
 
 
-def make_net(args, run, sd):
-    """The run's tuned net, or without a run the inflated, untuned one."""
+def make_net(args, run, sd, loras, tuned_with):
+    """The run's tuned net, or without a run the inflated, untuned one, with these LoRAs in it and in the text encoder.
+
+    A tuned net has the LoRAs `tuned_with` in it. If others are wanted, those are taken out and these are put in.
+    """
+    lora.merge(sd, tuned_with)
     if run is not None:
-        return editing.net_of(run, sd, args.attention, args.frames)
-    return editing.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
+        net = editing.net_of(run, sd, args.attention, args.frames)
+    else:
+        net = editing.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
+    if not lora.same(loras, tuned_with):
+        lora.exchange(net, sd.text_encoder, tuned_with, loras)
+    cli.print_loras(loras)
+    return net
+
+
+def inverted_noise(run, sd, net, clip, steps, anew):
+    """The clip's noise: as the run saved it if that fits, or inverted anew."""
+    if anew:
+        return editing.invert_clip(sd, net, clip, steps, cli.progress)
+    return editing.noise_of(run, sd, net, clip, steps, cli.progress)
 
 
 def latents_shape(args, run, sd, count):
@@ -143,21 +159,24 @@ def hint_strip(control):
     return 2 * control.hints[columns] - 1
 
 
-def write(folder, name, x, above, fps, prompt, told, repeat):
-    """Writes x (f, 3, h, w); `above` are the strip's rows above its own.
+def free_name(folder, name):
+    """name, or name-2, ...: the first for which the folder holds no result."""
+    return new_name(folder, name, SUFFIXES)
 
-    An mp4 with the prompt as its title, a gif and a strip, or one picture. For the page, also the settings `told` and
-    the command that repeats it. Returns the path of the one to look at.
+
+def write(folder, name, x, above, fps, prompt):
+    """Writes x (f, 3, h, w): an mp4 with the prompt as its title, a gif and a strip; of one frame a picture alone.
+
+    above: the strip's rows above its own. Returns the path of the file to look at.
     """
-    path = folder / f"{new_name(folder, name, SUFFIXES)}.png"
-    page.write_record(folder, path.stem, prompt, told, repeat)
+    path = folder / f"{name}.png"
     columns = frames.strip_columns(len(x))
     frames.write_strip(path, *above, x[columns])
     if len(x) == 1:
         return path
-    frames.write_mp4(path.with_suffix(".mp4"), x, fps, title=prompt)
-    frames.write_gif(path.with_suffix(".gif"), x, fps)
-    return path.with_suffix(".mp4")
+    frames.write_mp4(folder / f"{name}.mp4", x, fps, title=prompt)
+    frames.write_gif(folder / f"{name}.gif", x, fps)
+    return folder / f"{name}.mp4"
 
 
 def command_for(args, run, prompt, steps, guidance):
@@ -172,44 +191,36 @@ def main():
     refuse_what_does_not_go_together(args, run)
     print(f"run: {run.path}" if run else "no run: sampling the untuned net from random noise; --run names a run to edit")
     sd = load_weights(args, run)
-    loras, tuned_with = choose_loras(args, run)
-    lora.merge(sd, tuned_with)
     cli.warn_about_unknown_words(sd.path, args.prompt)
     sd.tokenizer(args.prompt)                                   # raises for bytes that are not UTF-8
+    loras, tuned_with = choose_loras(args, run)
+    net = make_net(args, run, sd, loras, tuned_with)
     defaults = run.settings if run else sd.defaults
     steps = args.steps or defaults.ddim_steps
     guidance = defaults.guidance if args.guidance is None else args.guidance
-    fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
-    net = make_net(args, run, sd)
-    same_loras = lora.same(loras, tuned_with)
-    if not same_loras:
-        lora.exchange(net, sd.text_encoder, tuned_with, loras)
-    cli.print_loras(loras)
     shape = latents_shape(args, run, sd, net.frames)
     control = make_control(args, sd, shape)
     kind = choose_noise(args, run)
-    suffix = NOISES[kind] if run else ""
-    above = []
+    above = []                                                  # rows of the strips
     if kind == "inverted":
         clip = editing.clip_of(run, sd)
-        if same_loras:
-            noise = editing.noise_of(run, sd, net, clip, steps, cli.progress)
-        else:
-            noise = editing.invert_clip(sd, net, clip, steps, cli.progress)
         above.append(source_strip(sd, clip))
+        noise = inverted_noise(run, sd, net, clip, steps, anew=not lora.same(loras, tuned_with))
     else:
         noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
     if control is not None:
-        suffix += "-control"
         above.append(hint_strip(control))
+    suffix = (NOISES[kind] if run else "") + ("-control" if control else "")
+    settings = dict(ddim_steps=steps, guidance=guidance, attention=net.attention, frames=net.frames, noise=kind,
+                    precision=name_of(sd.dtype))
     folder = Path(args.out or (run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
-    told = dict(ddim_steps=steps, guidance=guidance, attention=net.attention, frames=net.frames,
-                noise=kind, precision=name_of(sd.dtype))
+    fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
     for prompt in args.prompt:
         x = editing.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress, control)
-        repeat = command_for(args, run, prompt, steps, guidance)
-        print(write(folder, slug(prompt) + suffix, x, above, fps, prompt, told, repeat))
+        name = free_name(folder, slug(prompt) + suffix)
+        page.write_record(folder, name, prompt, settings, command_for(args, run, prompt, steps, guidance))
+        print(write(folder, name, x, above, fps, prompt))
         shown = page.write(folder)
     print(f"page: {shown}")
     return 0

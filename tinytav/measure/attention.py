@@ -161,7 +161,7 @@ def of_pixel(net, sd, latents, context, noise, frame, y, x, steps, name):
     maps = PixelMaps(net.attention, net.frames, frame, y, x, *latents.shape[3:])
     with watched(net, ATTENTIONS[net.attention], maps):
         for t, _ in cli.progress(sd.schedule.pairs(steps), steps, name):
-            pipeline.ask(net, sd.schedule.add_noise(latents, noise, t), t, context)
+            pipeline.predict(net, sd.schedule.add_noise(latents, noise, t), t, context)
     return maps.mean.value(), maps.seen
 
 

@@ -28,7 +28,6 @@ from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 
-
 COLUMNS = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment", "psnr")      # of rows, by name
 
 
