@@ -1,4 +1,4 @@
-"""Pose control: a ControlNet's hints guide a clip's frames, in the pipeline and by sample.py. Equality stands elsewhere."""
+"""Pose control: a ControlNet's hints guide a clip's frames, in the pipeline and by sample.py."""
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +142,8 @@ def test_hints_of_another_kind_are_refused(tmp_path):
     (tmp_path / "pose.json").write_text('{"people": []}')
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/pose.json").write_text('{"people": []}')
-    for name, message in (("pose.json", "cannot be read as a video"), ("folder", "has 0 frames"), ("none", "No such file")):
+    messages = {"pose.json": "cannot be read as a video", "folder": "has 0 frames", "none": "No such file"}
+    for name, message in messages.items():
         with pytest.raises(InputError, match=message):
             editing.read_hints(tmp_path / name, 3, height=32, width=38, multiple=2)
 
@@ -172,7 +173,8 @@ def result(place, name):
 def test_a_run_follows_hints_from_its_inverted_noise(place):
     sample(place, "--out", "free")
     sample(place, "--control", "c", "--hint", "hints", "--out", "pose")
-    assert {path.name for path in (place / "pose").iterdir()} == {f"a-dog-control{end}" for end in (".mp4", ".gif", ".png")}
+    names = {path.name for path in (place / "pose").iterdir()}
+    assert names == {f"a-dog-control{end}" for end in (".mp4", ".gif", ".png")}
     assert result(place, "pose/a-dog-control.gif") != result(place, "free/a-dog.gif")
     free, pose = (Image.open(place / name) for name in ("free/a-dog.png", "pose/a-dog-control.png"))
     assert pose.height == free.height * 3 // 2          # the strip shows the source, the hints and the result
