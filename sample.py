@@ -1,4 +1,5 @@
 """Edit the tuned clip with a prompt: python sample.py --prompt "a panda is skiing"."""
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -6,6 +7,7 @@ from tinytav import cli, editing, pipeline
 from tinytav.files import frames
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 
 SUFFIXES = (".mp4", ".gif", ".png")
@@ -37,6 +39,7 @@ def arguments():
     p.add_argument("--guidance", type=cli.number(float, 0), metavar="N",
                    help="how strongly to follow the prompt; else the run's own")
     p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at; else the run's own")
+    cli.add_lora(p)
     p.add_argument("--out", metavar="PATH", help="folder for the results; else the run's own, or samples/")
     return p.parse_args()
 
@@ -60,13 +63,35 @@ def refuse_what_does_not_go_together(args, run):
     inverted = choose_noise(args, run) == "inverted"
     if inverted and run is None:
         raise InputError("--noise inverted needs a run, whose clip is inverted: name it with --run.")
-    if inverted and (args.frames or args.size):
-        raise InputError("Inverted noise has the run's own size and frames: leave out --frames and --size, or begin with "
-                         "random noise by --no-inversion.")
+    if inverted and (args.frames or args.size or args.seed is not None):
+        raise InputError("Inverted noise has the run's own size and frames, and nothing random: leave out --frames, --size "
+                         "and --seed, or begin with random noise by --no-inversion.")
     if (args.control is None) != (args.hint is None):
         raise InputError("--control and --hint belong together: the ControlNet's weights, and what it is to follow.")
     if args.control_scale is not None and args.control is None:
         raise InputError("--control-scale has no meaning without --control and --hint.")
+
+
+def load_weights(args, run):
+    """The run's Stable Diffusion in the run's precision, unless flags say otherwise. Raises InputError."""
+    if run is None:
+        return cli.load_weights(args)
+    sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
+    run.check(sd)
+    return sd
+
+
+def choose_loras(args, run):
+    """--lora and run.json -> the LoRAs to use, and those the net was tuned with.
+
+    A file of the run may have moved: one that is named and has its fingerprint stands for it.
+    """
+    tuned_with = run.settings.loras() if run else []
+    wanted = cli.read_loras(args.lora)
+    if wanted is None:
+        return tuned_with, tuned_with
+    moved = {one.fingerprint: one.file for one in wanted}
+    return wanted, [replace(one, file=moved.get(one.fingerprint, one.file)) for one in tuned_with]
 
 
 def make_net(args, run, sd):
@@ -83,7 +108,7 @@ def latents_shape(args, run, sd, count):
         return 1, 4, count, *mean.shape[3:]
     size = args.size or sd.defaults.size
     frames.check_size(size, sd.multiple)
-    return editing.noise_shape(sd, count, size, size)
+    return 1, 4, count, size // sd.multiple, size // sd.multiple
 
 
 def make_control(args, sd, shape):
@@ -103,16 +128,16 @@ def gaussian_noise(args, sd, shape, shared):
     return pipeline.gaussian(shape, seed).to(sd.device)
 
 
-def source_strip(sd, clip):
-    """The frames of the source that a strip shows, as the VAE gives them back."""
-    columns = frames.strip_columns(clip.frames)
-    return pipeline.decode(sd.vae, clip.mean[:, :, columns])
-
-
-def hint_strip(control):
-    """The hints that a strip shows, (n, 3, h, w) in [-1, 1]."""
-    columns = frames.strip_columns(len(control.hints))
-    return 2 * control.hints[columns] - 1
+def strip_rows(sd, clip, control):
+    """The rows above a result in its strip: the inverted clip's frames, as the VAE gives them back, and the hints."""
+    rows = []
+    if clip is not None:
+        columns = frames.strip_columns(clip.frames)
+        rows.append(pipeline.decode(sd.vae, clip.mean[:, :, columns]))
+    if control is not None:
+        columns = frames.strip_columns(len(control.hints))
+        rows.append(2 * control.hints[columns] - 1)
+    return rows
 
 
 def write(folder, name, x, above, fps, prompt):
@@ -134,31 +159,33 @@ def main():
     args = arguments()
     run = find_run(args)
     refuse_what_does_not_go_together(args, run)
-    print(f"run: {run.path}" if run else "no run: the untuned net draws from random noise; --run names a run to edit")
-    sd = cli.load_weights(args, run.settings.source() if run else None)
-    if run:
-        run.check(sd)
-    cli.warn_of_the_unknown(sd.path, args.prompt)
+    print(f"run: {run.path}" if run else "no run: sampling the untuned net from random noise; --run names a run to edit")
+    sd = load_weights(args, run)
+    loras, tuned_with = choose_loras(args, run)
+    lora.merge(sd, tuned_with)
+    cli.warn_about_unknown_words(sd.path, args.prompt)
     sd.tokenizer(args.prompt)                                   # raises for bytes that are not UTF-8
     defaults = run.settings if run else sd.defaults
     steps = args.steps or defaults.ddim_steps
     guidance = defaults.guidance if args.guidance is None else args.guidance
     fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
     net = make_net(args, run, sd)
+    same_loras = lora.same(loras, tuned_with)
+    if not same_loras:
+        lora.exchange(net, sd.text_encoder, tuned_with, loras)
+    cli.print_loras(loras)
     shape = latents_shape(args, run, sd, net.frames)
     control = make_control(args, sd, shape)
     kind = choose_noise(args, run)
-    suffix = NOISES[kind] if run else ""
-    above = []
-    if kind == "inverted":
-        clip = editing.clip_of(run, sd)
-        noise = editing.noise_of(run, sd, net, clip, steps, cli.progress)
-        above.append(source_strip(sd, clip))
-    else:
+    clip = editing.clip_of(run, sd) if kind == "inverted" else None
+    if clip is None:
         noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
-    if control is not None:
-        suffix += "-control"
-        above.append(hint_strip(control))
+    elif same_loras:
+        noise = editing.noise_of(run, sd, net, clip, steps, cli.progress)
+    else:
+        noise = editing.invert_clip(sd, net, clip, steps, cli.progress)
+    above = strip_rows(sd, clip, control)
+    suffix = (NOISES[kind] if run else "") + ("" if control is None else "-control")
     folder = Path(args.out or (run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
     for prompt in args.prompt:

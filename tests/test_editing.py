@@ -2,6 +2,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,4 +55,38 @@ def test_the_lines_that_readme_prints_make_an_edited_clip(tmp_path, monkeypatch)
     tiny.write_clip(folder / "skiing.mp4")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert tinytav.files.frames.read(tmp_path / "panda.mp4", 32, 2, 3).x.shape[0] == 3
+    sd = load(folder)
+    clip = editing.read_clip(sd, folder / "skiing.mp4", "a man is skiing on the snow")
+    panda = editing.edit(sd, editing.tune_on(sd, clip), clip, "a panda is skiing on the snow")
+    written = tinytav.files.frames.pictures(tmp_path / "panda.mp4")
+    assert len(written) == 3
+    shown = tinytav.files.frames.enlarged(panda)
+    assert np.abs(np.stack(written).astype(int) - shown).mean() < 8          # what H.264 loses
+
+
+def test_nothing_is_a_number_too(sd, tmp_path):
+    """0 steps are 0 steps, not the weights' default."""
+    clip = editing.read_clip(sd, tiny.write_clip(tmp_path / "clip.mp4"), "a man")
+    untuned, net = editing.new_net(sd, 3), editing.tune_on(sd, clip, steps=0)
+    assert all(torch.equal(p, net.tuned()[name]) for name, p in untuned.tuned().items())
+
+
+def test_a_new_net_leaves_the_callers_random_numbers_alone(sd):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    editing.new_net(sd, 3, seed=7)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_clip_of_another_length_is_refused(sd, tmp_path):
+    clip = editing.read_clip(sd, tiny.write_clip(tmp_path / "clip.mp4"), "a man", frames=2)
+    with pytest.raises(InputError, match="clips of 3 frames, and the clip has 2"):
+        editing.edit(sd, editing.new_net(sd, 3), clip, "a panda")
+
+
+def test_frames_that_are_not_finite_are_refused(sd):
+    """The VAE's decoder may overflow where the latents do not."""
+    sd.vae.post_quant_conv.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        editing.sample_clip(sd, editing.new_net(sd, 3), torch.randn(1, 4, 3, 8, 8), "a panda")

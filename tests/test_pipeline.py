@@ -142,7 +142,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_edit_on_cuda_is_near_the_same_on_a_cpu(tmp_path, dtype):
-    """Within 0.02 of the range [-1, 1] in float32, 0.2 in half precision."""
+    """Mean difference: at most 0.01 of the range [-1, 1] in float32, 0.03 in half precision."""
     folder, clip = tiny.write_folder(tmp_path / "w"), tiny.write_clip(tmp_path / "clip.mp4")
     results = []
     for device, precision in (("cpu", torch.float32), ("cuda", dtype)):
@@ -150,4 +150,4 @@ def test_an_edit_on_cuda_is_near_the_same_on_a_cpu(tmp_path, dtype):
         source = editing.read_clip(sd, clip, "a man")
         net = editing.tune_on(sd, source, steps=3)
         results.append(editing.edit(sd, net, source, "a panda", guidance=2).cpu())
-    assert (results[0] - results[1]).abs().mean() < (0.02 if dtype is torch.float32 else 0.2)
+    assert (results[0] - results[1]).abs().mean() < (0.01 if dtype is torch.float32 else 0.03)

@@ -113,6 +113,14 @@ def test_the_scale_of_fp16_is_taken_out_of_the_gradients_again():
     torch.testing.assert_close(gradients[1].norm(), gradients[0].norm(), rtol=0.05, atol=0)
 
 
+def test_the_state_of_a_float32_run_leaves_fp16_its_scale():
+    tuner = make_tuner()
+    tuner.step()
+    half = make_tuner(dtype=torch.float16)
+    half.load_state_dict(tuner.state_dict())
+    assert half.scale == tuning.FP16_SCALE
+
+
 def test_in_fp16_a_net_that_overflows_at_every_scale_ends_with_a_sentence():
     tuner = make_tuner(dtype=torch.float16)
     next(iter(tuner.parameters.values())).register_hook(lambda gradient: gradient * float("inf"))

@@ -10,6 +10,7 @@ from tinytav.stable_diffusion.checkpoint import StableDiffusion, load
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, load_controlnet
 from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.lora import merge_lora
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig

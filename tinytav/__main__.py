@@ -9,6 +9,7 @@ from tinytav import cli
 
 # command: (module, what it does)
 COMMANDS = {
+    "convert": ("tinytav.files.convert", "turn a pickled checkpoint (.ckpt, .bin, .pt) into safetensors"),
     "metrics": ("tinytav.measure.metrics", "consistency, textual alignment and PSNR of a run's clips"),
     "bench": ("tinytav.measure.bench", "seconds and memory of each part on this machine"),
     "claims": ("tinytav.claims.table", "the paper's claims, measured in the toy world"),

@@ -39,8 +39,8 @@ def read_clip(sd, path, prompt, size=None, frames=None, start=0, stride=None):
     size: pixels of the short side. frames: how many; a shorter clip is then refused. Without them the weights'
     defaults hold, and a shorter clip gives what it has. start, stride: as in files.frames.read. Raises InputError.
     """
-    source = read(path, size or sd.defaults.size, sd.multiple, frames or sd.defaults.frames, start, stride,
-                  exact=frames is not None)
+    source = read(path, chosen(size, sd.defaults.size), sd.multiple, chosen(frames, sd.defaults.frames), start=start,
+                  stride=stride, exact=frames is not None)
     return encode_clip(sd, source, prompt)
 
 
@@ -53,22 +53,35 @@ def encode_clip(sd, source, prompt):
     return Clip(mean, std, context, empty, source.fps, source.indices, source.total)
 
 
+def chosen(value, default):
+    """The value, or the default if it is None."""
+    return default if value is None else value
+
+
 def no_progress(steps, total, name):
     """The progress that shows nothing."""
     return steps
 
 
 def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
-    """The inflated U-Net for `count` frames; T-Attn's first q, k and v come from the seed."""
-    torch.manual_seed(seed)
-    return inflate(sd.unet, count, attention, norm)
+    """The inflated U-Net for `count` frames.
+
+    If the official code has tuned the weights, T-Attn is theirs. Otherwise it is new, and its first q, k and v come from
+    the seed alone. The caller's random state stays as it was.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = inflate(sd.unet, count, attention, norm)
+    for name, tensor in sd.temporal.items():
+        net.get_parameter(name).copy_(tensor)
+    return net
 
 
 def tune_on(sd, clip, steps=None, lr=None, seed=33, attention="sparse-causal", norm="clip", progress=no_progress):
     """Inflates the U-Net and tunes it on a clip -> VideoUNet. Without steps or lr the weights' defaults hold."""
     net = new_net(sd, clip.frames, attention, norm, seed)
-    tuner = Tuner(net, sd.schedule, clip.mean, clip.std, clip.context, lr or sd.defaults.lr, seed)
-    steps = steps or sd.defaults.steps
+    tuner = Tuner(net, sd.schedule, clip.mean, clip.std, clip.context, chosen(lr, sd.defaults.lr), seed)
+    steps = chosen(steps, sd.defaults.steps)
     for _ in progress(range(steps), steps, "tuning"):
         tuner.step()
     return net
@@ -76,7 +89,7 @@ def tune_on(sd, clip, steps=None, lr=None, seed=33, attention="sparse-causal", n
 
 def invert_clip(sd, net, clip, steps=None, progress=no_progress):
     """The clip's noise x_T (1, 4, f, h/8, w/8), under `net`. Raises InputError if it is not finite."""
-    steps = steps or sd.defaults.ddim_steps
+    steps = chosen(steps, sd.defaults.ddim_steps)
     noise = last(progress(invert(net, sd.schedule, clip.mean, clip.empty, steps), steps, "inverting"))
     if not noise.isfinite().all():
         raise InputError("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or use "
@@ -90,13 +103,14 @@ def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_p
     Without steps (of DDIM) or guidance the weights' defaults hold. control: of load_control. Raises InputError if the
     result is not finite.
     """
-    steps = steps or sd.defaults.ddim_steps
-    guidance = sd.defaults.guidance if guidance is None else guidance
+    steps = chosen(steps, sd.defaults.ddim_steps)
+    guidance = chosen(guidance, sd.defaults.guidance)
     context, empty = sd.encode_prompts([prompt, ""]).split(1)
     latents = last(progress(sample(net, sd.schedule, noise, context, empty, steps, guidance, control), steps, prompt))
-    if not latents.isfinite().all():
+    x = decode(sd.vae, latents)
+    if not x.isfinite().all():
         raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
-    return decode(sd.vae, latents)
+    return x
 
 
 def load_control(sd, path, hint, shape, scale=1.0):
@@ -120,8 +134,8 @@ def read_hints(path, count, height, width, multiple):
     """
     total = open_clip(path).count()
     if total != count:
-        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one hint "
-                         "for each frame. A run's own frames are in its source.mp4.")
+        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one picture "
+                         "a frame. A run's own frames are in its source.mp4.")
     x = read(path, min(height, width), multiple, count).x
     if x.shape[2:] != (height, width):
         raise InputError(f"The hint {path} is {x.shape[3]}x{x.shape[2]} pixels where the clip to be sampled is {width}x"
@@ -138,18 +152,14 @@ def edit(sd, net, clip, prompt, steps=None, guidance=None, progress=no_progress)
     return sample_clip(sd, net, noise, prompt, steps, guidance, progress)
 
 
-def noise_shape(sd, count, width, height):
-    """The shape of the latents of a clip of `count` frames of these pixels, rounded down to what the model takes."""
-    return 1, 4, count, height // sd.multiple, width // sd.multiple
-
-
 # ---- The same from a run's folder --------------------------------------------------------------------------------------
 
 def clip_of(run, sd):
     """A run's clip and its caption -> Clip, on the device of `sd`. Raises InputError if they do not fit the run."""
     mean, std = (z.to(sd.device) for z in run.latents())
     context, empty = sd.encode_prompts([run.settings.prompt, ""]).split(1)
-    return Clip(mean, std, context, empty, Fraction(run.settings.fps))
+    settings = run.settings
+    return Clip(mean, std, context, empty, Fraction(settings.fps), settings.indices or (), settings.total)
 
 
 def net_of(run, sd, attention=None, frames=None):

@@ -44,13 +44,14 @@ def as_clip(z):
 
 @torch.no_grad()
 def invert(net, schedule, latents, empty, steps=50):
-    """DDIM inversion: yields the latents (b, 4, f, h, w), noisier after each step. The last one is x_T.
+    """DDIM inversion: yields the latents (b, 4, f, h, w), noisier after each step. The last one is x_T,
+    which stands at the first timestep of sampling (981 of 1000 for 50 steps).
 
     empty (b, m, d): the context of the empty prompt, the paper's "no textual condition". Official util.py, ddim_loop.
     """
     x = latents
     for t, t_next in reversed(schedule.pairs(steps)):                       # from t_next, the cleaner end, up to t
-        output = ask(net, x, t, empty)
+        output = predict(net, x, t, empty)
         eps = schedule.epsilon(output, x, schedule.abar(t_next))
         x = move(x, eps, schedule.abar(t_next), schedule.abar(t))
         yield x
@@ -61,24 +62,24 @@ def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, contro
     """DDIM sampling from x_T `noise`: yields the latents (b, 4, f, h, w), cleaner after each step.
 
     context, empty (b, m, d): of the prompts and of the empty prompt. Classifier-free guidance, arXiv 2207.12598, equation
-    6 with guidance = 1 + w: eps = eps(empty) + guidance (eps(prompt) - eps(empty)). At guidance 1 the net is asked for
-    the prompt alone, otherwise for both in one batch. control: a Control; it acts on both halves of guidance.
+    6 with guidance = 1 + w: eps = eps(empty) + guidance (eps(prompt) - eps(empty)). At guidance 1 the net runs for the
+    prompt alone, otherwise for both in one batch. control: a Control; it acts on both halves.
     """
     x = noise
     for t, t_next in schedule.pairs(steps):
         if guidance == 1:
-            output = ask(net, x, t, context, control)
+            output = predict(net, x, t, context, control)
         else:
-            both = ask(net, torch.cat([x, x]), t, torch.cat([empty, context]), control)
-            without, given = both.chunk(2)
-            output = without + guidance * (given - without)
+            both = predict(net, torch.cat([x, x]), t, torch.cat([empty, context]), control)
+            unconditional, conditional = both.chunk(2)
+            output = unconditional + guidance * (conditional - unconditional)
         eps = schedule.epsilon(output, x, schedule.abar(t))
         x = move(x, eps, schedule.abar(t), schedule.abar(t_next))
         yield x
 
 
-def ask(net, x, t, context, control=None):
-    """The net's answer (b, 4, f, h, w), float32, for latents x that stand at timestep t, an int."""
+def predict(net, x, t, context, control=None):
+    """The net's prediction (b, 4, f, h, w), float32, for latents x that stand at timestep t, an int."""
     t = torch.full((len(x),), t, device=x.device)
     inputs = (x, t, context)
     if control is not None:

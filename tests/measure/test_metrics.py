@@ -138,6 +138,17 @@ def call(*args):
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def test_a_file_that_is_no_video_is_passed_over(run, folder):
+    eye = metrics.Features(folder[0])
+    (run.path / "zz.mp4").write_text("junk")
+    try:
+        with pytest.warns(UserWarning, match="passed over: .*zz.mp4 cannot be read"):
+            names = [name for name, *_ in metrics.rows(run, eye)]
+    finally:
+        (run.path / "zz.mp4").unlink()
+    assert "source.mp4" in names and "zz.mp4" not in names
+
+
 def test_the_command_prints_the_rows_and_its_errors_are_sentences(run, folder, tmp_path):
     done = call(run.path, "--clip", folder[0], "--device", "cpu")
     lines = done.stdout.splitlines()

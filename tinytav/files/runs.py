@@ -1,4 +1,4 @@
-"""The folder of a run: what it was told, what it learnt, what it made. Files are replaced whole, never half-written.
+"""The folder of a run: settings, tuned tensors, results. Files are replaced whole, never half-written.
 
 runs/<clip>/  run.json              everything that is needed to repeat it; written last, so a folder without it is no run
               clip.safetensors      mean and std of the clip's latents: neither resuming nor sampling needs the clip
@@ -25,6 +25,7 @@ from tinytav.files.atomic import replace, replace_text
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
 from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS
 
 try:
@@ -33,7 +34,7 @@ except ImportError:             # Windows: nothing there keeps two train.py off 
     fcntl = None
 
 LARGE = 2 ** 32
-FPS = r"[1-9]\d{0,8}(/[1-9]\d{0,8})?"       # a Fraction as text
+FPS = r"[1-9]\d{0,19}(/[1-9]\d{0,19})?"     # a Fraction as text
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class Settings(Config):
     tokenizer: str | None = None
     prediction: str | None = None
     preview: str | None = None
+    lora: tuple[dict, ...] | None = None        # each with file, scale and fingerprint
     versions: dict = field(default_factory=dict)
     finished: float = 0             # when, in seconds since 1970; 0 if it is not finished
 
     LIMITS = dict(guidance=(0, LARGE), seed=(0, LARGE), start=(0, LARGE), indices=(0, LARGE), total=(0, LARGE),
-                  finished=(0, LARGE), lr=(0, LARGE))
+                  finished=(0, LARGE), lr=(0, LARGE), steps=(0, LARGE))
     CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
                    norm=("clip", "frame"))
 
@@ -75,10 +77,15 @@ class Settings(Config):
                 raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of {', '.join(map(str, values))}.")
         if not re.fullmatch(FPS, self.fps):
             raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or 30000/1001.")
+        self.loras()
 
     def source(self):
         """Where the weights come from, as cli.load_weights takes it."""
         return dict(weights=self.weights, tokenizer=self.tokenizer, prediction=self.prediction)
+
+    def loras(self):
+        """The LoRAs that the weights were changed by. Raises InputError for what is none."""
+        return [Lora.from_json(lora) for lora in self.lora or ()]
 
 
 class Run:
@@ -96,8 +103,10 @@ class Run:
             path = Path(folder) / new_name(Path(folder), slug(name))
             try:
                 path.mkdir(parents=True)
-            except FileExistsError:     # another train.py was quicker
-                continue
+            except FileExistsError:
+                if os.path.lexists(path):       # another train.py was quicker
+                    continue
+                raise                           # a folder above it cannot be made
             lock(path)
             return cls(path, settings)
 
@@ -186,7 +195,7 @@ class Run:
             raise InputError(f"{self.path} has no {name}.safetensors{hint}")
         tensors = read_tensors(self.path / f"{name}.safetensors")
         fits = shapes is None or {key: tensor.shape for key, tensor in tensors.items()} == shapes
-        sound = all(z.dtype in (torch.float32, torch.int64) and z.isfinite().all() for z in tensors.values())
+        sound = all(is_sound(tensor) for tensor in tensors.values())
         if not (fits and sound):
             raise InputError(f"{self.path / name}.safetensors does not fit this run, or holds NaN or infinite values.")
         return tensors
@@ -195,6 +204,13 @@ class Run:
         """loss.csv: step,loss. Rewritten whole with every checkpoint."""
         lines = ["step,loss", *(f"{step},{loss:.6f}" for step, loss in enumerate(losses, 1))]
         replace_text(self.path / "loss.csv", "\n".join(lines) + "\n")
+
+
+def is_sound(tensor):
+    """Is a tensor what a run saves: finite float32 numbers, or a single integer?"""
+    if tensor.ndim == 0 and tensor.dtype is torch.int64:
+        return True
+    return tensor.dtype is torch.float32 and bool(tensor.isfinite().all())
 
 
 def lock(folder):
@@ -210,8 +226,9 @@ def lock(folder):
 
 
 def slug(text):
-    """A file name made of a prompt's letters and digits, whatever else it holds."""
-    return "-".join(re.findall(r"\w+", text.lower()))[:60].strip("-") or "empty"
+    """A file name made of a prompt's letters and digits: at most 60 characters and 100 bytes."""
+    name = "-".join(re.findall(r"\w+", text.lower()))[:60]
+    return name.encode()[:100].decode(errors="ignore").strip("-") or "empty"
 
 
 def new_name(folder, name, suffixes=("",)):

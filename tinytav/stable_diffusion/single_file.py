@@ -24,6 +24,7 @@ OUTER = {"input_blocks.0.0": "conv_in", "time_embed.0": "time_embedding.linear_1
          "time_embed.2": "time_embedding.linear_2", "middle_block.0": "mid_block.resnets.0",
          "middle_block.1": "mid_block.attentions.0", "middle_block.2": "mid_block.resnets.1",
          "out.0": "conv_norm_out", "out.2": "conv_out"}
+# Applied in this order: the norm before the attention that holds it, the numbers of the way up last.
 VAE = [(r"down\.(\d)\.block", r"down_blocks.\1.resnets"), (r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0"),
        (r"up\.(\d)\.block", r"up_blocks.\1.resnets"), (r"up\.(\d)\.upsample", r"up_blocks.\1.upsamplers.0"),
        (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"),

@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v):                                              # (b, n, c), (b, m, c), (b, m, c)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))        # (b, heads, ., d)
-        if self.upcast and q.dtype is torch.float16:                        # bf16 reaches as far as float32
+        if self.upcast and q.dtype is torch.float16:                        # bf16 has the range of float32
             with torch.autocast(q.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         else:
@@ -132,12 +132,14 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, cfg, dim, heads):
+    """`SelfAttention` and `CrossAttention` build its two attentions: inflation puts its own there."""
+
+    def __init__(self, cfg, dim, heads, SelfAttention=Attention, CrossAttention=Attention):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, heads, upcast=cfg.upcast_attention)
+        self.attn1 = SelfAttention(dim, heads, upcast=cfg.upcast_attention)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, heads, cfg.cross_attention_dim, cfg.upcast_attention)
+        self.attn2 = CrossAttention(dim, heads, cfg.cross_attention_dim, cfg.upcast_attention)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
@@ -161,7 +163,8 @@ class Transformer(nn.Module):
         self.checkpointing = False
 
     @staticmethod
-    def project(layer, x):                                                  # on pixels, linear is a 1x1 convolution
+    def project(layer, x):
+        """proj_in and proj_out are linear layers in SD 2, 1x1 convolutions in SD 1: on pixels the same thing."""
         return F.conv2d(x, layer.weight.view(*layer.weight.shape[:2], 1, 1), layer.bias)
 
     def forward(self, x, context):                                          # (b, c, h, w)
