@@ -209,7 +209,7 @@ def test_without_a_run_hints_guide_the_untuned_net(place):
     (["--control", "absent", "--hint", "hints"], "No ControlNet at absent"),
     (["--control", "w/unet", "--hint", "hints"], "w/unet does not fit this ControlNet: missing: controlnet_cond"),
     (["--control", "other", "--hint", "hints"], "its text context is 32 wide, not 24"),
-    (["--control", "pose.pth", "--hint", "hints"], "safetensors.torch.save_file"),
+    (["--control", "pose.pth", "--hint", "hints"], "python -m tinytav convert pose.pth pose.safetensors"),
     (["--weights", "w", "--noise", "inverted"], "--noise inverted needs a run"),
     (["--noise", "inverted", "--frames", 2], "Inverted noise has the run's own size"),
     (["--noise", "shared", "--no-inversion"], "not allowed with")])

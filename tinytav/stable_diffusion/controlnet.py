@@ -139,12 +139,16 @@ def load_controlnet(path, device="cpu", dtype=torch.float32):
 def _read_folder(path):
     if (path / "config.json").is_file() and (kind := kind_by_config(checkpoint.read_json(path / "config.json"))):
         raise InputError(f"{path} holds {kind}. {WANTED}")
+    pickles = sorted(file.name for file in path.glob("*.bin"))
+    if pickles and not any(path.glob("*.safetensors")):
+        raise InputError(f"{path} holds no .safetensors file, only {pickles[0]}. {checkpoint.CONVERT} {path} NEW_FOLDER")
     return checkpoint.read_component(path, ControlNetConfig)
 
 
 def _read_single_file(path):
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {checkpoint.CONVERT}")
+        raise InputError(f"{path} is not a .safetensors file. {checkpoint.CONVERT} {path} "
+                         f"{path.with_suffix('.safetensors')}")
     tensors = checkpoint.read_tensors(path)
     if kind := kind_by_names(tensors):
         raise InputError(f"{path} holds {kind}. {WANTED}")
