@@ -192,10 +192,13 @@ def test_the_noise_can_be_chosen(place):
     assert result(place, "noises/a-dog-shared-noise.gif") != result(place, "old/a-dog-no-inversion.gif")
 
 
-def test_without_a_run_hints_guide_the_untuned_net(place):
-    write_hints(place / "two", 2, size=(24, 24))
-    sample(place, "--weights", "w", "--frames", 2, "--size", 24, "--control", "c", "--hint", "two", "--out", "zero")
-    assert (place / "zero/a-dog-control.mp4").exists()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_a_run_hints_guide_the_untuned_net(place, precision):
+    if not (place / "two").exists():
+        write_hints(place / "two", 2, size=(24, 24))
+    sample(place, "--weights", "w", "--frames", 2, "--size", 24, "--precision", precision, "--control", "c",
+           "--hint", "two", "--out", precision)
+    assert (place / precision / "a-dog-control.mp4").exists()
 
 
 @pytest.mark.parametrize("args, message", [
