@@ -4,13 +4,15 @@ from fractions import Fraction
 from pathlib import Path
 
 from tinytav import cli, editing, pipeline
-from tinytav.files import frames
+from tinytav.control import load_control
+from tinytav.files import frames, page
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.precision import name_of
 
-SUFFIXES = (".mp4", ".gif", ".png")
+SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")
 # With which noise sampling begins, and what the name of an edited run's result then ends in.
 NOISES = {"inverted": "", "random": "-no-inversion", "shared": "-shared-noise"}
 
@@ -94,11 +96,27 @@ def choose_loras(args, run):
     return wanted, [replace(one, file=moved.get(one.fingerprint, one.file)) for one in tuned_with]
 
 
-def make_net(args, run, sd):
-    """The run's tuned net, or without a run the inflated, untuned one."""
+def make_net(args, run, sd, loras, tuned_with):
+    """The run's tuned net, or without a run the inflated, untuned one, with these LoRAs in it and in the text encoder.
+
+    A tuned net has the LoRAs `tuned_with` in it. If others are wanted, those are taken out and these are put in.
+    """
+    lora.merge(sd, tuned_with)
     if run is not None:
-        return editing.net_of(run, sd, args.attention, args.frames)
-    return editing.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
+        net = editing.net_of(run, sd, args.attention, args.frames)
+    else:
+        net = editing.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
+    if not lora.same(loras, tuned_with):
+        lora.exchange(net, sd.text_encoder, tuned_with, loras)
+    cli.print_loras(loras)
+    return net
+
+
+def inverted_noise(run, sd, net, clip, steps, anew):
+    """The clip's noise: as the run saved it if that fits, or inverted anew."""
+    if anew:
+        return editing.invert_clip(sd, net, clip, steps, cli.progress)
+    return editing.noise_of(run, sd, net, clip, steps, cli.progress)
 
 
 def latents_shape(args, run, sd, count):
@@ -108,7 +126,8 @@ def latents_shape(args, run, sd, count):
         return 1, 4, count, *mean.shape[3:]
     size = args.size or sd.defaults.size
     frames.check_size(size, sd.multiple)
-    return 1, 4, count, size // sd.multiple, size // sd.multiple
+    side = size // sd.multiple
+    return 1, 4, count, side, side
 
 
 def make_control(args, sd, shape):
@@ -116,7 +135,7 @@ def make_control(args, sd, shape):
     if args.control is None:
         return None
     scale = 1.0 if args.control_scale is None else args.control_scale
-    return editing.load_control(sd, args.control, args.hint, shape, scale)
+    return load_control(sd, args.control, args.hint, shape, scale)
 
 
 def gaussian_noise(args, sd, shape, shared):
@@ -128,31 +147,42 @@ def gaussian_noise(args, sd, shape, shared):
     return pipeline.gaussian(shape, seed).to(sd.device)
 
 
-def strip_rows(sd, clip, control):
-    """The rows above a result in its strip: the inverted clip's frames, as the VAE gives them back, and the hints."""
-    rows = []
-    if clip is not None:
-        columns = frames.strip_columns(clip.frames)
-        rows.append(pipeline.decode(sd.vae, clip.mean[:, :, columns]))
-    if control is not None:
-        columns = frames.strip_columns(len(control.hints))
-        rows.append(2 * control.hints[columns] - 1)
-    return rows
+def source_strip(sd, clip):
+    """The frames of the source that a strip shows, as the VAE gives them back."""
+    columns = frames.strip_columns(clip.frames)
+    return pipeline.decode(sd.vae, clip.mean[:, :, columns])
+
+
+def hint_strip(control):
+    """The hints that a strip shows, (n, 3, h, w) in [-1, 1]."""
+    columns = frames.strip_columns(len(control.hints))
+    return 2 * control.hints[columns] - 1
+
+
+def free_name(folder, name):
+    """name, or name-2, ...: the first for which the folder holds no result."""
+    return new_name(folder, name, SUFFIXES)
 
 
 def write(folder, name, x, above, fps, prompt):
-    """Writes x (f, 3, h, w); `above` are the strip's rows above its own.
+    """Writes x (f, 3, h, w): an mp4 with the prompt as its title, a gif and a strip; of one frame a picture alone.
 
-    An mp4 with the prompt as its title, a gif and a strip, or one picture. Returns the path of the one to look at.
+    above: the strip's rows above its own. Returns the path of the file to look at.
     """
-    path = folder / f"{new_name(folder, name, SUFFIXES)}.png"
+    path = folder / f"{name}.png"
     columns = frames.strip_columns(len(x))
     frames.write_strip(path, *above, x[columns])
     if len(x) == 1:
         return path
-    frames.write_mp4(path.with_suffix(".mp4"), x, fps, title=prompt)
-    frames.write_gif(path.with_suffix(".gif"), x, fps)
-    return path.with_suffix(".mp4")
+    frames.write_mp4(folder / f"{name}.mp4", x, fps, title=prompt)
+    frames.write_gif(folder / f"{name}.gif", x, fps)
+    return folder / f"{name}.mp4"
+
+
+def command_for(args, run, prompt, steps, guidance):
+    """The line that makes this sample again, whatever the defaults are then."""
+    named = dict(run=run.path if run else None, prompt=prompt, steps=steps, guidance=guidance)
+    return page.command("python", "sample.py", *page.flags(vars(args) | named))
 
 
 def main():
@@ -161,36 +191,38 @@ def main():
     refuse_what_does_not_go_together(args, run)
     print(f"run: {run.path}" if run else "no run: sampling the untuned net from random noise; --run names a run to edit")
     sd = load_weights(args, run)
-    loras, tuned_with = choose_loras(args, run)
-    lora.merge(sd, tuned_with)
     cli.warn_about_unknown_words(sd.path, args.prompt)
     sd.tokenizer(args.prompt)                                   # raises for bytes that are not UTF-8
+    loras, tuned_with = choose_loras(args, run)
+    net = make_net(args, run, sd, loras, tuned_with)
     defaults = run.settings if run else sd.defaults
     steps = args.steps or defaults.ddim_steps
     guidance = defaults.guidance if args.guidance is None else args.guidance
-    fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
-    net = make_net(args, run, sd)
-    same_loras = lora.same(loras, tuned_with)
-    if not same_loras:
-        lora.exchange(net, sd.text_encoder, tuned_with, loras)
-    cli.print_loras(loras)
     shape = latents_shape(args, run, sd, net.frames)
     control = make_control(args, sd, shape)
     kind = choose_noise(args, run)
-    clip = editing.clip_of(run, sd) if kind == "inverted" else None
-    if clip is None:
-        noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
-    elif same_loras:
-        noise = editing.noise_of(run, sd, net, clip, steps, cli.progress)
+    above = []                                                  # rows of the strips
+    if kind == "inverted":
+        clip = editing.clip_of(run, sd)
+        above.append(source_strip(sd, clip))
+        noise = inverted_noise(run, sd, net, clip, steps, anew=not lora.same(loras, tuned_with))
     else:
-        noise = editing.invert_clip(sd, net, clip, steps, cli.progress)
-    above = strip_rows(sd, clip, control)
-    suffix = (NOISES[kind] if run else "") + ("" if control is None else "-control")
+        noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
+    if control is not None:
+        above.append(hint_strip(control))
+    suffix = (NOISES[kind] if run else "") + ("-control" if control else "")
+    settings = dict(ddim_steps=steps, guidance=guidance, attention=net.attention, frames=net.frames, noise=kind,
+                    precision=name_of(sd.dtype))
     folder = Path(args.out or (run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
+    fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
     for prompt in args.prompt:
         x = editing.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress, control)
-        print(write(folder, slug(prompt) + suffix, x, above, fps, prompt))
+        name = free_name(folder, slug(prompt) + suffix)
+        page.write_record(folder, name, prompt, settings, command_for(args, run, prompt, steps, guidance))
+        print(write(folder, name, x, above, fps, prompt))
+        shown = page.write(folder)
+    print(f"page: {shown}")
     return 0
 
 

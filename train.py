@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import tinytav
 from tinytav import cli, editing, pipeline
-from tinytav.files import frames
+from tinytav.files import frames, page
 from tinytav.files.runs import Run, Settings, lock
 from tinytav.inflation import ATTENTIONS
 from tinytav.measure import memory
@@ -70,6 +70,7 @@ def start(args):
         run.write("clip", dict(mean=clip.mean, std=clip.std))
         frames.write_mp4(run.path / "source.mp4", source.x, source.fps)
         run.save()
+        page.write(run.path)
     except BaseException:
         shutil.rmtree(run.path)
         raise
@@ -170,10 +171,11 @@ def tuning_loop(run, tuner, on_cpu, preview):
 
 
 def save(run, tuner):
-    """Writes what resuming needs. Returns the seconds it took."""
+    """Writes what resuming needs, and the page. Returns the seconds it took."""
     began = time.time()
     run.write("state", tuner.state_dict())
     run.write_losses(tuner.losses)
+    page.write(run.path)
     return time.time() - began
 
 
@@ -238,13 +240,13 @@ def main():
         tuner.load_state_dict(run.read("state"))
     stopped_by = tuning_loop(run, tuner, sd.device.type == "cpu", preview)
     if stopped_by:
-        print(f"stopped and saved; go on with: python train.py --resume {run.path}")
+        print(f"stopped and saved; go on with: python train.py --resume {run.path}\npage: {run.path / 'index.html'}")
         return 128 + stopped_by
     run.write("tuned", net.tuned())
     noise = editing.invert_clip(sd, net, clip, settings.ddim_steps, cli.progress)
     run.write("inversion", dict(noise=noise, steps=torch.tensor(settings.ddim_steps)))
     run.finish()
-    print(f'done; now edit it: python sample.py --run {run.path} --prompt "..."')
+    print(f'done; now edit it: python sample.py --run {run.path} --prompt "..."\npage: {page.write(run.path)}')
     return 0
 
 

@@ -115,10 +115,10 @@ def test_exchanging_loras_keeps_what_was_tuned(place):
 def test_a_run_without_lora_takes_one_for_its_edits_and_so_does_the_untuned_net(place):
     done = call(place, "sample.py", "--run", "without/clip", "--prompt", "a dog", "--out", "one",
                 "--lora", "b.safetensors:-1.5")
-    assert "lora: b.safetensors, -1.5 times" in done.out and "inverting" in done.err
+    assert "lora: b.safetensors, scale -1.5" in done.out and "inverting" in done.err
     done = call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "two",
                 "--lora", "a.safetensors", "b.safetensors")
-    assert "a.safetensors, 1 times" in done.out and "b.safetensors, 1 times" in done.out
+    assert "a.safetensors, scale 1" in done.out and "b.safetensors, scale 1" in done.out
 
 
 def unfinished(place, name):

@@ -1,7 +1,10 @@
 """The two commands as a user runs them, on a tiny checkpoint of filled weights."""
 import functools
+import html
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -63,12 +66,42 @@ def test_a_run_saves_what_it_changed_and_all_it_needs(place):
 def test_sampling_several_prompts_writes_a_clip_a_gif_and_a_strip_each(place):
     call(place, "sample.py", "--prompt", "a panda is skiing", "../../etc/x", "", "--out", "out")
     stems = ("a-panda-is-skiing", "etc-x", "empty")
-    assert {p.name for p in (place / "out").iterdir()} == {f"{stem}{end}" for stem in stems for end in (".mp4", ".gif", ".png")}
+    ends = (".mp4", ".gif", ".png", ".sample.json")
+    assert {p.name for p in (place / "out").iterdir()} == {f"{stem}{end}" for stem in stems for end in ends} | {"index.html"}
     from tinytav.files import frames
     assert frames.title(place / "out/etc-x.mp4") == "../../etc/x" and frames.title(place / "out/empty.mp4") == ""
     call(place, "sample.py", "--prompt", "a panda is skiing", "--out", "out")
     assert (place / "out/a-panda-is-skiing-2.mp4").exists()                 # nothing is overwritten
     assert (place / "out/a-panda-is-skiing-2.mp4").read_bytes() == (place / "out/a-panda-is-skiing.mp4").read_bytes()
+
+
+def test_the_page_is_kept_up_to_date_and_named_last(place, tmp_path):
+    shutil.copytree(place / "w", tmp_path / "w")
+    shutil.copy(place / "clip.mp4", tmp_path)
+    page = tmp_path / "runs/clip/index.html"
+    done = call(tmp_path, "train.py", "clip.mp4", "a man is skiing", "--weights", "w")
+    assert done.out.splitlines()[-1] == "page: runs/clip/index.html" and "finished" in page.read_text()
+    done = call(tmp_path, "sample.py", "--prompt", "a <b>panda</b>", "--guidance", "3", "--seed", "5")
+    assert done.out.splitlines()[-1] == "page: runs/clip/index.html"
+    assert "a &lt;b&gt;panda&lt;/b&gt;" in page.read_text() and 'src="a-b-panda-b.mp4"' in page.read_text()
+    first = (tmp_path / "runs/clip/a-b-panda-b.mp4").read_bytes()
+    told = json.loads((tmp_path / "runs/clip/a-b-panda-b.sample.json").read_text())
+    assert told["prompt"] == "a <b>panda</b>" and told["settings"]["guidance"] == 3
+    python, script, *words = shlex.split(told["command"])                   # the command that repeats it does
+    assert (python, script) == ("python", "sample.py")
+    call(tmp_path, script, *words)
+    assert (tmp_path / "runs/clip/a-b-panda-b-2.mp4").read_bytes() == first
+    command = re.search(r"<pre>(python train.py clip.mp4 .*?)</pre>", page.read_text())[1]
+    python, script, *words = shlex.split(html.unescape(command))
+    call(tmp_path, script, *words)
+    assert (tmp_path / "runs/clip-2/tuned.safetensors").read_bytes() == (tmp_path / "runs/clip/tuned.safetensors").read_bytes()
+
+
+def test_a_prompt_named_like_a_file_of_the_run_takes_no_files_place(place):
+    before = (place / "runs/clip/run.json").read_bytes()
+    call(place, "sample.py", "--prompt", "run", "index", "metrics", "--run", "runs/clip")
+    assert (place / "runs/clip/run.json").read_bytes() == before
+    assert {"run.mp4", "index.mp4", "metrics.mp4"} <= {file.name for file in (place / "runs/clip").iterdir()}
 
 
 def test_steps_other_than_the_runs_are_inverted_anew(place):
@@ -95,7 +128,8 @@ def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
 def test_zero_shot_and_plain_text_to_image(place):
     call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--frames", 3, "--out", "zero")
     call(place, "sample.py", "--weights", "w", "--prompt", "a cat", "--frames", 1, "--out", "zero")
-    assert {p.name for p in (place / "zero").iterdir()} == {"a-dog.mp4", "a-dog.gif", "a-dog.png", "a-cat.png"}
+    assert {p.name for p in (place / "zero").iterdir()} >= {"a-dog.mp4", "a-dog.gif", "a-dog.png", "a-cat.png"}
+    assert not (place / "zero/a-cat.mp4").exists()
 
 
 def test_same_seed_same_bits_with_or_without_previews(place):

@@ -9,11 +9,10 @@ from fractions import Fraction
 
 import torch
 
-from tinytav.files.frames import open_clip, read
+from tinytav.files.frames import read
 from tinytav.inflation import inflate
-from tinytav.pipeline import Control, decode, encode, invert, last, sample
+from tinytav.pipeline import decode, encode, invert, last, sample
 from tinytav.stable_diffusion.config import InputError
-from tinytav.stable_diffusion.controlnet import check_fits, load_controlnet
 from tinytav.tuning import Tuner
 
 
@@ -100,7 +99,7 @@ def invert_clip(sd, net, clip, steps=None, progress=no_progress):
 def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_progress, control=None):
     """Samples from noise x_T (1, 4, f, h/8, w/8) under a prompt -> frames (f, 3, h, w) in [-1, 1].
 
-    Without steps (of DDIM) or guidance the weights' defaults hold. control: of load_control. Raises InputError if the
+    Without steps (of DDIM) or guidance the weights' defaults hold. control: a control.Control. Raises InputError if the
     result is not finite.
     """
     steps = chosen(steps, sd.defaults.ddim_steps)
@@ -111,36 +110,6 @@ def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_p
     if not x.isfinite().all():
         raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
     return x
-
-
-def load_control(sd, path, hint, shape, scale=1.0):
-    """A ControlNet from disk, and the hints of a clip whose latents have this shape -> Control.
-
-    path: a ControlNet's folder or single file. hint: a video or a folder of pictures, read by read_hints. Raises
-    InputError if they do not fit `sd` or the clip.
-    """
-    controlnet = load_controlnet(path, sd.device, sd.dtype)
-    check_fits(controlnet.cfg, sd.unet.cfg, sd.multiple)
-    _, _, count, height, width = shape
-    hints = read_hints(hint, count, height * sd.multiple, width * sd.multiple, sd.multiple)
-    return Control(controlnet, hints.to(sd.device), scale)
-
-
-def read_hints(path, count, height, width, multiple):
-    """The hints for `count` frames of these pixels -> (f, 3, h, w) in [0, 1], resized and cropped as a clip is.
-
-    path: a video, a GIF or a folder of pictures, one picture a frame. Raises InputError if they are not as many as the
-    frames, or not of the frames' shape.
-    """
-    total = open_clip(path).count()
-    if total != count:
-        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one picture "
-                         "a frame. A run's own frames are in its source.mp4.")
-    x = read(path, min(height, width), multiple, count).x
-    if x.shape[2:] != (height, width):
-        raise InputError(f"The hint {path} is {x.shape[3]}x{x.shape[2]} pixels where the clip to be sampled is {width}x"
-                         f"{height}: crop it to the same shape.")
-    return (x + 1) / 2
 
 
 def edit(sd, net, clip, prompt, steps=None, guidance=None, progress=no_progress):

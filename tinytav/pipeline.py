@@ -63,7 +63,7 @@ def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, contro
 
     context, empty (b, m, d): of the prompts and of the empty prompt. Classifier-free guidance, arXiv 2207.12598, equation
     6 with guidance = 1 + w: eps = eps(empty) + guidance (eps(prompt) - eps(empty)). At guidance 1 the net runs for the
-    prompt alone, otherwise for both in one batch. control: a Control; it acts on both halves.
+    prompt alone, otherwise for both in one batch. control: a control.Control, which acts on both halves of guidance.
     """
     x = noise
     for t, t_next in schedule.pairs(steps):
@@ -81,37 +81,9 @@ def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, contro
 def predict(net, x, t, context, control=None):
     """The net's prediction (b, 4, f, h, w), float32, for latents x that stand at timestep t, an int."""
     t = torch.full((len(x),), t, device=x.device)
-    inputs = (x, t, context)
-    if control is not None:
-        inputs += (control.residuals(x, t, context),)
+    residuals = None if control is None else control.residuals(x, t, context)
     with autocast(net):
-        return net(*inputs).float()
-
-
-class Control:
-    """A ControlNet (arXiv 2302.05543) and a clip's hints, one a frame. They say where things stand in the clip.
-
-    The ControlNet keeps its image weights. It sees each frame by itself, without the others. hints (f, 3, H, W), RGB in
-    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied.
-    """
-
-    @torch.no_grad()
-    def __init__(self, controlnet, hints, scale=1.0):
-        self.controlnet, self.hints, self.scale = controlnet, hints, scale
-        with autocast(controlnet):
-            self.embedded = controlnet.embed_hint(hints)                    # f c h w, the same at every step
-
-    @torch.no_grad()
-    def residuals(self, x, t, context):
-        """For latents x (b, 4, f, h, w), t (b,), context (b, m, d): what VideoUNet adds, (b f) c h w each."""
-        frames = x.shape[2]
-        pictures = x.transpose(1, 2).flatten(0, 1)                          # (b f) 4 h w
-        t = t.repeat_interleave(frames)
-        context = context.repeat_interleave(frames, dim=0)
-        embedded = self.embedded.repeat(len(x), 1, 1, 1)
-        with autocast(self.controlnet):
-            residuals = self.controlnet.residuals(pictures, t, context, embedded)
-        return [self.scale * residual for residual in residuals]
+        return net(x, t, context, residuals).float()
 
 
 def gaussian(shape, seed):

@@ -203,3 +203,9 @@ def test_rotation_flags_are_followed(tmp_path):
         def to_ndarray(format):
             return np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     assert frames.upright(Turned).size == (2, 3)
+
+
+def test_a_video_is_the_same_bits_on_any_number_of_cores(tmp_path):
+    frames.write_mp4(tmp_path / "x.mp4", torch.zeros(3, 3, 32, 32), fps=8)
+    told = (tmp_path / "x.mp4").read_bytes()
+    assert b" threads=1 " in told and b" mbtree=0 " in told                 # x264 writes into a file what it was told

@@ -4,16 +4,22 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from stable_diffusion.test_checkpoint import layouts, meta
 
 import tiny
-from stable_diffusion.test_checkpoint import layouts, meta
 from tiny import LAYOUTS, close, fill, reference
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.checkpoint import build
 from tinytav.stable_diffusion.config import InputError
-from tinytav.stable_diffusion.controlnet import (SD2, ControlNet, ControlNetConfig, check_fits, config_by_shapes,
-                                                 load_controlnet)
+from tinytav.stable_diffusion.controlnet import (
+    SD2,
+    ControlNet,
+    ControlNetConfig,
+    check_fits,
+    config_by_shapes,
+    load_controlnet,
+)
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 
 

@@ -21,6 +21,7 @@ from tinytav.claims.experiment import FRAMES, Studio, make_clip
 from tinytav.claims.judge import Judge
 from tinytav.claims.results import every_clip, labelled, parser, row, write
 from tinytav.claims.table import interval
+from tinytav.control import Control
 from tinytav.files import frames
 from tinytav.stable_diffusion import checkpoint
 from tinytav.stable_diffusion.controlnet import load_controlnet
@@ -66,7 +67,7 @@ class Posing:
         self.judge = Judge(self.studio.sd.vae, motion, FRAMES)
         size = self.studio.source.shape[-1]
         hints = skeleton.hint(skeleton.clip(clip.scene.activity, motion, FRAMES, size))
-        self.control = pipeline.Control(load_controlnet(Path(folder) / "controlnet"), hints)
+        self.control = Control(load_controlnet(Path(folder) / "controlnet"), hints)
 
     def noise(self, kind, net):
         """What sampling begins with, (1, 4, f, h, w)."""

@@ -17,6 +17,9 @@ from tinytav.stable_diffusion.config import InputError
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FOLDER_FPS = Fraction(8)        # a folder of pictures has no clock; the official code writes its results at 8
 LARGEST = 4096                  # pixels of the short side
+# The same frames give the same file, on a machine with any number of cores: one thread, and none of x264's macroblock
+# tree, whose sums come out differently with where in memory the frames lie.
+REPEATABLE = {"x264-params": "mbtree=0"}
 SHOWN = 256                     # smaller results are enlarged by a whole factor until their short side reaches this
 LEAST_FPS = 4                   # frames further apart than this may share too little of a motion
 
@@ -225,8 +228,9 @@ def write_mp4(path, x, fps, crf=17, title=""):
     def write(file):
         with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata["title"] = title
-            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)} | REPEATABLE)
             stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+            stream.codec_context.thread_count = 1
             for picture in pictures:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())

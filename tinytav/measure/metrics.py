@@ -10,6 +10,7 @@ showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero frame_acc_t
 wenhao728/awesome-diffusion-v2v v2vbench/.
 """
 import argparse
+import json
 import math
 import warnings
 from pathlib import Path
@@ -19,12 +20,15 @@ import torch
 from PIL import Image
 
 from tinytav import cli
-from tinytav.files import frames
+from tinytav.files import frames, page
+from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
 from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.tokenizer import Tokenizer
+
+COLUMNS = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment", "psnr")      # of rows, by name
 
 
 def consistency_all_pairs(features):
@@ -121,6 +125,12 @@ def read_clip(path):
     return frames.to_tensor(np.stack(pictures))
 
 
+def save(folder, clip, measured):
+    """metrics.json, which the page shows: the CLIP's path, and {file: {name: value}} without undefined values."""
+    values = {name: {key: value for key, value in row.items() if math.isfinite(value)} for name, row in measured.items()}
+    replace_text(folder / "metrics.json", json.dumps(dict(clip=str(clip), values=values), indent=2) + "\n")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("run", help="a folder that train.py made")
@@ -130,7 +140,11 @@ def main():
     run = Run.open(args.run)
     eye = Features(args.clip, cli.choose_device(args.device))
     print(f"clip: {args.clip}\n{'':44}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
+    measured = {}
     for name, *values in rows(run, eye):
+        measured[name] = dict(zip(COLUMNS, values))
         values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)
         print(f"{name:44}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
+    save(run.path, args.clip, measured)
+    print(f"page: {page.write(run.path)}")
     return 0

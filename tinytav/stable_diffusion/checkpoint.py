@@ -25,7 +25,6 @@ from tinytav.stable_diffusion.vae import VAE, VAEConfig
 MODELS = dict(unet=(UNet, UNetConfig), vae=(VAE, VAEConfig), text_encoder=(TextEncoder, TextEncoderConfig))
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 STEMS = ("diffusion_pytorch_model", "model")
-CONVERT = "Only .safetensors files are read. Convert it first, which runs no code in it: python -m tinytav convert"
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
@@ -172,6 +171,14 @@ def read_json(path):
     return d
 
 
+def how_to_convert(path):
+    """A sentence for whoever has pickled weights in a file, or in a folder."""
+    path = Path(path)
+    new = path.with_suffix(".safetensors") if path.suffix in PICKLED else "NEW_FOLDER"
+    return ("Only .safetensors files are read. Convert it first, which runs no code in it: "
+            f"python -m tinytav convert {path} {new}")
+
+
 def read_tensors(path):
     """All tensors of one safetensors file, memory-mapped. Raises InputError."""
     try:
@@ -195,7 +202,7 @@ def _component_files(folder):
                 return [folder / whole]
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     raise InputError(f"No {' or '.join(stem + '.safetensors' for stem in STEMS)} in {folder}"
-                     + (f", only {pickles[0]}. {CONVERT} {folder.parent} NEW_FOLDER" if pickles else "."))
+                     + (f", only {pickles[0]}. {how_to_convert(folder.parent)}" if pickles else "."))
 
 
 def read_component(folder, Config):
@@ -226,7 +233,7 @@ def _read_folder(path, prediction):
 
 def _read_single_file(path, prediction):
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {CONVERT} {path} {path.with_suffix('.safetensors')}")
+        raise InputError(f"{path} is not a .safetensors file. {how_to_convert(path)}")
     parts = single_file.components(read_tensors(path), path)
     if parts["unet"][0].cross_attention_dim == 1024 and prediction is None:
         raise InputError(f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: add --prediction "
@@ -273,7 +280,7 @@ def default_path(folder="weights"):
         if path.suffix == ".safetensors" or (path / "model_index.json").is_file() and path.name != "toy":
             found.append(path)
         elif path.suffix in PICKLED:
-            warnings.warn(f"{path} is ignored. {CONVERT} {path} {path.with_suffix('.safetensors')}")
+            warnings.warn(f"{path} is ignored. {how_to_convert(path)}")
     if len(found) > 1:
         raise InputError(f"{folder} holds {', '.join(p.name for p in found)}: name one with --weights.")
     return found[0] if found else Path(folder) / "toy"

@@ -141,14 +141,14 @@ def _read_folder(path):
         raise InputError(f"{path} holds {kind}. {WANTED}")
     pickles = sorted(file.name for file in path.glob("*.bin"))
     if pickles and not any(path.glob("*.safetensors")):
-        raise InputError(f"{path} holds no .safetensors file, only {pickles[0]}. {checkpoint.CONVERT} {path} NEW_FOLDER")
+        raise InputError(f"{path} holds no .safetensors file, only {pickles[0]}. "
+                         f"{checkpoint.how_to_convert(path)}")
     return checkpoint.read_component(path, ControlNetConfig)
 
 
 def _read_single_file(path):
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {checkpoint.CONVERT} {path} "
-                         f"{path.with_suffix('.safetensors')}")
+        raise InputError(f"{path} is not a .safetensors file. {checkpoint.how_to_convert(path)}")
     tensors = checkpoint.read_tensors(path)
     if kind := kind_by_names(tensors):
         raise InputError(f"{path} holds {kind}. {WANTED}")

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tinytav.stable_diffusion import single_file
-from tinytav.stable_diffusion.checkpoint import CONVERT, read_tensors
+from tinytav.stable_diffusion.checkpoint import how_to_convert, read_tensors
 from tinytav.stable_diffusion.config import LARGEST, Config, InputError
 
 # the end of a key -> what the tensor is
@@ -185,7 +185,7 @@ def read_lora(path):
     if not path.is_file():
         raise InputError(f"No LoRA at {path}: name a .safetensors file.")
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {CONVERT} {path} {path.with_suffix('.safetensors')}")
+        raise InputError(f"{path} is not a .safetensors file. {how_to_convert(path)}")
     tensors = read_tensors(path)
     for key in tensors:
         for mark, kind in OTHER_KINDS.items():
