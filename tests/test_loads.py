@@ -121,6 +121,18 @@ def test_a_run_without_lora_takes_one_for_its_edits_and_so_does_the_untuned_net(
     assert "a.safetensors, scale 1" in done.out and "b.safetensors, scale 1" in done.out
 
 
+def test_a_page_names_the_lora_and_pictures_of_attention_have_it(place, tmp_path):
+    for name in ("w", "with", "a.safetensors"):
+        (shutil.copytree if (place / name).is_dir() else shutil.copy)(place / name, tmp_path / name)
+    call(tmp_path, "sample.py", "--run", "with/clip", "--prompt", "a dog")
+    page = (tmp_path / "with/clip/index.html").read_text()
+    assert "--lora a.safetensors:0.5 --out with" in page and "fingerprint" not in page
+    attention = ["tinytav/__main__.py", "attention", "with/clip", "--pixel", 1, 1]
+    call(tmp_path, *attention)
+    (tmp_path / "a.safetensors").unlink()
+    assert "a.safetensors cannot be read" in call(tmp_path, *attention, status=2).err
+
+
 def unfinished(place, name):
     """A copy of the run with the LoRA, as if it had been stopped before its first checkpoint."""
     shutil.copytree(place / "with/clip", place / name)
@@ -240,6 +252,7 @@ def test_train_makes_no_step_and_inverts_with_the_tuned_tensors(official_run):
 
 def test_the_official_net_is_edited_and_draws_from_noise(official_run):
     done = call(official_run, "sample.py", "--prompt", "a panda is skiing")
+    assert "--steps 0" not in (official_run / "runs/clip/index.html").read_text()
     assert "inverting" not in done.err and (official_run / "runs/clip/a-panda-is-skiing.mp4").exists()
     call(official_run, "sample.py", "--weights", "tuned", "--prompt", "a dog", "--frames", 3, "--out", "noise")
 

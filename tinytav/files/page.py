@@ -40,7 +40,7 @@ LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the m
 # The settings of a run that are flags of train.py, in the order of its --help.
 TUNING_FLAGS = ("weights", "tokenizer", "prediction", "size", "frames", "start", "stride", "steps", "lr", "attention",
                 "norm", "precision", "seed", "preview")
-NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint"}    # said elsewhere, or too long
+NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "lora"}    # said elsewhere, or too long
 
 
 def write(folder):
@@ -360,8 +360,18 @@ def run_settings(folder, settings):
 
 def tuning_command(folder, settings):
     """The line that repeats a run, with every setting named, so that no default can change it."""
-    given = {key: settings.get(key) for key in TUNING_FLAGS}
+    given = {key: settings.get(key) for key in TUNING_FLAGS} | dict(lora=lora_texts(settings))
+    if given["steps"] == 0:                 # a net that was tuned before: train.py takes it as it is, without the flag
+        given["steps"] = None
     return command("python", "train.py", settings.get("clip"), settings.get("prompt"), *flags(given), "--out", folder.parent)
+
+
+def lora_texts(settings):
+    """The LoRAs of a run as --lora takes them, FILE:SCALE each; None if there are none."""
+    loras = settings.get("lora")
+    if not isinstance(loras, list):
+        return None
+    return [f"{one['file']}:{one['scale']}" for one in loras if isinstance(one, dict) and one.keys() >= {"file", "scale"}]
 
 
 # ---- the page of a set -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from tinytav.files import frames, page
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
 from tinytav.inflation import ATTENTIONS, ClipCrossAttention
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 
 # Dark violet to light yellow, from nothing to the most: as heat maps are often drawn. Red, green, blue.
@@ -324,6 +325,7 @@ def main():
         raise InputError(f"{run.path} is unfinished: go on with python train.py --resume {run.path}.")
     sd = cli.load_weights(args, run.settings.source())
     run.check(sd)
+    lora.merge(sd, run.settings.loras())
     if args.word is not None:
         watch_word(args, run, sd)
     else:
