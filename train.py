@@ -189,8 +189,8 @@ def make_step(tuner, say):
     tuner.optimizer.zero_grad()
     torch.cuda.empty_cache()
     recompute.switch(tuner.net, recompute.everything(tuner.net))
-    say(f"the memory is too small for step {len(tuner.losses) + 1}: all blocks are computed again for the gradient from now "
-        "on, which is slower.")
+    say(f"the memory is too small for step {len(tuner.losses) + 1}: from now on all blocks are computed again for the "
+        "gradient, which is slower.")
     tuner.step()
 
 

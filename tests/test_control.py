@@ -1,4 +1,4 @@
-"""Pose control: a ControlNet's hints guide a clip's frames, in the pipeline and by sample.py. Equality stands elsewhere."""
+"""Pose control: a ControlNet's hints guide a clip's frames, in the pipeline and by sample.py."""
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +143,8 @@ def test_hints_of_another_kind_are_refused(tmp_path):
     (tmp_path / "pose.json").write_text('{"people": []}')
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/pose.json").write_text('{"people": []}')
-    for name, message in (("pose.json", "cannot be read as a video"), ("folder", "has 0 frames"), ("none", "No such file")):
+    messages = {"pose.json": "cannot be read as a video", "folder": "has 0 frames", "none": "No such file"}
+    for name, message in messages.items():
         with pytest.raises(InputError, match=message):
             read_hints(tmp_path / name, 3, height=32, width=38, multiple=2)
 
@@ -173,7 +174,8 @@ def result(place, name):
 def test_a_run_follows_hints_from_its_inverted_noise(place):
     sample(place, "--out", "free")
     sample(place, "--control", "c", "--hint", "hints", "--out", "pose")
-    assert {path.name for path in (place / "pose").iterdir()} == {f"a-dog-control{end}" for end in (".mp4", ".gif", ".png")}
+    names = {path.name for path in (place / "pose").iterdir()}
+    assert names >= {f"a-dog-control{end}" for end in (".mp4", ".gif", ".png")}
     assert result(place, "pose/a-dog-control.gif") != result(place, "free/a-dog.gif")
     free, pose = (Image.open(place / name) for name in ("free/a-dog.png", "pose/a-dog-control.png"))
     assert pose.height == free.height * 3 // 2          # the strip shows the source, the hints and the result
@@ -191,10 +193,13 @@ def test_the_noise_can_be_chosen(place):
     assert result(place, "noises/a-dog-shared-noise.gif") != result(place, "old/a-dog-no-inversion.gif")
 
 
-def test_without_a_run_hints_guide_the_untuned_net(place):
-    write_hints(place / "two", 2, size=(24, 24))
-    sample(place, "--weights", "w", "--frames", 2, "--size", 24, "--control", "c", "--hint", "two", "--out", "zero")
-    assert (place / "zero/a-dog-control.mp4").exists()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_a_run_hints_guide_the_untuned_net(place, precision):
+    if not (place / "two").exists():
+        write_hints(place / "two", 2, size=(24, 24))
+    sample(place, "--weights", "w", "--frames", 2, "--size", 24, "--precision", precision, "--control", "c",
+           "--hint", "two", "--out", precision)
+    assert (place / precision / "a-dog-control.mp4").exists()
 
 
 @pytest.mark.parametrize("args, message", [
@@ -208,7 +213,7 @@ def test_without_a_run_hints_guide_the_untuned_net(place):
     (["--control", "absent", "--hint", "hints"], "No ControlNet at absent"),
     (["--control", "w/unet", "--hint", "hints"], "w/unet does not fit this ControlNet: missing: controlnet_cond"),
     (["--control", "other", "--hint", "hints"], "its text context is 32 wide, not 24"),
-    (["--control", "pose.pth", "--hint", "hints"], "python -m tinytav convert"),
+    (["--control", "pose.pth", "--hint", "hints"], "python -m tinytav convert pose.pth pose.safetensors"),
     (["--weights", "w", "--noise", "inverted"], "--noise inverted needs a run"),
     (["--noise", "inverted", "--frames", 2], "Inverted noise has the run's own size"),
     (["--noise", "shared", "--no-inversion"], "not allowed with")])

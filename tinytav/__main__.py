@@ -16,6 +16,7 @@ COMMANDS = {
     "bench": ("tinytav.measure.bench", "seconds and memory of each part on this machine"),
     "claims": ("tinytav.claims.table", "the paper's claims, measured in the toy world"),
     "sweep": ("tinytav.claims.sweep", "steps, learning rate and guidance, tried on clips of their own"),
+    "pose": ("tinytav.claims.pose", "how well a ControlNet moves a tuned subject, and from which noise"),
     "card": ("tinytav.claims.card", "the numbers and pictures of the toy's model card"),
     "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
     "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),

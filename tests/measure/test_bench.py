@@ -16,7 +16,7 @@ from tinytav.measure import bench
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).parents[2]
-ROW = re.compile(r"(.*?) +(\d+\.\d{3}) +(\d+\.\d\d|-) +(\d+\.\d\d|-) +(\d+|-) +(\d+|-) +(\d+%|- ?)( .*)?")
+ROW = re.compile(r"(.*?) +(\d+\.\d{3}) +(\d+\.\d\d|-) +(\d+\.\d\d|-) +(\d+|-) +(\d+|-) +(\d+%|-)( .*)?")
 CASE = bench.Case("tuning", 2, 32, "cpu", "fp32", None, "w", None, None, 1, "auto")
 
 
@@ -37,13 +37,13 @@ def test_parts_are_measured_at_the_weights_own_size(tmp_path):
     found = rows(done.stdout)
     assert [name for name, *_ in found] == [bench.PARTS[part][1] for part in parts]
     assert all(0.05 < float(peak) < 16 for _, _, peak, *_ in found)
-    assert [share == "- " for *_, share, _ in found] == [True, False, False]
+    assert [share == "-" for *_, share, _ in found] == [True, False, False]
 
 
 def test_several_sizes_are_compared_and_written_as_json(tmp_path):
     weights = tiny.write_folder(tmp_path / "w")
-    done = call("--weights", weights, "--device", "cpu", "--repeats", 1, "--frames", 1, 2, "--size", 16, "--parts", "tuning",
-                "--precision", "bf16", "--checkpointing", "on", "--json", tmp_path / "out.json")
+    done = call("--weights", weights, "--device", "cpu", "--repeats", 1, "--frames", 1, 2, "--size", 16, "--parts",
+                "tuning", "--precision", "bf16", "--checkpointing", "on", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     assert len(rows(done.stdout)) == 2
     assert "2 frames of 16x16:" in done.stdout and "x the row above" in done.stdout
@@ -53,7 +53,7 @@ def test_several_sizes_are_compared_and_written_as_json(tmp_path):
     for result in written["results"]:
         assert result["rate"] == pytest.approx(result["flops"] / result["seconds"])
         assert result["share"] == pytest.approx(result["rate"] / result["matrix_rate"])
-        assert result["recomputed"] == 7
+        assert result["recomputed"] == 12
 
 
 def test_a_size_that_the_model_does_not_take_is_refused(tmp_path):
@@ -106,8 +106,8 @@ class Here:
 
 
 def test_what_does_not_depend_on_frames_is_measured_once_for_each_size():
-    args = argparse.Namespace(parts=None, size=[64, 128], frames=[8, 16], random=None, tokenizer=None, prediction=None, repeats=1,
-                              checkpointing="auto")
+    args = argparse.Namespace(parts=None, size=[64, 128], frames=[8, 16], random=None, tokenizer=None, prediction=None,
+                              repeats=1, checkpointing="auto")
     cases = list(bench.cases(args, None, "cpu", torch.float32, "w"))
     count = {part: [(case.frames, case.size) for case in cases if case.part == part] for part in bench.PARTS}
     assert count["tuning"] == count["sampling"] == [(8, 64), (16, 64), (8, 128), (16, 128)]

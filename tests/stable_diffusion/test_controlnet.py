@@ -208,8 +208,15 @@ def test_every_key_of_the_single_file_means_what_diffusers_says(published):
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, suffix):
     path = tmp_path / f"control_v11p_sd15_openpose{suffix}"
     path.write_bytes(b"\x80\x04")
-    with pytest.raises(InputError, match="not a .safetensors file.*python -m tinytav convert"):
+    with pytest.raises(InputError, match=f"not a .safetensors file.*tinytav convert {path} .*openpose.safetensors"):
         load_controlnet(path)
+
+
+def test_a_folder_of_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
+    tiny.save_json(tmp_path / "config.json", recorded_config("sd1"))
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(InputError, match=f"only diffusion_pytorch_model.bin.*tinytav convert {tmp_path} NEW_FOLDER"):
+        load_controlnet(tmp_path)
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -43,7 +43,8 @@ def arguments():
     p = cli.parser(__doc__.splitlines()[0])
     p.add_argument("--random", choices=RANDOM, help="a model of this size with random weights, instead of --weights")
     p.add_argument("--frames", type=cli.number(int, 1), nargs="+", metavar="N", help="of the clip; else the weights' own")
-    p.add_argument("--size", type=cli.number(int, 8), nargs="+", metavar="N", help="pixels of a square; else the weights' own")
+    p.add_argument("--size", type=cli.number(int, 8), nargs="+", metavar="N",
+                   help="pixels of a square; else the weights' own")
     p.add_argument("--parts", choices=PARTS, nargs="+", help="only these (default: all)")
     p.add_argument("--repeats", type=cli.number(int, 1, 900), default=5, metavar="N", help="of each part (default: 5)")
     p.add_argument("--checkpointing", choices=["auto", "on", "off"], default="auto", help="as train.py's (default: auto)")
@@ -180,9 +181,10 @@ def models(case):
         sd.text_encoder = None
         return sd
     unet, vae = RANDOM[case.random]
-    return StableDiffusion(None, None, with_random_weights(VAE, vae, device, dtype),
-                           with_random_weights(UNet, unet, device, dtype), Schedule(), Path(case.random), "", device, dtype,
-                           multiple=vae.factor)
+    return StableDiffusion(
+        tokenizer=None, text_encoder=None, vae=with_random_weights(VAE, vae, device, dtype),
+        unet=with_random_weights(UNet, unet, device, dtype), schedule=Schedule(), path=Path(case.random), fingerprint="",
+        device=device, dtype=dtype, multiple=vae.factor)
 
 
 def with_random_weights(Model, cfg, device, dtype):
@@ -208,17 +210,18 @@ def measure(case):
     sd = models(case)
     prepare, _ = PARTS[case.part]
     prepared = prepare(sd, case)
-    before = matrix_rates(sd.device, sd.dtype)
+    before = matrix_rate(sd.device, sd.dtype)
     forget_peak(sd.device)
     taken = seconds(prepared.call, case.repeats, sd.device)
     peak = peak_bytes(sd.device)
-    matrix_rate = statistics.median(before + matrix_rates(sd.device, sd.dtype))
-    result = Result(case.part, case.frames, case.size, taken, peak, matrix_rate=matrix_rate, recomputed=prepared.recomputed)
+    machine = (before + matrix_rate(sd.device, sd.dtype)) / 2
+    result = Result(case.part, case.frames, case.size, taken, peak, matrix_rate=machine,
+                    recomputed=prepared.recomputed)
     if prepared.simulate is None:
         return result
     cost = prepared.simulate()
     rate = cost.flops / taken
-    return replace(result, simulated=cost.peak, flops=cost.flops, rate=rate, share=rate / matrix_rate)
+    return replace(result, simulated=cost.peak, flops=cost.flops, rate=rate, share=rate / machine)
 
 
 def seconds(call, repeats, device):
@@ -233,14 +236,14 @@ def seconds(call, repeats, device):
     return statistics.median(times[1:])
 
 
-def matrix_rates(device, dtype):
-    """FLOP/s of some products of two large square matrices."""
+def matrix_rate(device, dtype):
+    """FLOP/s of the product of two large square matrices."""
     side = 2048 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device).to(dtype)
 
     def call():
         a @ a
-    return [2 * side ** 3 / seconds(call, 3, device) for _ in range(2)]
+    return 2 * side ** 3 / seconds(call, 3, device)
 
 
 def forget_peak(device):
@@ -252,7 +255,7 @@ def forget_peak(device):
 
 
 def peak_bytes(device):
-    """The most memory held: by tensors on a CUDA device, elsewhere by this process. None where the system does not tell."""
+    """The most memory held: by tensors on CUDA, elsewhere by this process. None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not STATUS.exists():
@@ -286,15 +289,20 @@ def row(result):
     _, title = PARTS[result.part]
     if result.error:
         return f"{title:32}  {result.error}"
-    cells = [f"{result.seconds:10.3f}", cell(result.peak, 2 ** 30, 10, ".2f"), cell(result.simulated, 2 ** 30, 11, ".2f"),
-             cell(result.flops, 1e9, 10, ".0f"), cell(result.rate, 1e9, 10, ".0f"), cell(result.share, 0.01, 10, ".0f", "%")]
+    cells = [cell(result.seconds, 1, 10, ".3f"),
+             cell(result.peak, 2 ** 30, 10, ".2f"),
+             cell(result.simulated, 2 ** 30, 11, ".2f"),
+             cell(result.flops, 1e9, 10, ".0f"),
+             cell(result.rate, 1e9, 10, ".0f"),
+             cell(result.share, 0.01, 11, ".0f", "%")]
     note = f"  {result.recomputed} blocks computed again" if result.recomputed else ""
     return f"{title:32}" + "".join(cells) + note
 
 
 def cell(value, unit, width, style, end=""):
     """A number in its unit, or a dash where there is none."""
-    return f"{'-' if value is None else format(value / unit, style):>{width}}{' ' if value is None and end else end}"
+    text = "-" if value is None else format(value / unit, style) + end
+    return text.rjust(width)
 
 
 def scaling(results):
@@ -307,7 +315,8 @@ def scaling(results):
                 continue
             each = result.seconds / result.frames
             ratio = "" if before is None else f"  {each / before:5.2f} x the row above"
-            lines.append(f"{PARTS[part][1]:32}{result.frames:4} frames of {result.size}x{result.size}: {each:8.3f} s a frame{ratio}")
+            size = f"{result.frames} frames of {result.size}x{result.size}"
+            lines.append(f"{PARTS[part][1]:32}{size:>24}: {each:8.3f} s a frame{ratio}")
             before = each
     return lines
 
@@ -359,5 +368,6 @@ def main():
     if len({(result.frames, result.size) for result in results}) > 1:
         print("\n".join(["", *scaling(results)]))
     if args.json:
-        replace_text(Path(args.json), json.dumps(dict(machine=machine, results=[asdict(r) for r in results]), indent=2) + "\n")
+        written = dict(machine=machine, results=[asdict(result) for result in results])
+        replace_text(Path(args.json), json.dumps(written, indent=2) + "\n")
     return 1 if any(result.error for result in results) else 0

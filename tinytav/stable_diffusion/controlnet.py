@@ -139,6 +139,10 @@ def load_controlnet(path, device="cpu", dtype=torch.float32):
 def _read_folder(path):
     if (path / "config.json").is_file() and (kind := kind_by_config(checkpoint.read_json(path / "config.json"))):
         raise InputError(f"{path} holds {kind}. {WANTED}")
+    pickles = sorted(file.name for file in path.glob("*.bin"))
+    if pickles and not any(path.glob("*.safetensors")):
+        raise InputError(f"{path} holds no .safetensors file, only {pickles[0]}. "
+                         f"{checkpoint.how_to_convert(path)}")
     return checkpoint.read_component(path, ControlNetConfig)
 
 
