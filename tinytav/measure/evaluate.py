@@ -16,11 +16,14 @@ Each clip's folder is a run like train.py's, with a results.json once the clip i
 where it was stopped. Under torchrun clips are dealt to ranks, and rank 0 gathers their results. A rank is a process, on
 this machine or on another.
 """
+import argparse
 import csv
 import json
 import os
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +36,8 @@ from tinytav import cli, editing, pipeline
 from tinytav.files import frames, page
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, Settings, lock, slug
-from tinytav.measure import memory, metrics
-from tinytav.stable_diffusion.checkpoint import read_json
+from tinytav.measure import fit, memory, metrics, recompute
+from tinytav.stable_diffusion.checkpoint import StableDiffusion, read_json
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.tuning import Tuner
@@ -171,6 +174,10 @@ class Judges:
         self.clip = metrics.Features(clip, device)
         self.pick = metrics.Features(pick, device) if pick else None
 
+    def models(self):
+        """The models that lie in memory."""
+        return [features.clip for features in (self.clip, self.pick) if features is not None]
+
     def measure(self, path, prompt):
         """A video's numbers: {name: value}, rounded to four decimals; without a value where it is not defined."""
         pictures = frames.pictures(path)
@@ -196,9 +203,20 @@ def pick_score(judge, pictures, prompt):
 
 # ---- one clip --------------------------------------------------------------------------------------------------------
 
-def evaluate_clip(sd, clip, path, args, judges, progress):
+@dataclass(frozen=True)
+class Job:
+    """What a rank evaluates all its clips with."""
+    sd: StableDiffusion
+    args: argparse.Namespace
+    judges: Judges
+    free: float             # bytes of memory for a step of tuning: what is left beside all other models
+    progress: Callable      # as editing.py's functions take it
+
+
+def evaluate_clip(job, clip, path):
     """Tunes, edits and measures what is not done yet, in the run's folder `path`, and saves the results there."""
-    run = tuned_run(sd, clip, path, args, progress)
+    sd, progress = job.sd, job.progress
+    run = tuned_run(job, clip, path)
     net, source = editing.net_of(run, sd), editing.clip_of(run, sd)
     noise = editing.noise_of(run, sd, net, source, run.settings.ddim_steps, progress)
     for kind, prompt in clip.edits:
@@ -211,8 +229,8 @@ def evaluate_clip(sd, clip, path, args, judges, progress):
         name = edit_name(kind, prompt)
         row = dict(clip=clip.name, caption=clip.caption, kind=kind, prompt=prompt, page=f"{clip.folder}/index.html",
                    strip=f"{clip.folder}/{name}.png")
-        rows.append(row | judges.measure(path / f"{name}.mp4", prompt))
-    save_results(path, rows, judges)
+        rows.append(row | job.judges.measure(path / f"{name}.mp4", prompt))
+    save_results(path, rows, job.judges)
 
 
 def edit_name(kind, prompt):
@@ -220,18 +238,18 @@ def edit_name(kind, prompt):
     return slug(f"{kind} {prompt}")
 
 
-def tuned_run(sd, clip, path, args, progress):
+def tuned_run(job, clip, path):
     """The clip's run, tuned: begun, gone on with, or as it is. Raises InputError if its caption was another."""
     path.mkdir(parents=True, exist_ok=True)
     lock(path)
-    run = Run.open(path) if (path / "run.json").is_file() else new_run(sd, clip, path, args)
-    run.check(sd)
+    run = Run.open(path) if (path / "run.json").is_file() else new_run(job.sd, clip, path, job.args)
+    run.check(job.sd)
     if run.settings.prompt != clip.caption:
         raise InputError(f"{path} was tuned with the caption {run.settings.prompt!r}, not {clip.caption!r}: remove it, "
                          "or name another folder with --out.")
     run.clear()
     if not run.finished:
-        tune(sd, run, progress)
+        tune(job, run)
     return run
 
 
@@ -262,25 +280,27 @@ def numbers(args, sd):
                 seed=33 if args.seed is None else args.seed)
 
 
-def tune(sd, run, progress):
+def tune(job, run):
     """Tunes from where the run's saved state stands, saving it now and then; then inverts the clip."""
-    settings, clip = run.settings, editing.clip_of(run, sd)
+    sd, settings, clip = job.sd, run.settings, editing.clip_of(run, job.sd)
     net = editing.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
-    if memory.is_tight(net, clip.mean.shape, clip.context.shape, sd.device, settings.size, sd.multiple):
-        memory.checkpoint_gradients(net)
+    plan = fit.plan_tuning(memory.work_on(sd, net, clip.mean), job.free)
+    if plan.warning:
+        warnings.warn(plan.warning)
+    recompute.switch(net, plan.recomputed)
     tuner = Tuner(net, sd.schedule, clip.mean, clip.std, clip.context, settings.lr, settings.seed)
     if run.has("state"):
         tuner.load_state_dict(run.read("state"))
     left = range(len(tuner.losses), settings.steps)
     save_at = time.time() + SAVE_EVERY
-    for _ in progress(left, len(left), "tuning"):
+    for _ in job.progress(left, len(left), "tuning"):
         tuner.step()
         if time.time() > save_at:
             run.write("state", tuner.state_dict())
             save_at = time.time() + SAVE_EVERY
     run.write_losses(tuner.losses)
     run.write("tuned", net.tuned())
-    noise = editing.invert_clip(sd, net, clip, settings.ddim_steps, progress)
+    noise = editing.invert_clip(sd, net, clip, settings.ddim_steps, job.progress)
     run.write("inversion", dict(noise=noise, steps=torch.tensor(settings.ddim_steps)))
     run.finish()
 
@@ -372,14 +392,13 @@ def arguments():
     return p.parse_args()
 
 
-def work(sd, mine, out, args, judges, rank):
+def work(job, mine, out, rank):
     """Evaluates this rank's clips. Returns {clip's name: why it has no results}."""
     failures = {}
-    progress = cli.progress if rank == 0 else editing.no_progress
     for number, clip in enumerate(mine, 1):
         began = time.time()
         try:
-            evaluate_clip(sd, clip, out / clip.folder, args, judges, progress)
+            evaluate_clip(job, clip, out / clip.folder)
         except (InputError, OSError, MemoryError, RuntimeError) as error:
             if not isinstance(error, (InputError, OSError)) and not cli.is_out_of_memory(error):
                 raise
@@ -388,6 +407,12 @@ def work(sd, mine, out, args, judges, rank):
             continue
         print(f"rank {rank}: {clip.name}, {number} of {len(mine)}, {time.time() - began:.0f} s", flush=True)
     return failures
+
+
+def free_for_a_rank(device):
+    """Bytes of memory that are free for this rank; on a CPU the ranks of a machine share them."""
+    free = fit.free_bytes(device)
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else free
 
 
 def main():
@@ -399,15 +424,18 @@ def main():
         args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     out = Path(args.out or Path("evaluated") / Path(args.set).stem)
     out.mkdir(parents=True, exist_ok=True)
+    free = free_for_a_rank(cli.choose_device(args.device))                  # before models take their part of it
     sd = cli.load_weights(args)
     judges = Judges(args.clip, args.pick, side, sd.device)
+    free -= sum(fit.weight_bytes(model) for model in (sd.vae, sd.text_encoder, *judges.models()))
+    job = Job(sd, args, judges, free, cli.progress if rank == 0 else editing.no_progress)
     hold_settings(out, dict(fingerprint=sd.fingerprint, precision=name_of(sd.dtype), size=args.size or sd.defaults.size,
                             frames=args.frames or sd.defaults.frames, **numbers(args, sd)))
     before = exchange(all_results(out, clips, judges.told))
     finished = set().union(*before)
     mine = deal(clips, finished, rank, size)
     print(f"rank {rank} of {size}: {len(clips)} clips, {len(finished)} finished before, {len(mine)} to do", flush=True)
-    failures = work(sd, mine, out, args, judges, rank)
+    failures = work(job, mine, out, rank)
     results, all_failures = {}, {}
     for part in exchange(dict(results=all_results(out, clips, judges.told), failures=failures)):
         results |= part["results"]
