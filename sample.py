@@ -1,4 +1,5 @@
 """Edit the tuned clip with a prompt: python sample.py --prompt "a panda is skiing"."""
+import warnings
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +9,7 @@ from tinytav.control import load_control
 from tinytav.files import frames, page
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
+from tinytav.measure import fit, memory
 from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
@@ -185,8 +187,17 @@ def command_for(args, run, prompt, steps, guidance):
     return page.command("python", "sample.py", *page.flags(vars(args) | named))
 
 
+def warn_if_tight(sd, net, noise, guidance, free):
+    """A warning where sampling such noise may not fit into `free` bytes."""
+    others = fit.weight_bytes(sd.vae) + fit.weight_bytes(sd.text_encoder)
+    plan = fit.plan_sampling(memory.work_on(sd, net, noise), free, guidance, others)
+    if plan.warning:
+        warnings.warn(plan.warning)
+
+
 def main():
     args = arguments()
+    free = fit.free_bytes(cli.choose_device(args.device))       # before the weights take their part of it
     run = find_run(args)
     refuse_what_does_not_go_together(args, run)
     print(f"run: {run.path}" if run else "no run: sampling the untuned net from random noise; --run names a run to edit")
@@ -210,6 +221,7 @@ def main():
         noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
     if control is not None:
         above.append(hint_strip(control))
+    warn_if_tight(sd, net, noise, guidance, free)
     suffix = (NOISES[kind] if run else "") + ("-control" if control else "")
     settings = dict(ddim_steps=steps, guidance=guidance, attention=net.attention, frames=net.frames, noise=kind,
                     precision=name_of(sd.dtype))

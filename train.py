@@ -3,6 +3,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -15,13 +16,13 @@ from tinytav import cli, editing, pipeline
 from tinytav.files import frames, page
 from tinytav.files.runs import Run, Settings, lock
 from tinytav.inflation import ATTENTIONS
-from tinytav.measure import memory
+from tinytav.measure import fit, memory, recompute
 from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.tuning import Tuner
 
-RESUMABLE = {"resume", "device", "precision", *cli.SOURCE}      # flags that may stand beside --resume
+RESUMABLE = {"resume", "device", "precision", "checkpointing", *cli.SOURCE}     # flags that may stand beside --resume
 
 
 def arguments():
@@ -40,6 +41,8 @@ def arguments():
     p.add_argument("--norm", choices=["clip", "frame"], help="what group norms run over (default: clip)")
     p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
     cli.add_lora(p)
+    p.add_argument("--checkpointing", choices=["auto", "on", "off"],
+                   help="compute blocks again for the gradient, to save memory (default: auto, where it is needed)")
     p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
     return p.parse_args()
 
@@ -155,7 +158,7 @@ def tuning_loop(run, tuner, on_cpu, preview):
     began, save_at = time.time(), 0.
     with Stop() as stop, tqdm(total=total, initial=first, desc="tuning", unit="step") as bar:
         for step in range(first + 1, total + 1):
-            tuner.step()
+            make_step(tuner, bar.write)
             recent = tuner.losses[-50:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
             bar.update()
@@ -168,6 +171,27 @@ def tuning_loop(run, tuner, on_cpu, preview):
             if on_cpu and step == first + 3:
                 say_time_left((time.time() - began) / 3 * (total - step), bar)
     return stop.received
+
+
+def make_step(tuner, say):
+    """One step of tuning. If the device's memory runs out, all blocks are computed again, and the step is made again.
+
+    A step is a function of the seed and its number, so the second attempt is the same step.
+    """
+    blocks = memory.checkpointable(tuner.net).values()
+    try:
+        tuner.step()
+        return
+    except torch.OutOfMemoryError:
+        if all(block.checkpointing for block in blocks):
+            raise
+    # Here the error is gone, and with it the tensors of the failed step.
+    tuner.optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    recompute.switch(tuner.net, recompute.everything(tuner.net))
+    say(f"the memory is too small for step {len(tuner.losses) + 1}: from now on all blocks are computed again for the "
+        "gradient, which is slower.")
+    tuner.step()
 
 
 def save(run, tuner):
@@ -218,16 +242,27 @@ def report(sd, net):
           f"({sum(p.numel() for p in tuned.values()):,} parameters)")
 
 
+def plan_memory(args, run, sd, net, clip, free):
+    """Chooses the blocks that are computed again, so that a step fits into `free` bytes. Prints and warns."""
+    stay = 0 if run.settings.preview is None else fit.weight_bytes(sd.vae) + fit.weight_bytes(sd.text_encoder)
+    plan = fit.plan_tuning(memory.work_on(sd, net, clip.mean), free - stay, args.checkpointing or "auto")
+    if plan.note:
+        print(plan.note)
+    if plan.warning:
+        warnings.warn(plan.warning)
+    recompute.switch(net, plan.recomputed)
+
+
 def main():
     args = arguments()
+    free = fit.free_bytes(cli.choose_device(args.device))       # before the weights take their part of it
     run, sd = start(args) if args.resume is None else resume(args)
     settings = run.settings
     print(f"run: {run.path} (Ctrl-C stops it; go on with: python train.py --resume {run.path})")
     clip = editing.clip_of(run, sd)
     net = editing.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
     report(sd, net)
-    if memory.is_tight(net, clip.mean.shape, clip.context.shape, sd.device, settings.size, sd.multiple):
-        memory.checkpoint_gradients(net)
+    plan_memory(args, run, sd, net, clip, free)
     if settings.preview is None:
         sd.vae = sd.text_encoder = None                         # their work is done: free their memory
 

@@ -19,7 +19,7 @@ VAE = dict(json.loads((DATA / "vae.config.json").read_text()), block_out_channel
 TEXT = dict(json.loads((DATA / "clip-sd1.config.json").read_text()), vocab_size=650, num_hidden_layers=1)
 SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                  num_train_timesteps=1000, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
-DEFAULTS = dict(size=32, frames=3, steps=6, lr=1e-3, ddim_steps=3, guidance=2.0)
+DEFAULTS = dict(size=32, frames=3, steps=6, lr=1e-3, ddim_steps=3, guidance=2.0, precision="fp32")
 
 
 def reference(name):

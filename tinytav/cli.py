@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load
+from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load, preferred_precision
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.lora import Lora
-from tinytav.stable_diffusion.precision import PRECISIONS
+from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
 
 SOURCE = ("weights", "tokenizer", "prediction")         # the flags that tell where the weights come from
 KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words
@@ -28,7 +28,7 @@ def parser(description):
     p.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint has none: a folder, or hub:NAME to download")
     p.add_argument("--prediction", choices=PREDICTIONS, help="of a Stable Diffusion 2.x single file")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; else the best there is")
-    p.add_argument("--precision", choices=PRECISIONS, help="of the frozen weights; else fp32, on CUDA bf16 or fp16")
+    p.add_argument("--precision", choices=PRECISIONS, help="of the frozen weights; else bf16 where it is fast")
     p.add_argument("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="same seed, same result (default: 33)")
     return p
 
@@ -70,9 +70,11 @@ def choose_device(name=None):
 
 
 def choose_dtype(device, name=None):
-    """--precision -> torch.dtype; without a name float32, on CUDA bf16, or fp16 where bf16 is emulated."""
+    """--precision -> torch.dtype. Without a name bf16 where the device has it; else fp16 on CUDA and float32 elsewhere."""
     if name is not None:
         return PRECISIONS[name]
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -84,13 +86,16 @@ def load_weights(args, source=None, precision=None):
     precision: where --precision is not given. The first line printed says which weights. Raises InputError.
     """
     device = choose_device(args.device)
-    dtype = choose_dtype(device, args.precision or precision)
     source = dict(source or {})
     for name in SOURCE:
         if getattr(args, name) is not None:
             source[name] = getattr(args, name)
     path = source.pop("weights", None) or default_path()
     print(f"weights: {path}")
+    precision = args.precision or precision or preferred_precision(path)
+    dtype = choose_dtype(device, precision)
+    if precision is None and dtype is torch.bfloat16:
+        print("precision: bf16, which this device computes fast; --precision fp32 undoes it")
     return load(path, device=device, dtype=dtype, **source)
 
 

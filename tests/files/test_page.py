@@ -156,7 +156,7 @@ def test_flags_are_a_line_that_the_shell_reads_back(values, line):
     assert page.command(*page.flags(values)) == line
 
 
-# ---- in a real browser -------------------------------------------------------------------------------------------------
+# ---- in a real browser -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):

@@ -1,4 +1,4 @@
-"""Crashes, the quick part: some moments of each kind, full disks, closed folders, two processes, and too little memory."""
+"""Crashes, the quick part: some moments of each kind, full disks, closed folders, and two processes."""
 import itertools
 import os
 import shutil
@@ -16,11 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import broken
 import crashes
-from tinytav import inflate
 from tinytav.files import runs
 from tinytav.files.atomic import replace
-from tinytav.measure import memory
-from tinytav.stable_diffusion.checkpoint import load
 from tinytav.stable_diffusion.config import InputError
 from warm import ROOT, Touches, Warm
 
@@ -162,46 +159,3 @@ def test_a_clip_whose_latents_are_not_finite_makes_no_run(warm, place):
     save_file({name: z * 1e30 if name in ("encoder.conv_out.weight", "quant_conv.weight") else z for name, z in load_file(file).items()}, file)
     answer = warm(place, *broken.train("clip.mp4"))
     assert answer.status == 2 and "latents that are not finite" in answer.err and not (place / "out").exists()
-
-
-# ---- memory ------------------------------------------------------------------------------------------------------------
-
-def test_too_little_memory_is_told_beforehand_with_settings_that_would_fit(stock, monkeypatch):
-    sd = load(stock / "w")
-
-    def fit(frames, size):
-        net = inflate(sd.unet, frames)
-        return memory.is_tight(net, (1, 4, frames, size // 2, size // 2), (1, 77, 24), torch.device("cpu"), size, 4)
-    assert not fit(24, 64)
-    kept, least = memory.training_bytes(inflate(sd.unet, 24), (1, 4, 24, 32, 32), (1, 77, 24))
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1.2 * kept)
-    assert 2.5 * least < 1.1 * kept and fit(24, 64)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: least)
-    with pytest.warns(UserWarning, match="memory, even with gradient checkpointing") as caught:
-        assert fit(24, 64)
-    _, frames, _, size = str(caught[0].message).partition("use ")[2].rstrip(".").replace("or ", "").split()
-    assert 1 < int(frames) < 24 and 8 < int(size) < 64
-    fit(int(frames), 64), fit(24, int(size))
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
-    with pytest.warns(UserWarning, match="use a machine that has more"):
-        fit(24, 64)
-
-
-def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
-    def group(folder, limit, used):
-        (tmp_path / folder).mkdir(parents=True)
-        names = ("limit_in_bytes", "usage_in_bytes") if folder.startswith("memory") else ("max", "current")
-        for name, value in zip(names, (limit, used)):
-            (tmp_path / folder / f"memory.{name}").write_text(f"{value}\n")
-        (tmp_path / folder / "memory.stat").write_text("anon 5\nactive_file 30\ninactive_file 4\n")
-    (tmp_path / "mine").write_text("4:memory:/a/b\n2:cpu:/x\n0::/s/t\n")
-    free = lambda: memory.group_bytes(tmp_path, tmp_path / "mine")
-    assert free() == float("inf")
-    group("s", 5000, 1000)
-    group("s/t", "max", 10)
-    assert free() == 4034
-    group("memory/a/b", 2000, 1000)
-    assert free() == 1034
-    assert memory.group_bytes(tmp_path, tmp_path / "none") == float("inf")
-    monkeypatch.setattr(memory, "group_bytes", lambda: 5)
-    assert memory.free_bytes(torch.device("cpu")) == 5

@@ -150,7 +150,7 @@ def test_pictures_have_a_row_for_each_part_and_a_column_for_each_frame():
     assert pixel.size[0] == 3 * 300 + 2 * 4 and 2 * 200 < pixel.size[1] < 2 * 260
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

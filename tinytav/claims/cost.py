@@ -17,9 +17,15 @@ def rows(sd):
         shape, found = (1, 4, count, 16, 16), []
         for attention in ("sparse-causal", "full"):
             net = inflate(sd.unet, count, attention)
-            found.append((gflop(net, shape, context.shape), memory.training_bytes(net, shape, context.shape)[0] / 1e6,
+            found.append((gflop(net, shape, context.shape), megabytes(net, shape),
                           min(seconds(net, torch.randn(shape), context) for _ in range(3))))
         yield count, *(x for pair in zip(*found) for x in pair)
+
+
+def megabytes(net, shape):
+    """What a step of tuning needs beside the weights."""
+    cost = memory.tuning(memory.Work(*shape[2:], unet=net.cfg, attention=net.attention, norm=net.norm))
+    return (cost.peak - cost.weights) / 1e6
 
 
 @torch.no_grad()

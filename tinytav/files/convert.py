@@ -7,6 +7,7 @@ opens pickles.
 import argparse
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -46,7 +47,10 @@ def convert_file(source, target):
         raise InputError(f"{target} cannot be written: {error}") from None
     size = sum(tensor.nbytes for tensor in tensors.values())
     line = f"{source} -> {target.name}: {len(tensors)} tensors, {size / 1e6:,.1f} MB"
-    return line + (f"; left out, because they are no tensors: {', '.join(left_out)}" if left_out else "")
+    if left_out:
+        names = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
+        line += f"; left out, because they are no tensors: {names}"
+    return line
 
 
 def unpickle(path):
@@ -59,11 +63,11 @@ def unpickle(path):
     except MemoryError:
         raise
     except Exception as error:              # a damaged file can fail anywhere in torch's reader
-        if asked := asks_for(path):
-            raise InputError(f"{path} asks for {', '.join(asked)}. Opening it could run code, so it is refused: look "
-                             "for the same model as .safetensors.") from None
-        reason = str(error).partition("\n")[0][:200]
-        raise InputError(f"{path} cannot be read as a checkpoint: {reason}. It may be damaged: fetch it "
+        asked = asks_for(path) or re.findall(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise InputError(f"{path} asks for {', '.join(map(repr, asked))}. Opening it could run code, so it is refused: "
+                             "look for the same model as .safetensors.") from None
+        raise InputError(f"{path} cannot be read as a checkpoint: {reason(error)}. It may be damaged: fetch it "
                          "again.") from None
 
 
@@ -75,6 +79,14 @@ def asks_for(path):
         return []
 
 
+def reason(error):
+    """What torch says of a file that it cannot read, short; without its advice to trust the file."""
+    text = str(error).partition("\n")[0]
+    if "weights_only" in text:
+        return "its pickle is damaged, or holds more than weights"
+    return ascii(text[:200]) if text else type(error).__name__
+
+
 def named_tensors(content, path):
     """{name: tensor} of what a file holds, and the names of what else stands among them. Raises InputError."""
     content = out_of_containers(content)
@@ -83,8 +95,10 @@ def named_tensors(content, path):
     tensors, left_out = {}, []
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
-            left_out.append(str(name))
-        elif not isinstance(name, str) or not is_plain(value):
+            left_out.append(name if isinstance(name, str) else f"a {type(name).__name__}")
+        elif not isinstance(name, str):
+            raise InputError(f"{path}: the name of a tensor is a {type(name).__name__}, not a text.")
+        elif not is_plain(value):
             raise InputError(f"{path}: {name!r} is a tensor of a kind that safetensors cannot hold ({value.dtype}, "
                              f"{value.layout}).")
         else:

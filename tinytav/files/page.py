@@ -35,12 +35,12 @@ NUMBERS = {
     "psnr": "PSNR (dB)",
     "pick_score": "PickScore",
 }
-LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the mean cosine between CLIP's features of frames. "
-          "Text is 100 x the mean cosine of frames and prompt. Values of two CLIPs cannot be compared")
+LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the mean cosine between CLIP's features of "
+          "frames. Text is 100 x the mean cosine of frames and prompt. Values of two CLIPs cannot be compared")
 # The settings of a run that are flags of train.py, in the order of its --help.
 TUNING_FLAGS = ("weights", "tokenizer", "prediction", "size", "frames", "start", "stride", "steps", "lr", "attention",
                 "norm", "precision", "seed", "preview")
-NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint"}    # said elsewhere, or too long
+NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "lora"}    # said elsewhere, or long
 
 
 def write(folder):
@@ -61,12 +61,12 @@ def save(path, title, content):
     text = start + html.escape(title) + middle + elements + end
 
     def write_text(file):
-        Path(file).write_text(text, encoding="utf-8", errors="replace")     # a file name may hold bytes that are no text
+        Path(file).write_text(text, encoding="utf-8", errors="replace")     # file names may hold bytes that are no text
     replace(path, write_text)
     return path
 
 
-# ---- elements ----------------------------------------------------------------------------------------------------------
+# ---- elements --------------------------------------------------------------------------------------------------------
 
 def element(tag, attributes, *content):
     """An element; `content` are texts and elements. Texts are kept as texts, whatever they hold."""
@@ -93,8 +93,11 @@ def prompt_text(prompt):
 
 
 def definitions(style, pairs):
-    """A dl of (term, text) pairs; within a run's settings each pair is a div, so that pairs can stand side by side."""
-    return element("dl", {"class": style}, *(element(tag, {}, text) for pair in pairs for tag, text in zip(("dt", "dd"), pair)))
+    """A list of terms and their texts, from (term, text) pairs."""
+    items = []
+    for term, text in pairs:
+        items += [element("dt", {}, term), element("dd", {}, text)]
+    return element("dl", {"class": style}, *items)
 
 
 def shown(value):
@@ -137,7 +140,7 @@ def write_record(folder, name, prompt, settings, repeat):
     replace_text(Path(folder) / f"{name}.sample.json", json.dumps(told, indent=2) + "\n")
 
 
-# ---- what the folder holds ---------------------------------------------------------------------------------------------
+# ---- what the folder holds -------------------------------------------------------------------------------------------
 
 def record(file):
     """A JSON file's object; an empty one where the file is absent or broken: a page shows what there is."""
@@ -153,7 +156,7 @@ def read_samples(folder):
     found = []
     for path in [*folder.glob("*.mp4"), *(folder / f"{name}.png" for name in files)]:
         if path.suffix == ".png" and (path.with_suffix(".mp4").exists() or not path.exists()):
-            continue                                        # a strip of a clip, or a sample whose picture was taken away
+            continue                                        # a clip's strip, or a sample whose picture was removed
         told = record(files[path.stem]) if path.stem in files else {}
         if not isinstance(told.get("prompt"), str):
             told["prompt"] = title(path) or path.stem
@@ -187,12 +190,13 @@ def read_losses(folder):
         return []
 
 
-# ---- the parts of a run's page -----------------------------------------------------------------------------------------
+# ---- the parts of a run's page ---------------------------------------------------------------------------------------
 
 def heading(folder, settings):
     if not settings:
         return [element("p", {"class": "kind"}, "samples"), element("h1", {}, folder.resolve().name)]
-    content = [element("p", {"class": "kind"}, "tuned on ", element("b", {}, shown(settings.get("clip"))), " with the caption"),
+    clip = element("b", {}, shown(settings.get("clip")))
+    content = [element("p", {"class": "kind"}, "tuned on ", clip, " with the caption"),
                element("h1", {}, prompt_text(shown(settings.get("prompt"))))]
     finished = settings.get("finished")
     if isinstance(finished, (int, float)) and finished > 0:
@@ -226,10 +230,9 @@ def player(fps):
         rate = float(Fraction(fps))
     except (TypeError, ValueError, ArithmeticError):        # a run.json edited by hand
         rate = float(frames.FOLDER_FPS)
+    scrubber = {"type": "range", "min": "0", "max": "0", "step": "1", "value": "0", "aria-label": "frame"}
     return element("div", {"class": "player", "data-fps": f"{rate:.6g}"},
-                   element("button", {"type": "button"}, "Play"),
-                   element("input", {"type": "range", "min": "0", "max": "0", "step": "1", "value": "0", "aria-label": "frame"}),
-                   element("output", {}))
+                   element("button", {"type": "button"}, "Play"), element("input", scrubber), element("output", {}))
 
 
 def figure(name, told, settings, values):
@@ -267,7 +270,8 @@ def repeat(told):
 
 def words(key):
     """ddim_steps -> "DDIM steps"."""
-    return key.replace("_", " ").replace("ddim", "DDIM").replace("fps", "frames a second").replace("lr", "learning rate")
+    known = {"ddim_steps": "DDIM steps", "fps": "frames a second", "lr": "learning rate"}
+    return known.get(key, key.replace("_", " "))
 
 
 def attention(folder):
@@ -296,8 +300,8 @@ def loss_chart(folder, settings):
     steps = [element("span", {}, shown(step)) for step in (1, (1 + total) // 2, total)]
     legend = element("p", {"class": "legend"}, key_of("swatch dots", "each step, at its random timestep"),
                      key_of("swatch", f"mean of the last {window} steps"))
-    chart = element("div", {"class": "chart"}, element("div", {"class": "up"}, *labels), drawing(losses, total, top, window),
-                    element("div", {"class": "along"}, *steps))
+    chart = element("div", {"class": "chart"}, element("div", {"class": "up"}, *labels),
+                    drawing(losses, total, top, window), element("div", {"class": "along"}, *steps))
     return [element("h2", {}, "Loss"), legend, chart]
 
 
@@ -314,9 +318,9 @@ def drawing(losses, total, top, window):
     line = "M" + " L".join(f"{x:.1f} {y:.2f}" for x, y in zip(across, means))
     grid = "".join(f"M0 {height}h1000" for height in (0, 25, 50, 75))
     label = f"loss after {len(losses)} steps: a mean of {mean(losses[-window:]):.4f} over the last {window}"
-    return element("svg", {"viewBox": "0 0 1000 100", "preserveAspectRatio": "none", "role": "img", "aria-label": label},
-                   element("path", {"class": "grid", "d": grid}), element("path", {"class": "steps", "d": dots}),
-                   element("path", {"class": "mean", "d": line}))
+    size = {"viewBox": "0 0 1000 100", "preserveAspectRatio": "none", "role": "img", "aria-label": label}
+    return element("svg", size, element("path", {"class": "grid", "d": grid}),
+                   element("path", {"class": "steps", "d": dots}), element("path", {"class": "mean", "d": line}))
 
 
 def mean(values):
@@ -348,23 +352,31 @@ def run_settings(folder, settings):
     """The run's settings, and the command that tunes as it did."""
     if not settings:
         return []
-    pairs = [(words(key), shown(value)) for key, value in settings.items() if key not in NOT_SHOWN and value is not None]
+    told = {key: value for key, value in settings.items() if key not in NOT_SHOWN and value is not None}
+    pairs = [(words(key), shown(value)) for key, value in told.items()]
     versions = settings.get("versions")
     if isinstance(versions, dict):
         pairs += [(f"{name} version", shown(version)) for name, version in versions.items()]
     items = [element("div", {}, element("dt", {}, key), element("dd", {}, value)) for key, value in pairs]
-    return [element("section", {"class": "run"}, element("h2", {}, "Settings"), element("dl", {"class": "settings"}, *items),
+    return [element("section", {"class": "run"}, element("h2", {}, "Settings"),
+                    element("dl", {"class": "settings"}, *items),
                     element("p", {"class": "soft"}, "The command that tunes so again:"),
                     element("pre", {}, tuning_command(folder, settings)))]
 
 
 def tuning_command(folder, settings):
     """The line that repeats a run, with every setting named, so that no default can change it."""
-    given = {key: settings.get(key) for key in TUNING_FLAGS}
-    return command("python", "train.py", settings.get("clip"), settings.get("prompt"), *flags(given), "--out", folder.parent)
+    given = {key: settings.get(key) for key in TUNING_FLAGS} | dict(lora=lora_words(settings), out=folder.parent)
+    return command("python", "train.py", settings.get("clip"), settings.get("prompt"), *flags(given))
 
 
-# ---- the page of a set -------------------------------------------------------------------------------------------------
+def lora_words(settings):
+    """The run's LoRAs as words of --lora; None where there is none."""
+    loras = settings.get("lora") if isinstance(settings.get("lora"), list) else []
+    return [f"{lora.get('file')}:{shown(lora.get('scale'))}" for lora in loras if isinstance(lora, dict)] or None
+
+
+# ---- the page of a set -----------------------------------------------------------------------------------------------
 
 def write_set(folder, title, results, failures, note=""):
     """Writes folder/index.html for a set of clips. Returns its path.
@@ -375,8 +387,8 @@ def write_set(folder, title, results, failures, note=""):
     used = [key for key in NUMBERS if any(number(row.get(key)) != "-" for row in results)]
     clips_done = list(dict.fromkeys(row["clip"] for row in results))
     content = [element("p", {"class": "kind"}, "an evaluated set"), element("h1", {}, title),
-               element("p", {"class": "soft"}, f"{len(results)} edits of {len(clips_done)} clips. {note}"), element("p", {"class": "legend"}, LEGEND + "."),
-               *failed(failures), means_table(results, used)]
+               element("p", {"class": "soft"}, f"{len(results)} edits of {len(clips_done)} clips. {note}"),
+               element("p", {"class": "legend"}, f"{LEGEND}."), *failed(failures), means_table(results, used)]
     for clip in clips_done:
         content += clip_section([row for row in results if row["clip"] == clip])
     return save(Path(folder) / "index.html", title, content)
@@ -386,7 +398,8 @@ def failed(failures):
     if not failures:
         return []
     items = [element("li", {}, element("b", {}, clip), ": ", reason) for clip, reason in failures.items()]
-    return [element("p", {"class": "state unfinished"}, f"without results: {len(failures)} clips"), element("ul", {}, *items)]
+    return [element("p", {"class": "state unfinished"}, f"without results: {len(failures)} clips"),
+            element("ul", {}, *items)]
 
 
 def means_table(results, used):
@@ -400,8 +413,9 @@ def means_table(results, used):
 
 
 def means_row(name, rows, used, style):
-    cells = [element("td", {"class": "number"}, number(mean_of(rows, key))) for key in used]
-    return element("tr", {"class": style}, element("td", {}, name), element("td", {"class": "number"}, str(len(rows))), *cells)
+    texts = [str(len(rows)), *(number(mean_of(rows, key)) for key in used)]
+    cells = [element("td", {"class": "number"}, text) for text in texts]
+    return element("tr", {"class": style}, element("td", {}, name), *cells)
 
 
 def mean_of(rows, key):

@@ -3,12 +3,13 @@
     python -m tinytav attention runs/skiing --word panda
     python -m tinytav attention runs/skiing --pixel 120 140 --frame 5
 
-A word's maps are those of the cross-attention (attn2) while a sample is made: softmax(Q K^T / sqrt(d)) of every pixel, at
-the word's tokens. A pixel's are those of ST-Attn (attn1), in the frames that frame i takes its keys from: the first and
-the previous one (paper, section 3.2). Both are means over heads, layers and timesteps.
+A word's maps are those of the cross-attention (attn2) while a sample is made: softmax(Q K^T / sqrt(d)) of every pixel,
+at the word's tokens. A pixel's are those of ST-Attn (attn1), in the frames that frame i takes its keys from: the first
+and the previous one (paper, section 3.2). Both are means over heads, layers and timesteps.
 
 The model computes attention in one fused call that returns no map. So the maps are computed beside it, from what enters
-each attention, and only for the rows that are asked for. Nothing in the model is replaced: its results stay the same bits.
+each attention, and only for the rows that are asked for. Nothing in the model is replaced: its results stay the same
+bits.
 """
 import json
 import math
@@ -25,10 +26,11 @@ from tinytav.files import frames, page
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
 from tinytav.inflation import ATTENTIONS, ClipCrossAttention
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 
 # Dark violet to light yellow, from nothing to the most: as heat maps are often drawn. Red, green, blue.
-HEAT = np.array([(0, 0, 4), (60, 15, 112), (137, 34, 106), (212, 72, 66), (250, 141, 10), (252, 255, 164)], dtype=float)
+HEAT = np.array([(0, 0, 4), (60, 15, 112), (137, 34, 106), (212, 72, 66), (250, 141, 10), (252, 255, 164)], float)
 FRAMES = 8              # in a picture at most; of more, they are spread over the clip
 COLUMNS = 4             # frames in a row of a picture
 SIDE = 200              # pixels of a frame's short side in a picture
@@ -37,13 +39,19 @@ LABEL = 20              # pixels of the line of text above a row
 
 def looks_at(kind, frame, count):
     """The frames, from 0, whose keys the frame gets from an attention of this name, in the order of its keys."""
-    return {"sparse-causal": [0, max(frame - 1, 0)], "spatial": [frame], "first": [0], "causal": list(range(frame + 1)),
-            "full": list(range(count))}[kind]
+    frames = {
+        "sparse-causal": [0, max(frame - 1, 0)],            # the first frame is its own predecessor
+        "spatial": [frame],
+        "first": [0],
+        "causal": list(range(frame + 1)),
+        "full": list(range(count)),
+    }
+    return frames[kind]
 
 
 @contextmanager
 def watched(net, kind, look):
-    """Within it, look(module, *inputs) is called with what enters each module of `kind` in `net`, before it computes."""
+    """Within it, before a module of `kind` in `net` computes, look(module, *inputs) gets what enters it."""
     def hook(module, inputs):
         with torch.no_grad():
             look(module, *inputs)           # returns nothing, so the inputs stay as they are
@@ -62,7 +70,7 @@ def probabilities(attention, q, k):
 
 
 def grid(n, height, width):
-    """Height and width of a layer's n pixels, where the latents have (height, width): halved some times, rounding up."""
+    """Height and width of a layer's n pixels: those of the latents, halved some times, rounding up."""
     while height * width > n:
         height, width = -(-height // 2), -(-width // 2)
     assert height * width == n
@@ -91,14 +99,17 @@ class WordMaps:
 
     def __call__(self, attention, x, context):                              # (b f) n c, b m d
         k = attention.to_k(context[-1])
-        maps = [probabilities(attention, attention.to_q(frame), k)[:, self.positions].sum(-1) for frame in x[-self.frames:]]
+        maps = []
+        for frame in x[-self.frames:]:                                      # n c
+            weights = probabilities(attention, attention.to_q(frame), k)    # n m
+            maps.append(weights[:, self.positions].sum(-1))
         self.mean.add(torch.stack(maps).unflatten(1, grid(x.shape[1], *self.mean.size)))
 
 
 class PixelMaps:
     """How much attention a pixel of one frame pays to each pixel of the frames it looks at.
 
-    kind: the name of the attention. frame: from 0. y, x: where the pixel is, as parts of height and width, from 0 to 1.
+    kind: the name of the attention. frame: from 0. y, x: where the pixel is, as parts of height and width.
     """
 
     def __init__(self, kind, frames, frame, y, x, height, width):
@@ -125,12 +136,12 @@ def word_positions(tokenizer, prompt, word):
     positions = [1 + i for i, (first, end) in enumerate(offsets)            # 1: the row begins with <|startoftext|>
                  if any(first < span_end and end > span_first for span_first, span_end in spans)]
     if not word.strip() or not positions:
-        raise InputError(f"{prompt!r} does not hold the word {word!r}, or is cut before it: name a word of the prompt with "
-                         "--word, and the prompt with --prompt.")
+        raise InputError(f"{prompt!r} does not hold the word {word!r}, or is cut before it: name a word of the prompt "
+                         "with --word, and the prompt with --prompt.")
     return positions
 
 
-# ---- the maps of a run -------------------------------------------------------------------------------------------------
+# ---- the maps of a run -----------------------------------------------------------------------------------------------
 
 def of_word(net, sd, noise, context, empty, positions, steps, guidance):
     """Samples the prompt, and watches it. Returns latents (1, 4, f, h, w) and maps (f, h, w)."""
@@ -154,12 +165,13 @@ def of_pixel(net, sd, latents, context, noise, frame, y, x, steps, name):
     return maps.mean.value(), maps.seen
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 def heated(picture, heat):
     """A picture (h, w, 3) uint8 under a map (h', w') in [0, 1]: grey where it is 0, brightly coloured where it is 1."""
     size = picture.shape[1], picture.shape[0]
-    heat = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    heat = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    heat = np.asarray(heat).clip(0, 1)[..., None]
     grey = 0.7 * picture.mean(-1, keepdims=True).repeat(3, -1)
     place = heat * (len(HEAT) - 1)
     low = np.minimum(place.astype(int), len(HEAT) - 2)
@@ -183,7 +195,8 @@ def row_of(text, pictures, labels):
 
 def stacked(rows):
     """Rows, one below the other, on white."""
-    whole = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows) + 8 * (len(rows) - 1)), "white")
+    height = sum(row.height for row in rows) + 8 * (len(rows) - 1)
+    whole = Image.new("RGB", (max(row.width for row in rows), height), "white")
     top = 0
     for row in rows:
         whole.paste(row, (0, top))
@@ -246,7 +259,7 @@ def pixel_picture(x, frame, place, seen, rows):
     return stacked(made)
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 def arguments():
     p = cli.parser(__doc__.splitlines()[0])
@@ -286,8 +299,9 @@ def watch_word(args, run, sd):
     latents, maps = of_word(net, sd, noise, sd.encode_prompts([prompt]), clip.empty, positions, settings.ddim_steps,
                             settings.guidance)
     picture = word_picture(pipeline.decode(sd.vae, latents).cpu(), maps, args.word)
-    caption = (f"Where each frame looks for \u201c{args.word}\u201d in \u201c{prompt}\u201d: cross-attention, the mean over "
-               f"heads, layers and {settings.ddim_steps} steps. Brightest: {100 * maps.max():.1f} % of a pixel's attention.")
+    caption = (f"Where each frame looks for \u201c{args.word}\u201d in \u201c{prompt}\u201d: cross-attention, the mean "
+               f"over heads, layers and {settings.ddim_steps} steps. Brightest: {100 * maps.max():.1f} % of a pixel's "
+               "attention.")
     save(run, f"{slug(prompt)}.{slug(args.word)}", picture, caption,
          page.command("python", "-m", "tinytav", "attention", run.path, "--word", args.word, "--prompt", prompt))
 
@@ -310,9 +324,10 @@ def watch_pixel(args, run, sd):
         maps, seen = of_pixel(net, sd, clip.mean, clip.context, noise, frame - 1, *place, settings.ddim_steps, name)
         rows.append((name, maps))
     picture = pixel_picture(x, frame - 1, place, seen, rows)
-    caption = (f"Where the pixel {args.pixel[0]}, {args.pixel[1]} of frame {frame} looks in the frames that {settings.attention} "
-               f"attention shows it: ST-Attn's first and previous one. The mean over heads, layers and {settings.ddim_steps} "
-               "timesteps of the noised clip.")
+    what = "the first and the previous frame" if settings.attention == "sparse-causal" else "the frames it is shown"
+    pixel = f"{args.pixel[0]}, {args.pixel[1]}"
+    caption = (f"Where the pixel {pixel} of frame {frame} looks in {what}: {settings.attention} attention, the mean "
+               f"over heads, layers and {settings.ddim_steps} timesteps of the noised clip.")
     save(run, f"pixel-{args.pixel[0]}-{args.pixel[1]}-frame-{frame}", picture, caption,
          page.command("python", "-m", "tinytav", "attention", run.path, "--pixel", *args.pixel, "--frame", frame))
 
@@ -322,8 +337,9 @@ def main():
     run = Run.open(args.run)
     if not run.finished:
         raise InputError(f"{run.path} is unfinished: go on with python train.py --resume {run.path}.")
-    sd = cli.load_weights(args, run.settings.source())
+    sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
     run.check(sd)
+    lora.merge(sd, run.settings.loras())
     if args.word is not None:
         watch_word(args, run, sd)
     else:

@@ -5,14 +5,16 @@
 
 A set is a CSV in one of two layouts.
 
-1. Ours. The columns are `clip` (a video or a folder of pictures, beside the CSV), `caption`, and one column for each kind of
-   edit, whose heading names the kind. An empty cell is no edit.
-2. LOVEU-TGVE-2023's (showlab/loveu-tgve-2023): `Video name`, `Our GT caption`, `Style Change Caption`, ..., with rows of
-   headings ("DAVIS Videos:") between blocks. Clips are {DAVIS,youtube,videvo}_480p/480p_videos/NAME.mp4 or the folder
-   480p_frames/NAME beside the CSV. There, frames are squashed to 480 x 480 before they are measured, as in run_eval.py.
+1. Ours. The columns are `clip` (a video or a folder of pictures, beside the CSV), `caption`, and one column for each
+   kind of edit, whose heading names the kind. An empty cell is no edit.
+2. LOVEU-TGVE-2023's (showlab/loveu-tgve-2023): `Video name`, `Our GT caption`, `Style Change Caption`, ..., with rows
+   of headings ("DAVIS Videos:") between blocks. Clips are {DAVIS,youtube,videvo}_480p/480p_videos/NAME.mp4, or the
+   folder 480p_frames/NAME, beside the CSV. Frames of such a set are squashed to 480 x 480 before they are measured,
+   as in run_eval.py.
 
-Each clip's folder is a run like train.py's, with a results.json once the clip is finished. The same command goes on where it
-was stopped. Under torchrun clips are dealt to ranks, and rank 0 gathers: a rank is a process, on this machine or on another.
+Each clip's folder is a run like train.py's, with a results.json once the clip is finished. The same command goes on
+where it was stopped. Under torchrun clips are dealt to ranks, and rank 0 gathers their results. A rank is a process, on
+this machine or on another.
 """
 import csv
 import json
@@ -53,7 +55,7 @@ class Clip:
     folder: str
 
 
-# ---- the set -----------------------------------------------------------------------------------------------------------
+# ---- the set ---------------------------------------------------------------------------------------------------------
 
 def read_set(path):
     """A CSV -> (list of Clip, side in pixels that frames are squashed to before they are measured, or None).
@@ -82,7 +84,8 @@ def read_set(path):
         edits = tuple((kind, row[i]) for i, kind in kinds.items() if i < len(row) and row[i])
         if not edits:
             raise InputError(f"{path}, line {number}: {row[0]!r} has no edit.")
-        clips.append(Clip(row[0], clip_path, row[1], edits, free_name(Path(row[0]).stem, {clip.folder for clip in clips})))
+        folder = free_name(Path(row[0]).stem, {clip.folder for clip in clips})
+        clips.append(Clip(row[0], clip_path, row[1], edits, folder))
     if not clips:
         raise InputError(f"{path} holds no clip.")
     return clips, LOVEU_SIDE if head[0] == "video name" else None
@@ -126,7 +129,7 @@ def free_name(stem, taken):
     return name
 
 
-# ---- ranks -------------------------------------------------------------------------------------------------------------
+# ---- ranks -----------------------------------------------------------------------------------------------------------
 
 def join():
     """(rank, number of ranks): torchrun's, or (0, 1) without it. A rank waits for the slowest however long it takes."""
@@ -154,7 +157,7 @@ def deal(clips, finished, rank, size):
     return [clip for clip in clips if clip.folder not in finished][rank::size]
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------------------
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 class Judges:
     """What measures: a CLIP, and perhaps PickScore's. side: frames are squashed to it first, or None.
@@ -191,7 +194,7 @@ def pick_score(judge, pictures, prompt):
     return (judge.clip.logit_scale.exp().cpu() * cosines).mean().item()
 
 
-# ---- one clip ----------------------------------------------------------------------------------------------------------
+# ---- one clip --------------------------------------------------------------------------------------------------------
 
 def evaluate_clip(sd, clip, path, args, judges, progress):
     """Tunes, edits and measures what is not done yet, in the run's folder `path`, and saves the results there."""
@@ -206,8 +209,9 @@ def evaluate_clip(sd, clip, path, args, judges, progress):
     rows = []
     for kind, prompt in progress(clip.edits, len(clip.edits), "measuring"):
         name = edit_name(kind, prompt)
-        rows.append(dict(clip=clip.name, caption=clip.caption, kind=kind, prompt=prompt, page=f"{clip.folder}/index.html",
-                         strip=f"{clip.folder}/{name}.png", **judges.measure(path / f"{name}.mp4", prompt)))
+        row = dict(clip=clip.name, caption=clip.caption, kind=kind, prompt=prompt, page=f"{clip.folder}/index.html",
+                   strip=f"{clip.folder}/{name}.png")
+        rows.append(row | judges.measure(path / f"{name}.mp4", prompt))
     save_results(path, rows, judges)
 
 
@@ -217,14 +221,14 @@ def edit_name(kind, prompt):
 
 
 def tuned_run(sd, clip, path, args, progress):
-    """The clip's run, tuned: begun, gone on with, or as it is. Raises InputError if it was begun with another caption."""
+    """The clip's run, tuned: begun, gone on with, or as it is. Raises InputError if its caption was another."""
     path.mkdir(parents=True, exist_ok=True)
     lock(path)
     run = Run.open(path) if (path / "run.json").is_file() else new_run(sd, clip, path, args)
     run.check(sd)
     if run.settings.prompt != clip.caption:
-        raise InputError(f"{path} was tuned with the caption {run.settings.prompt!r}, not {clip.caption!r}: remove it, or "
-                         "name another folder with --out.")
+        raise InputError(f"{path} was tuned with the caption {run.settings.prompt!r}, not {clip.caption!r}: remove it, "
+                         "or name another folder with --out.")
     run.clear()
     if not run.finished:
         tune(sd, run, progress)
@@ -238,9 +242,10 @@ def new_run(sd, clip, path, args):
     frames.warn_if_far_apart(source, clip.path)
     encoded = editing.encode_clip(sd, source, clip.caption)
     settings = Settings(
-        clip=str(clip.path), prompt=clip.caption, weights=str(sd.path), fingerprint=sd.fingerprint, tokenizer=args.tokenizer,
-        prediction=args.prediction, precision=name_of(sd.dtype), size=size, frames=len(source.x), indices=source.indices,
-        total=source.total, fps=str(source.fps), attention="sparse-causal", norm="clip", **numbers(args, sd),
+        clip=str(clip.path), prompt=clip.caption,
+        weights=str(sd.path), fingerprint=sd.fingerprint, tokenizer=args.tokenizer, prediction=args.prediction,
+        precision=name_of(sd.dtype), attention="sparse-causal", norm="clip", **numbers(args, sd),
+        size=size, frames=len(source.x), indices=source.indices, total=source.total, fps=str(source.fps),
         versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
     run = Run(path, settings)
     run.write("clip", dict(mean=encoded.mean, std=encoded.std))
@@ -290,11 +295,14 @@ def write_edit(sd, run, source, name, prompt, x):
     frames.write_mp4(run.path / f"{name}.mp4", x, run.settings.fps, title=prompt)
 
 
-# ---- results -----------------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 def save_results(path, rows, judges):
     """results.json, by which the clip counts as finished; metrics.json and the page of its run."""
-    values = {Path(row["strip"]).with_suffix(".mp4").name: {key: row[key] for key in page.NUMBERS if key in row} for row in rows}
+    values = {}
+    for row in rows:
+        file = Path(row["strip"]).with_suffix(".mp4").name
+        values[file] = {key: row[key] for key in page.NUMBERS if key in row}
     metrics.save(path, judges.name, values)
     page.write(path)
     replace_text(path / "results.json", json.dumps(dict(measured=judges.told, rows=rows), indent=2) + "\n")
@@ -306,7 +314,8 @@ def read_results(path, clip, measured):
         return None
     saved = read_json(path / "results.json")
     rows = saved.get("rows")
-    if saved.get("measured") != measured or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    whole = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not whole or saved.get("measured") != measured:
         return None
     same = [(row.get("caption"), row.get("kind"), row.get("prompt")) for row in rows]
     return rows if same == [(clip.caption, *edit) for edit in clip.edits] else None
@@ -326,7 +335,8 @@ def hold_settings(out, wanted):
         return
     saved = read_json(file)
     if differing := sorted(key for key in wanted.keys() | saved.keys() if wanted.get(key) != saved.get(key)):
-        raise InputError(f"{out} was made with other settings ({', '.join(differing)}): name another folder with --out.")
+        raise InputError(f"{out} was made with other settings ({', '.join(differing)}): name another folder with "
+                         "--out.")
 
 
 def write_results(out, args, clips, results, failures):
@@ -344,16 +354,16 @@ def write_results(out, args, clips, results, failures):
     return rows
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 def arguments():
     p = cli.parser(__doc__.splitlines()[0])
     p.add_argument("set", help="a CSV: clip, caption and edits, or LOVEU-TGVE-2023's")
     p.add_argument("--out", metavar="PATH", help="folder of the results (default: evaluated/NAME)")
     p.add_argument("--clips", type=cli.number(int, 1), metavar="N", help="only the first N of the set")
-    p.add_argument("--clip", default="weights/toy/clip", metavar="PATH", help="the CLIP that measures; else weights/toy/clip")
+    p.add_argument("--clip", default="weights/toy/clip", metavar="PATH", help="the CLIP that measures; else the toy's")
     p.add_argument("--pick", metavar="PATH", help="PickScore's CLIP, in the same layout; else no PickScore")
-    p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="pixels of the short side; else the weights' own")
+    p.add_argument("--size", type=cli.number(int, 8), metavar="N", help="of the short side, in pixels; else the weights'")
     p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="of each clip; else the weights' own number")
     p.add_argument("--steps", type=cli.number(int, 1), metavar="N", help="of tuning; else the weights' own")
     p.add_argument("--lr", type=cli.number(float, 0), metavar="N", help="learning rate; else the weights' own")

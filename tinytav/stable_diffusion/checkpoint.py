@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tinytav.stable_diffusion import official, single_file
 from tinytav.stable_diffusion.config import LARGEST, Config, InputError
 from tinytav.stable_diffusion.ddim import Schedule
-from tinytav.stable_diffusion.precision import autocast
+from tinytav.stable_diffusion.precision import PRECISIONS, autocast
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import END, Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -40,8 +40,10 @@ class Defaults(Config):
     lr: float = 3e-5
     ddim_steps: int = 50
     guidance: float = 12.5
+    precision: str | None = None    # None: what suits the device
 
     LIMITS = dict(guidance=(0, LARGEST))
+    ONLY = dict(precision=(None, *PRECISIONS))
 
     @classmethod
     def from_json(cls, d):
@@ -102,6 +104,12 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
     return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=mark, device=torch.device(device),
                            dtype=dtype, multiple=models["vae"].cfg.factor, defaults=_defaults(path, schedule),
                            temporal=temporal, **models)
+
+
+def preferred_precision(path):
+    """The name of the precision that the weights' defaults.json asks for, or None. Raises InputError."""
+    file = Path(path) / "defaults.json"
+    return Defaults.from_json(read_json(file)).precision if file.is_file() else None
 
 
 def _defaults(path, schedule):

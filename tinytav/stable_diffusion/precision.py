@@ -14,6 +14,14 @@ def name_of(dtype):
     raise ValueError(f"{dtype} has no name here")
 
 
+def cpu_has_bf16():
+    """Does this CPU multiply bf16 numbers by instructions of its own? Others emulate them, more slowly than float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):          # an older torch does not tell
+        return False
+    able = torch.cpu.get_capabilities()
+    return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+
+
 def autocast(model):
     """The context in which `model` computes: in the format of its weights. For float32 weights it does nothing.
 
