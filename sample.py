@@ -1,16 +1,22 @@
 """Edit the tuned clip with a prompt: python sample.py --prompt "a panda is skiing"."""
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from tinytav import cli, pipeline
-from tinytav.files import frames
+from tinytav import cli, editing, pipeline
+from tinytav.control import load_control
+from tinytav.files import frames, page
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
 from tinytav.measure import fit, memory
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.precision import name_of
 
-SUFFIXES = (".mp4", ".gif", ".png")
+SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")
+# With which noise sampling begins, and what the name of an edited run's result then ends in.
+NOISES = {"inverted": "", "random": "-no-inversion", "shared": "-shared-noise"}
 
 
 def arguments():
@@ -21,12 +27,23 @@ def arguments():
                    help="without inversion: how many; 1 is a picture")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N",
                    help="without inversion: pixels of a square; else the clip's own size")
-    p.add_argument("--no-inversion", action="store_true", help="begin with random noise")
+    noise = p.add_mutually_exclusive_group()
+    noise.add_argument("--no-inversion", action="store_true", help="begin with random noise")
+    noise.add_argument("--noise", choices=NOISES,
+                       help="begin with the clip's inverted noise (default where there is a run), with random noise, "
+                            "or with random noise that all frames share")
+    p.add_argument("--control", metavar="PATH", help="a ControlNet: its folder or .safetensors file; needs --hint")
+    p.add_argument("--hint", metavar="PATH",
+                   help="what the ControlNet understands (skeletons, depth, edges): a video or a folder of pictures, "
+                        "one a frame")
+    p.add_argument("--control-scale", type=cli.number(float, 0), metavar="N",
+                   help="how strongly to follow the hint, usually from 0 to 2 (default: 1)")
     p.add_argument("--steps", type=cli.number(int, 1, 999), metavar="N",
                    help="of DDIM, best a divisor of 1000; else the run's own")
     p.add_argument("--guidance", type=cli.number(float, 0), metavar="N",
                    help="how strongly to follow the prompt; else the run's own")
     p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at; else the run's own")
+    cli.add_lora(p)
     p.add_argument("--out", metavar="PATH", help="folder for the results; else the run's own, or samples/")
     return p.parse_args()
 
@@ -38,30 +55,98 @@ def find_run(args):
     return None if args.weights is not None else Run.newest("runs")
 
 
+def choose_noise(args, run):
+    """With which noise sampling begins, a key of NOISES: the clip's inverted noise, unless another is asked for."""
+    if args.noise is not None:
+        return args.noise
+    return "inverted" if run is not None and not args.no_inversion else "random"
+
+
 def refuse_what_does_not_go_together(args, run):
     """Raises InputError for flags that ask for two different things."""
-    inverted = run is not None and not args.no_inversion
-    if inverted and (args.frames or args.size):
-        raise InputError("Inverted noise has the run's own size and frames: leave out --frames and --size, or begin with "
-                         "random noise by --no-inversion.")
+    inverted = choose_noise(args, run) == "inverted"
+    if inverted and run is None:
+        raise InputError("--noise inverted needs a run, whose clip is inverted: name it with --run.")
+    if inverted and (args.frames or args.size or args.seed is not None):
+        raise InputError("Inverted noise has the run's own size and frames, and nothing random: leave out --frames, --size "
+                         "and --seed, or begin with random noise by --no-inversion.")
+    if (args.control is None) != (args.hint is None):
+        raise InputError("--control and --hint belong together: the ControlNet's weights, and what it is to follow.")
+    if args.control_scale is not None and args.control is None:
+        raise InputError("--control-scale has no meaning without --control and --hint.")
 
 
-def make_net(args, run, sd):
-    """The run's tuned net, or without a run the inflated, untuned one."""
+def load_weights(args, run):
+    """The run's Stable Diffusion in the run's precision, unless flags say otherwise. Raises InputError."""
+    if run is None:
+        return cli.load_weights(args)
+    sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
+    run.check(sd)
+    return sd
+
+
+def choose_loras(args, run):
+    """--lora and run.json -> the LoRAs to use, and those the net was tuned with.
+
+    A file of the run may have moved: one that is named and has its fingerprint stands for it.
+    """
+    tuned_with = run.settings.loras() if run else []
+    wanted = cli.read_loras(args.lora)
+    if wanted is None:
+        return tuned_with, tuned_with
+    moved = {one.fingerprint: one.file for one in wanted}
+    return wanted, [replace(one, file=moved.get(one.fingerprint, one.file)) for one in tuned_with]
+
+
+def make_net(args, run, sd, loras, tuned_with):
+    """The run's tuned net, or without a run the inflated, untuned one, with these LoRAs in it and in the text encoder.
+
+    A tuned net has the LoRAs `tuned_with` in it. If others are wanted, those are taken out and these are put in.
+    """
+    lora.merge(sd, tuned_with)
     if run is not None:
-        return run.net(sd, args.attention, args.frames)
-    return pipeline.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
+        net = editing.net_of(run, sd, args.attention, args.frames)
+    else:
+        net = editing.new_net(sd, args.frames or sd.defaults.frames, args.attention or "sparse-causal")
+    if not lora.same(loras, tuned_with):
+        lora.exchange(net, sd.text_encoder, tuned_with, loras)
+    cli.print_loras(loras)
+    return net
 
 
-def random_noise(args, run, sd, count):
-    """Noise for `count` frames: of the size that is asked for, else of the run's clip, else a square of the weights' size."""
-    size = args.size or sd.defaults.size
-    frames.check_size(size, sd.multiple)
-    shape = pipeline.noise_shape(sd, count, size, size)
+def inverted_noise(run, sd, net, clip, steps, anew):
+    """The clip's noise: as the run saved it if that fits, or inverted anew."""
+    if anew:
+        return editing.invert_clip(sd, net, clip, steps, cli.progress)
+    return editing.noise_of(run, sd, net, clip, steps, cli.progress)
+
+
+def latents_shape(args, run, sd, count):
+    """Of `count` frames of the size that is asked for, else of the run's clip, else a square of the weights' size."""
     if run is not None and args.size is None:
         mean, _ = run.latents()
-        shape = (1, 4, count, *mean.shape[3:])
-    return pipeline.gaussian(shape, 33 if args.seed is None else args.seed).to(sd.device)
+        return 1, 4, count, *mean.shape[3:]
+    size = args.size or sd.defaults.size
+    frames.check_size(size, sd.multiple)
+    side = size // sd.multiple
+    return 1, 4, count, side, side
+
+
+def make_control(args, sd, shape):
+    """The ControlNet and its hints for latents of this shape, or None."""
+    if args.control is None:
+        return None
+    scale = 1.0 if args.control_scale is None else args.control_scale
+    return load_control(sd, args.control, args.hint, shape, scale)
+
+
+def gaussian_noise(args, sd, shape, shared):
+    """White noise from the seed: one for each frame, or one that all frames share."""
+    seed = 33 if args.seed is None else args.seed
+    if shared:
+        b, c, count, h, w = shape
+        return pipeline.gaussian((b, c, 1, h, w), seed).repeat(1, 1, count, 1, 1).to(sd.device)
+    return pipeline.gaussian(shape, seed).to(sd.device)
 
 
 def source_strip(sd, clip):
@@ -70,16 +155,36 @@ def source_strip(sd, clip):
     return pipeline.decode(sd.vae, clip.mean[:, :, columns])
 
 
-def write(folder, name, x, source, fps, prompt):
-    """An mp4 with the prompt as its title, a gif and a strip, or one picture. Returns the path of the one to look at."""
-    path = folder / f"{new_name(folder, name, SUFFIXES)}.png"
+def hint_strip(control):
+    """The hints that a strip shows, (n, 3, h, w) in [-1, 1]."""
+    columns = frames.strip_columns(len(control.hints))
+    return 2 * control.hints[columns] - 1
+
+
+def free_name(folder, name):
+    """name, or name-2, ...: the first for which the folder holds no result."""
+    return new_name(folder, name, SUFFIXES)
+
+
+def write(folder, name, x, above, fps, prompt):
+    """Writes x (f, 3, h, w): an mp4 with the prompt as its title, a gif and a strip; of one frame a picture alone.
+
+    above: the strip's rows above its own. Returns the path of the file to look at.
+    """
+    path = folder / f"{name}.png"
     columns = frames.strip_columns(len(x))
-    frames.write_strip(path, *([] if source is None else [source]), x[columns])
+    frames.write_strip(path, *above, x[columns])
     if len(x) == 1:
         return path
-    frames.write_mp4(path.with_suffix(".mp4"), x, fps, title=prompt)
-    frames.write_gif(path.with_suffix(".gif"), x, fps)
-    return path.with_suffix(".mp4")
+    frames.write_mp4(folder / f"{name}.mp4", x, fps, title=prompt)
+    frames.write_gif(folder / f"{name}.gif", x, fps)
+    return folder / f"{name}.mp4"
+
+
+def command_for(args, run, prompt, steps, guidance):
+    """The line that makes this sample again, whatever the defaults are then."""
+    named = dict(run=run.path if run else None, prompt=prompt, steps=steps, guidance=guidance)
+    return page.command("python", "sample.py", *page.flags(vars(args) | named))
 
 
 def warn_if_tight(sd, net, noise, guidance, free):
@@ -95,31 +200,41 @@ def main():
     free = fit.free_bytes(cli.choose_device(args.device))       # before the weights take their part of it
     run = find_run(args)
     refuse_what_does_not_go_together(args, run)
-    print(f"run: {run.path}" if run else "no run: the untuned net draws from random noise; --run names a run to edit")
-    sd = cli.load_weights(args, run.settings.source() if run else None)
-    if run:
-        run.check(sd)
-    cli.warn_of_the_unknown(sd.path, args.prompt)
+    print(f"run: {run.path}" if run else "no run: sampling the untuned net from random noise; --run names a run to edit")
+    sd = load_weights(args, run)
+    cli.warn_about_unknown_words(sd.path, args.prompt)
     sd.tokenizer(args.prompt)                                   # raises for bytes that are not UTF-8
+    loras, tuned_with = choose_loras(args, run)
+    net = make_net(args, run, sd, loras, tuned_with)
     defaults = run.settings if run else sd.defaults
     steps = args.steps or defaults.ddim_steps
     guidance = defaults.guidance if args.guidance is None else args.guidance
-    fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
-    net = make_net(args, run, sd)
-    source, suffix = None, ""
-    if run and not args.no_inversion:
-        clip = run.clip(sd)
-        noise = run.noise(sd, net, clip, steps, cli.progress)
-        source = source_strip(sd, clip)
+    shape = latents_shape(args, run, sd, net.frames)
+    control = make_control(args, sd, shape)
+    kind = choose_noise(args, run)
+    above = []                                                  # rows of the strips
+    if kind == "inverted":
+        clip = editing.clip_of(run, sd)
+        above.append(source_strip(sd, clip))
+        noise = inverted_noise(run, sd, net, clip, steps, anew=not lora.same(loras, tuned_with))
     else:
-        noise = random_noise(args, run, sd, net.frames)
-        suffix = "-no-inversion" if run else ""
+        noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
+    if control is not None:
+        above.append(hint_strip(control))
     warn_if_tight(sd, net, noise, guidance, free)
+    suffix = (NOISES[kind] if run else "") + ("-control" if control else "")
+    settings = dict(ddim_steps=steps, guidance=guidance, attention=net.attention, frames=net.frames, noise=kind,
+                    precision=name_of(sd.dtype))
     folder = Path(args.out or (run.path if run else "samples"))
     folder.mkdir(parents=True, exist_ok=True)
+    fps = Fraction(run.settings.fps) if run else frames.FOLDER_FPS
     for prompt in args.prompt:
-        x = pipeline.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress)
-        print(write(folder, slug(prompt) + suffix, x, source, fps, prompt))
+        x = editing.sample_clip(sd, net, noise, prompt, steps, guidance, cli.progress, control)
+        name = free_name(folder, slug(prompt) + suffix)
+        page.write_record(folder, name, prompt, settings, command_for(args, run, prompt, steps, guidance))
+        print(write(folder, name, x, above, fps, prompt))
+        shown = page.write(folder)
+    print(f"page: {shown}")
     return 0
 
 

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from tqdm import tqdm
 
 import tinytav
-from tinytav import cli, pipeline
-from tinytav.files import frames
+from tinytav import cli, editing, pipeline
+from tinytav.files import frames, page
 from tinytav.files.runs import Run, Settings, lock
 from tinytav.inflation import ATTENTIONS
 from tinytav.measure import fit, memory, recompute
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.tuning import Tuner
@@ -38,6 +40,7 @@ def arguments():
     p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at (default: sparse-causal)")
     p.add_argument("--norm", choices=["clip", "frame"], help="what group norms run over (default: clip)")
     p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
+    cli.add_lora(p)
     p.add_argument("--checkpointing", choices=["auto", "on", "off"],
                    help="compute blocks again for the gradient, to save memory (default: auto, where it is needed)")
     p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
@@ -52,38 +55,54 @@ def start(args):
         raise InputError('A clip and its caption are needed: python train.py clip.mp4 "a man is skiing".')
     if not args.prompt.strip():
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
+    frames.open_clip(args.clip)                 # raises if there is none, before gigabytes of weights are read
     sd = cli.load_weights(args)
-    cli.warn_of_the_unknown(sd.path, [args.prompt], args.clip)
+    loras = cli.read_loras(args.lora) or []
+    lora.merge(sd, loras)
+    cli.print_loras(loras)
+    cli.warn_about_unknown_words(sd.path, [args.prompt], args.clip)
     sd.tokenizer([args.prompt, args.preview or ""])             # raises for bytes that are not UTF-8
     size = args.size or sd.defaults.size
-    source = frames.read(args.clip, size, sd.multiple, args.frames or sd.defaults.frames, args.start or 0, args.stride,
-                         exact=args.frames is not None)
+    source = frames.read(args.clip, size, sd.multiple, args.frames or sd.defaults.frames, start=args.start or 0,
+                         stride=args.stride, exact=args.frames is not None)
     describe(args.clip, source)
-    clip = pipeline.encode_clip(sd, source, args.prompt)
-    run = Run.create(args.out or "runs", Path(args.clip).stem, settings_of(args, sd, source, size))
+    settings = settings_of(args, sd, loras, source, size)
+    clip = editing.encode_clip(sd, source, args.prompt)
+    run = Run.create(args.out or "runs", Path(args.clip).stem, settings)
     try:
         run.write("clip", dict(mean=clip.mean, std=clip.std))
         frames.write_mp4(run.path / "source.mp4", source.x, source.fps)
         run.save()
+        page.write(run.path)
     except BaseException:
         shutil.rmtree(run.path)
         raise
     return run, sd
 
 
-def settings_of(args, sd, source, size):
-    """All that is needed to repeat the run: what was given, and the weights' defaults for the rest."""
-    return Settings(
+def settings_of(args, sd, loras, source, size):
+    """All that is needed to repeat the run: what was given, and the weights' defaults for the rest. Raises InputError."""
+    return Settings.from_json(dict(
         clip=str(args.clip), prompt=args.prompt, preview=args.preview,
         weights=str(sd.path), fingerprint=sd.fingerprint, tokenizer=args.tokenizer, prediction=args.prediction,
-        precision=name_of(sd.dtype),
+        precision=name_of(sd.dtype), lora=tuple(asdict(one) for one in loras) or None,
         size=size, frames=len(source.x), start=args.start or 0, stride=args.stride,
         indices=source.indices, total=source.total, fps=str(source.fps),
-        steps=args.steps or sd.defaults.steps, lr=sd.defaults.lr if args.lr is None else args.lr,
+        steps=steps_of(args, sd), lr=sd.defaults.lr if args.lr is None else args.lr,
         ddim_steps=sd.defaults.ddim_steps, guidance=sd.defaults.guidance,
         attention=args.attention or "sparse-causal", norm=args.norm or "clip",
         seed=33 if args.seed is None else args.seed,
-        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]))
+        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0])))
+
+
+def steps_of(args, sd):
+    """How many steps to tune. A net that the official code has tuned is used as it is, unless --steps asks for more."""
+    if args.steps is not None:
+        return args.steps
+    if sd.temporal:
+        print(f"{sd.path} was tuned by the official code and is used as it is; --steps N would tune it further.")
+        return 0
+    return sd.defaults.steps
 
 
 def describe(clip, source):
@@ -103,24 +122,25 @@ def resume(args):
     run.clear()
     if run.finished:
         raise InputError(f"{run.path} is finished: sample from it with sample.py --run.")
-    args.precision = args.precision or run.settings.precision
-    sd = cli.load_weights(args, run.settings.source())
+    sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
     run.check(sd)
+    lora.merge(sd, run.settings.loras())
+    cli.print_loras(run.settings.loras())
     return run, sd
 
 
 # ---- Tuning ------------------------------------------------------------------------------------------------------------
 
 class Stop:
-    """Within it, Ctrl-C and SIGTERM only leave their number in `signal`, so that a step ends whole. A second one kills."""
+    """Within it, Ctrl-C and SIGTERM only leave their number in `received`, so that a step ends whole. A second one kills."""
 
     def __enter__(self):
-        self.signal = 0
+        self.received = 0
         self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __call__(self, number, frame):
-        self.signal = number
+        self.received = number
         signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, *error):
@@ -128,7 +148,7 @@ class Stop:
             signal.signal(number, handler)
 
 
-def tune(run, tuner, on_cpu, preview):
+def tuning_loop(run, tuner, on_cpu, preview):
     """The loop: progress, checkpoints, previews. Returns the number of the signal that stopped it, or 0.
 
     preview(step, stop): called at each quarter, after the step is saved.
@@ -142,15 +162,15 @@ def tune(run, tuner, on_cpu, preview):
             recent = tuner.losses[-50:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
             bar.update()
-            if stop.signal or step == total or step in quarters or time.time() > save_at:
+            if stop.received or step == total or step in quarters or time.time() > save_at:
                 save_at = time.time() + 20 * save(run, tuner)       # a twentieth of the time goes into saving
-            if step in quarters and not stop.signal:
+            if step in quarters and not stop.received:
                 preview(step, stop)
-            if stop.signal:
+            if stop.received:
                 break
             if on_cpu and step == first + 3:
                 say_time_left((time.time() - began) / 3 * (total - step), bar)
-    return stop.signal
+    return stop.received
 
 
 def make_step(tuner, say):
@@ -175,10 +195,11 @@ def make_step(tuner, say):
 
 
 def save(run, tuner):
-    """Writes what resuming needs. Returns the seconds it took."""
+    """Writes what resuming needs, and the page. Returns the seconds it took."""
     began = time.time()
     run.write("state", tuner.state_dict())
     run.write_losses(tuner.losses)
+    page.write(run.path)
     return time.time() - began
 
 
@@ -193,22 +214,31 @@ def write_preview(run, sd, net, clip, step, stop):
     """Samples run.json's preview prompt and writes preview-<step>.gif, unless a signal stops it in between."""
     settings = run.settings
     wanted = sd.encode_prompts([settings.preview])
-    for noise in pipeline.invert(net, sd.schedule, clip.mean, clip.empty, settings.ddim_steps):
-        if stop.signal:
-            return
-    for latents in pipeline.sample(net, sd.schedule, noise, wanted, clip.empty, settings.ddim_steps, settings.guidance):
-        if stop.signal:
-            return
+    steps = settings.ddim_steps
+    noise = last_unless(stop, pipeline.invert(net, sd.schedule, clip.mean, clip.empty, steps))
+    if noise is None:
+        return
+    latents = last_unless(stop, pipeline.sample(net, sd.schedule, noise, wanted, clip.empty, steps, settings.guidance))
+    if latents is None:
+        return
     frames.write_gif(run.path / f"preview-{step}.gif", pipeline.decode(sd.vae, latents), Fraction(settings.fps))
+
+
+def last_unless(stop, steps):
+    """The final value of a generator, or None as soon as a signal came."""
+    for value in steps:
+        if stop.received:
+            return None
+    return value
 
 
 # ---- The command -------------------------------------------------------------------------------------------------------
 
 def report(sd, net):
     """Prints what inflation did to the U-Net."""
-    kept, new = len(sd.unet.state_dict()), len(net.state_dict()) - len(sd.unet.state_dict())
+    kept, added = len(sd.unet.state_dict()), len(net.state_dict()) - len(sd.unet.state_dict())
     tuned = net.tuned()
-    print(f"inflated: {kept} tensors kept, {new} new, {len(tuned)} tuned "
+    print(f"inflated: {kept} tensors kept, {added} {'read' if sd.temporal else 'new'}, {len(tuned)} tuned "
           f"({sum(p.numel() for p in tuned.values()):,} parameters)")
 
 
@@ -229,8 +259,8 @@ def main():
     run, sd = start(args) if args.resume is None else resume(args)
     settings = run.settings
     print(f"run: {run.path} (Ctrl-C stops it; go on with: python train.py --resume {run.path})")
-    clip = run.clip(sd)
-    net = pipeline.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
+    clip = editing.clip_of(run, sd)
+    net = editing.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
     report(sd, net)
     plan_memory(args, run, sd, net, clip, free)
     if settings.preview is None:
@@ -243,15 +273,15 @@ def main():
     tuner = Tuner(net, sd.schedule, clip.mean, clip.std, clip.context, settings.lr, settings.seed)
     if run.has("state"):
         tuner.load_state_dict(run.read("state"))
-    number = tune(run, tuner, sd.device.type == "cpu", preview)
-    if number:
-        print(f"stopped and saved; go on with: python train.py --resume {run.path}")
-        return 128 + number
+    stopped_by = tuning_loop(run, tuner, sd.device.type == "cpu", preview)
+    if stopped_by:
+        print(f"stopped and saved; go on with: python train.py --resume {run.path}\npage: {run.path / 'index.html'}")
+        return 128 + stopped_by
     run.write("tuned", net.tuned())
-    noise = pipeline.invert_clip(sd, net, clip, settings.ddim_steps, cli.progress)
+    noise = editing.invert_clip(sd, net, clip, settings.ddim_steps, cli.progress)
     run.write("inversion", dict(noise=noise, steps=torch.tensor(settings.ddim_steps)))
     run.finish()
-    print(f'done; now edit it: python sample.py --run {run.path} --prompt "..."')
+    print(f'done; now edit it: python sample.py --run {run.path} --prompt "..."\npage: {page.write(run.path)}')
     return 0
 
 

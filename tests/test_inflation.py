@@ -135,7 +135,7 @@ def test_the_first_step_cannot_move_temporal_queries(unet):
 
 def test_gradient_checkpointing_changes_no_gradient(unet):
     x, t, context = random_clip()
-    gradients = []
+    gradients, kept = [], []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         net = inflate(unet, FRAMES)
@@ -146,8 +146,17 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
             for block in net.modules():
                 if isinstance(block, (ResnetBlock, Transformer)):
                     block.checkpointing = True
-        tuning.denoising_loss(net, Schedule(), x, torch.ones_like(x), 500, context).backward()
+        sizes = {}
+
+        def keep(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = tuning.denoising_loss(net, Schedule(), x, torch.ones_like(x), 500, context)
+        kept.append(sum(sizes.values()))
+        loss.backward()
         gradients.append({name: p.grad for name, p in net.tuned().items()})
+    assert kept[1] < 0.5 * kept[0]
     for name in gradients[0]:
         assert torch.equal(gradients[0][name], gradients[1][name]) and gradients[1][name].abs().max() > 0, name
 

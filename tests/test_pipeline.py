@@ -1,25 +1,19 @@
-"""Encoding, inverting, sampling, decoding, and the level above them; equality stands in test_reference.py."""
+"""Encoding, inverting, sampling, decoding; equality stands in test_reference.py."""
 import gc
-import re
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 import tiny
-import tinytav
 from tiny import UNET, filled
-from tinytav import pipeline, tuning
+from tinytav import editing, pipeline, tuning
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.stable_diffusion.checkpoint import load
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.tuning import Tuner
-
-ROOT = Path(__file__).parents[1]
 
 
 def setting():
@@ -113,7 +107,7 @@ def test_no_tensor_of_the_cpu_meets_one_of_the_gpu(monkeypatch):
 def test_half_precision_is_a_context_and_weights_keep_their_formats(tmp_path, dtype):
     sd = load(tiny.write_folder(tmp_path / "w"), dtype=dtype)
     context, empty = sd.encode_prompts(["a man", ""]).split(1)
-    net = pipeline.new_net(sd, 3)
+    net = editing.new_net(sd, 3)
     formats = {name: p.dtype for name, p in net.named_parameters()}
     tuned = net.tuned().keys()
     assert all(formats[name] is torch.float32 for name in tuned)
@@ -148,52 +142,12 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_edit_on_cuda_is_near_the_same_on_a_cpu(tmp_path, dtype):
-    """Within 0.02 of the range [-1, 1] in float32, 0.2 in half precision."""
+    """Mean difference: at most 0.01 of the range [-1, 1] in float32, 0.03 in half precision."""
     folder, clip = tiny.write_folder(tmp_path / "w"), tiny.write_clip(tmp_path / "clip.mp4")
     results = []
     for device, precision in (("cpu", torch.float32), ("cuda", dtype)):
         sd = load(folder, device=device, dtype=precision)
-        source = pipeline.read_clip(sd, clip, "a man")
-        net = pipeline.tune_on(sd, source, steps=3)
-        results.append(pipeline.edit(sd, net, source, "a panda", guidance=2).cpu())
-    assert (results[0] - results[1]).abs().mean() < (0.02 if dtype is torch.float32 else 0.2)
-
-
-# ---- The level above ---------------------------------------------------------------------------------------------------
-
-def test_a_clip_is_encoded_once_with_its_caption(sd, tmp_path):
-    clip = pipeline.read_clip(sd, tiny.write_clip(tmp_path / "clip.mp4"), "a man is skiing", stride=1)
-    assert clip.mean.shape == clip.std.shape == (1, 4, 3, 16, 19) and clip.frames == 3     # 32 x 38 of 40 x 48 pixels
-    assert clip.indices == (0, 1, 2) and clip.total == 6 and clip.fps == 12
-    assert torch.equal(torch.cat([clip.context, clip.empty]), sd.encode_prompts(["a man is skiing", ""]))
-
-
-def test_latents_that_are_not_finite_are_refused(sd, tmp_path):
-    sd.vae.encoder.conv_in.weight.data.fill_(float("nan"))
-    with pytest.raises(InputError, match="not finite"):
-        pipeline.read_clip(sd, tiny.write_clip(tmp_path / "clip.mp4"), "a man")
-
-
-def test_progress_sees_every_step(sd, tmp_path):
-    seen = []
-
-    def progress(steps, total, name):
-        for i, step in enumerate(steps, 1):
-            seen.append((name, i, total))
-            yield step
-    clip = pipeline.read_clip(sd, tiny.write_clip(tmp_path / "clip.mp4"), "a man")
-    net = pipeline.tune_on(sd, clip, steps=2, progress=progress)
-    x = pipeline.edit(sd, net, clip, "a panda", progress=progress)
-    assert x.shape == (3, 3, 32, 38) and x.abs().max() <= 1
-    assert seen == [("tuning", 1, 2), ("tuning", 2, 2), *(("inverting", i, 3) for i in (1, 2, 3)),
-                    *(("a panda", i, 3) for i in (1, 2, 3))]
-
-
-def test_the_lines_that_readme_prints_make_an_edited_clip(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    code = next(block for block in blocks if "tune_on" in block)
-    folder = tiny.write_folder(tmp_path / "weights/toy")
-    tiny.write_clip(folder / "skiing.mp4")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
-    assert tinytav.files.frames.read(tmp_path / "panda.mp4", 32, 2, 3).x.shape[0] == 3
+        source = editing.read_clip(sd, clip, "a man")
+        net = editing.tune_on(sd, source, steps=3)
+        results.append(editing.edit(sd, net, source, "a panda", guidance=2).cpu())
+    assert (results[0] - results[1]).abs().mean() < (0.01 if dtype is torch.float32 else 0.03)

@@ -1,7 +1,10 @@
 """The two commands as a user runs them, on a tiny checkpoint of filled weights."""
 import functools
+import html
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from hardening.warm import Warm
-from tinytav import pipeline
+from tinytav import editing, pipeline
 from tinytav.files.runs import Run
 from tinytav.stable_diffusion.checkpoint import load
 
@@ -63,12 +66,42 @@ def test_a_run_saves_what_it_changed_and_all_it_needs(place):
 def test_sampling_several_prompts_writes_a_clip_a_gif_and_a_strip_each(place):
     call(place, "sample.py", "--prompt", "a panda is skiing", "../../etc/x", "", "--out", "out")
     stems = ("a-panda-is-skiing", "etc-x", "empty")
-    assert {p.name for p in (place / "out").iterdir()} == {f"{stem}{end}" for stem in stems for end in (".mp4", ".gif", ".png")}
+    ends = (".mp4", ".gif", ".png", ".sample.json")
+    assert {p.name for p in (place / "out").iterdir()} == {f"{stem}{end}" for stem in stems for end in ends} | {"index.html"}
     from tinytav.files import frames
     assert frames.title(place / "out/etc-x.mp4") == "../../etc/x" and frames.title(place / "out/empty.mp4") == ""
     call(place, "sample.py", "--prompt", "a panda is skiing", "--out", "out")
     assert (place / "out/a-panda-is-skiing-2.mp4").exists()                 # nothing is overwritten
     assert (place / "out/a-panda-is-skiing-2.mp4").read_bytes() == (place / "out/a-panda-is-skiing.mp4").read_bytes()
+
+
+def test_the_page_is_kept_up_to_date_and_named_last(place, tmp_path):
+    shutil.copytree(place / "w", tmp_path / "w")
+    shutil.copy(place / "clip.mp4", tmp_path)
+    page = tmp_path / "runs/clip/index.html"
+    done = call(tmp_path, "train.py", "clip.mp4", "a man is skiing", "--weights", "w")
+    assert done.out.splitlines()[-1] == "page: runs/clip/index.html" and "finished" in page.read_text()
+    done = call(tmp_path, "sample.py", "--prompt", "a <b>panda</b>", "--guidance", "3")
+    assert done.out.splitlines()[-1] == "page: runs/clip/index.html"
+    assert "a &lt;b&gt;panda&lt;/b&gt;" in page.read_text() and 'src="a-b-panda-b.mp4"' in page.read_text()
+    first = (tmp_path / "runs/clip/a-b-panda-b.mp4").read_bytes()
+    told = json.loads((tmp_path / "runs/clip/a-b-panda-b.sample.json").read_text())
+    assert told["prompt"] == "a <b>panda</b>" and told["settings"]["guidance"] == 3
+    python, script, *words = shlex.split(told["command"])                   # the command that repeats it does
+    assert (python, script) == ("python", "sample.py")
+    call(tmp_path, script, *words)
+    assert (tmp_path / "runs/clip/a-b-panda-b-2.mp4").read_bytes() == first
+    command = re.search(r"<pre>(python train.py clip.mp4 .*?)</pre>", page.read_text())[1]
+    python, script, *words = shlex.split(html.unescape(command))
+    call(tmp_path, script, *words)
+    assert (tmp_path / "runs/clip-2/tuned.safetensors").read_bytes() == (tmp_path / "runs/clip/tuned.safetensors").read_bytes()
+
+
+def test_a_prompt_named_like_a_file_of_the_run_takes_no_files_place(place):
+    before = (place / "runs/clip/run.json").read_bytes()
+    call(place, "sample.py", "--prompt", "run", "index", "metrics", "--run", "runs/clip")
+    assert (place / "runs/clip/run.json").read_bytes() == before
+    assert {"run.mp4", "index.mp4", "metrics.mp4"} <= {file.name for file in (place / "runs/clip").iterdir()}
 
 
 def test_steps_other_than_the_runs_are_inverted_anew(place):
@@ -79,7 +112,7 @@ def test_steps_other_than_the_runs_are_inverted_anew(place):
 
 def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(place):
     run, sd = Run.open(place / "runs/clip"), load(place / "w")
-    net = run.net(sd)
+    net = editing.net_of(run, sd)
     mean, _ = run.latents()
     noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, sd.encode_prompts([""]), run.settings.ddim_steps))
     torch.testing.assert_close(run.read("inversion")["noise"], noise, atol=1e-5, rtol=1e-5)
@@ -95,7 +128,8 @@ def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
 def test_zero_shot_and_plain_text_to_image(place):
     call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--frames", 3, "--out", "zero")
     call(place, "sample.py", "--weights", "w", "--prompt", "a cat", "--frames", 1, "--out", "zero")
-    assert {p.name for p in (place / "zero").iterdir()} == {"a-dog.mp4", "a-dog.gif", "a-dog.png", "a-cat.png"}
+    assert {p.name for p in (place / "zero").iterdir()} >= {"a-dog.mp4", "a-dog.gif", "a-dog.png", "a-cat.png"}
+    assert not (place / "zero/a-cat.mp4").exists()
 
 
 def test_same_seed_same_bits_with_or_without_previews(place):
@@ -173,19 +207,22 @@ def test_a_preview_comes_after_its_step_is_saved_and_ctrl_c_ends_it(place):
 @pytest.mark.parametrize("script, args, message", [
     ("train.py", ["clip.mp4", "  "], "prompt is empty"), ("train.py", ["none.mp4", "a man"], "No such file: none.mp4"),
     ("train.py", ["clip.mp4"], "a caption|caption are needed"), ("train.py", ["w", "a man"], "0 frames"),
-    ("train.py", ["clip.mp4", "a man", "--frames", "7"], "6 frames, too few"),
+    ("train.py", ["clip.mp4", "a man", "--frames", "7"], "there are only 6, not 7"),
     ("train.py", ["clip.mp4", "a man", "--size", "-8"], "not from 8"),
     ("train.py", ["clip.mp4", "a man", "--lr", "nan"], "not from 0"), ("train.py", ["clip.mp4", "a", "--lr", "inf"], "not from 0"),
     ("train.py", ["clip.mp4", "a man", "--tokenizer", "no/such"], "No vocab.json in no/such"),
     ("train.py", ["clip.mp4", "a man", "--device", "toaster"], "toaster cannot be used"),
     ("train.py", ["--resume", "w"], "w is not a run"), ("train.py", ["--resume", "runs/clip"], "is finished"),
     ("sample.py", ["--prompt", "a dog", "--run", "nowhere"], "nowhere is not a run"),
+    ("train.py", ["clip.mp4", "a man", "--device", "meta"], "meta cannot be used"),
+    ("sample.py", ["--prompt", "a dog", "--seed", "3"], "nothing random"),
     ("sample.py", ["--prompt", "a dog", "--steps", "1000"], "not from 1 to 999")])
 def test_errors_are_sentences_and_leave_nothing(place, script, args, message):
     weights = [] if script == "sample.py" or "--resume" in args else ["--weights", "w", "--out", "bad"]
+    before = sorted(place.rglob("*"))
     done = call(place, script, *args, *weights, status=2)
     assert any(part in done.err for part in message.split("|")) and "Traceback" not in done.err
-    assert not (place / "bad").exists()
+    assert sorted(place.rglob("*")) == before
 
 
 def test_weights_that_are_absent_or_other_than_the_runs_are_refused(place):
@@ -196,14 +233,11 @@ def test_weights_that_are_absent_or_other_than_the_runs_are_refused(place):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_runs_and_stays_near(place, precision):
+def test_in_half_precision_tuned_tensors_stay_float32(place, precision):
+    """What half precision does to an edit is compared on the toy, in claims/test_edit.py."""
     call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--precision", precision, "--out", precision)
     assert all(z.dtype is torch.float32 for z in load_file(place / precision / "clip/tuned.safetensors").values())
-    full, half = ([float(line.split(",")[1]) for line in (place / run / "clip/loss.csv").read_text().splitlines()[1:]]
-                  for run in ("runs", precision))
-    assert max(abs(a - b) for a, b in zip(full, half)) < 0.02 * max(full)
-    full, half = (load_file(place / run / "clip/inversion.safetensors")["noise"] for run in ("runs", precision))
-    assert (full - half).std() < 0.1 * full.std()
+    assert json.loads((place / precision / "clip/run.json").read_text())["precision"] == precision
     call(place, "sample.py", "--run", f"{precision}/clip", "--prompt", "x", "--precision", precision)
 
 
@@ -236,9 +270,9 @@ def edited(place, name, **changes):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(frames=4), "does not hold the 4 frames"), (dict(fps="abc"), "fps = 'abc' is not a number"), (dict(fps="0"), "fps = '0'"),
-    (dict(precision="fp8"), "precision = 'fp8' is none of"), (dict(finished="yes"), "finished = 'yes' is not a float"),
-    (dict(seed=None), "seed = None is not a int"), (dict(seed=2 ** 40), "seed = 1099511627776 is not from 0"),
-    (dict(frames=-3), "frames = -3 is not above 0"), (dict(attention="sideways"), "sideways")])
+    (dict(precision="fp8"), "precision = 'fp8' is none of"), (dict(finished="yes"), "finished = 'yes' is not a number"),
+    (dict(seed=None), "seed = None is not an integer"), (dict(seed=2 ** 40), "seed = 1099511627776 must be from 0"),
+    (dict(frames=-3), "frames = -3 must be above 0"), (dict(attention="sideways"), "sideways")])
 def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):
     run = edited(place, f"edited{abs(hash(str(changes)))}", **changes)
     done = call(place, "sample.py", "--run", run, "--prompt", "x", "--no-inversion", status=2)
@@ -283,4 +317,4 @@ def test_weights_of_a_small_world_warn_once_of_what_they_cannot_draw(place):
 def test_help_fits_one_screen():
     for script in ("train.py", "sample.py"):
         done = subprocess.run(command(script, "--help"), capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
-        assert 20 < len(done.stdout.splitlines()) <= 36
+        assert 20 < len(done.stdout.splitlines()) <= 44

@@ -92,12 +92,33 @@ def test_an_overflow_in_fp16_halves_the_scale_and_makes_the_same_step(monkeypatc
             state = {name: tensor.clone() for name, tensor in tuner.state_dict().items()}
             tuner = make_tuner(lr=1e-3, dtype=torch.float16)
             tuner.load_state_dict(state)
+            assert tuner.scale == state["scale"]
         return state
     begun_low, overflowed, resumed = run(512., [4]), run(65536., [4]), run(65536., [1, 4])
     assert begun_low["scale"] == overflowed["scale"] == resumed["scale"] == 512
     for name in begun_low:
         assert torch.equal(begun_low[name], overflowed[name]), name
         assert torch.equal(overflowed[name], resumed[name]), name
+
+
+def test_the_scale_of_fp16_is_taken_out_of_the_gradients_again():
+    gradients = []
+    for scale in (1., 256.):
+        tuner = make_tuner(dtype=torch.float16)
+        tuner.net.conv_out.weight *= 0.01           # gradients so small that clipping does not hide their scale
+        tuner.scale = scale
+        assert tuner.backward(tuner.loss())
+        gradients.append(torch.cat([p.grad.flatten() for p in tuner.parameters.values()]))
+    assert gradients[0].norm() < 0.5
+    torch.testing.assert_close(gradients[1].norm(), gradients[0].norm(), rtol=0.05, atol=0)
+
+
+def test_the_state_of_a_float32_run_leaves_fp16_its_scale():
+    tuner = make_tuner()
+    tuner.step()
+    half = make_tuner(dtype=torch.float16)
+    half.load_state_dict(tuner.state_dict())
+    assert half.scale == tuning.FP16_SCALE
 
 
 def test_in_fp16_a_net_that_overflows_at_every_scale_ends_with_a_sentence():

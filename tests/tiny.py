@@ -73,6 +73,20 @@ def write_clip(path, frames=6, size=(48, 40)):
     return path
 
 
+def write_judge(path):
+    """A small CLIP of both towers, in the layout that metrics read."""
+    from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
+    config, _ = reference("clip-full")
+    config["text_config"] |= dict(vocab_size=650, eos_token_id=2)
+    save_json(path / "config.json", config)
+    save_file(filled(CLIP(CLIPConfig.from_json(config))).state_dict(), path / "model.safetensors")
+    prepared, _ = reference("clip-preprocessor")
+    save_json(path / "preprocessor_config.json", prepared["half"] | dict(size=64, crop_size=64))
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(DATA / "tokenizer" / name, path)
+    return path
+
+
 def single_file_shapes(keys):
     """The single file's own keys and shapes, from those of the folder."""
     shapes = keys["unet"] | keys["vae"] | keys["text_encoder"]

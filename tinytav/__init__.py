@@ -2,25 +2,16 @@
 
 The names below are the library. inflation.py, tuning.py and pipeline.py hold the paper; start reading there.
 """
+from tinytav.control import Control, load_control
+from tinytav.editing import Clip, edit, invert_clip, new_net, read_clip, sample_clip, tune_on
 from tinytav.files.frames import write_gif, write_mp4, write_strip
 from tinytav.inflation import VideoUNet, inflate
-from tinytav.pipeline import (
-                              Clip,
-                              decode,
-                              edit,
-                              encode,
-                              gaussian,
-                              invert,
-                              invert_clip,
-                              last,
-                              new_net,
-                              read_clip,
-                              sample,
-                              tune_on,
-)
+from tinytav.pipeline import decode, encode, gaussian, invert, last, sample
 from tinytav.stable_diffusion.checkpoint import StableDiffusion, load
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, load_controlnet
 from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.lora import merge_lora
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig

@@ -9,12 +9,16 @@ from tinytav import cli
 
 # command: (module, what it does)
 COMMANDS = {
+    "convert": ("tinytav.files.convert", "turn a pickled checkpoint (.ckpt, .bin, .pt) into safetensors"),
     "metrics": ("tinytav.measure.metrics", "consistency, textual alignment and PSNR of a run's clips"),
+    "attention": ("tinytav.measure.attention", "pictures of where frames look for a word, or a pixel in other frames"),
+    "evaluate": ("tinytav.measure.evaluate", "tune, edit and measure a whole set of clips, on one or several machines"),
     "bench": ("tinytav.measure.bench", "seconds and memory of each part on this machine"),
     "claims": ("tinytav.claims.table", "the paper's claims, measured in the toy world"),
     "sweep": ("tinytav.claims.sweep", "steps, learning rate and guidance, tried on clips of their own"),
+    "pose": ("tinytav.claims.pose", "how well a ControlNet moves a tuned subject, and from which noise"),
     "card": ("tinytav.claims.card", "the numbers and pictures of the toy's model card"),
-    "pretrain": ("tinytav.toy.pretrain", "train the toy's VAE, CLIP and U-Net"),
+    "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
     "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),
 }
 

@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load, preferred_precision
 from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
 
 SOURCE = ("weights", "tokenizer", "prediction")         # the flags that tell where the weights come from
-KNOWN = "knows.txt"     # weights of a small world say in this file of their folder what they know
+KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words
 # How torch says that a CPU's memory is too small. There is no class for it.
 CPU_ALLOCATOR = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
 
@@ -30,6 +31,12 @@ def parser(description):
     p.add_argument("--precision", choices=PRECISIONS, help="of the frozen weights; else bf16 where it is fast")
     p.add_argument("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="same seed, same result (default: 33)")
     return p
+
+
+def add_lora(p):
+    """The flag --lora, which train.py and sample.py have."""
+    p.add_argument("--lora", nargs="+", action="extend", metavar="FILE[:SCALE]",
+                   help="LoRA files to merge into the weights; else the run's own; none: without")
 
 
 def number(kind, low, high=float("inf")):
@@ -56,8 +63,8 @@ def choose_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"The device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
@@ -73,10 +80,10 @@ def choose_dtype(device, name=None):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_weights(args, source=None):
+def load_weights(args, source=None, precision=None):
     """The Stable Diffusion that the flags name, or else `source`, a dict of the same names, or else what is in weights/.
 
-    The first line printed says which. Raises InputError.
+    precision: where --precision is not given. The first line printed says which weights. Raises InputError.
     """
     device = choose_device(args.device)
     source = dict(source or {})
@@ -85,15 +92,28 @@ def load_weights(args, source=None):
             source[name] = getattr(args, name)
     path = source.pop("weights", None) or default_path()
     print(f"weights: {path}")
-    precision = args.precision or preferred_precision(path)
+    precision = args.precision or precision or preferred_precision(path)
     dtype = choose_dtype(device, precision)
     if precision is None and dtype is torch.bfloat16:
         print("precision: bf16, which this device computes fast; --precision fp32 undoes it")
     return load(path, device=device, dtype=dtype, **source)
 
 
-def warn_of_the_unknown(weights, prompts, clip=None):
-    """One warning where weights of a small world get words, or a clip, from outside it.
+def read_loras(texts):
+    """What --lora names -> a list of Lora; without the flag None. Raises InputError."""
+    if texts is None:
+        return None
+    return [Lora.from_text(text) for text in texts if text != "none"]
+
+
+def print_loras(loras):
+    """Prints which LoRAs are in use."""
+    for one in loras:
+        print(f"lora: {one.file}, scale {one.scale:g}")
+
+
+def warn_about_unknown_words(weights, prompts, clip=None):
+    """Warns once where weights that know a small world get words, or a clip, from outside it.
 
     Such weights say in knows.txt what they know. Other weights have no such file: they know anything.
     """

@@ -28,8 +28,8 @@ TUNED = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")
 class FrameAttention(Attention):
     """Base of the attentions that know how many frames are folded into the batch."""
 
-    def __init__(self, frames, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, frames, dim, heads, context_dim=None, upcast=False):
+        super().__init__(dim, heads, context_dim, upcast)
         self.frames = frames
 
     def unfold(self, z):                                                    # (b f) n c -> b f n c
@@ -123,8 +123,8 @@ class ClipGroupNorm(nn.GroupNorm):
     The resnets and conv_norm_out have it. The norm before each transformer stays per frame, there as here.
     """
 
-    def __init__(self, frames, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, frames, groups, channels, eps):
+        super().__init__(groups, channels, eps)
         self.frames = frames
 
     def forward(self, x):                                                   # (b f) c h w
@@ -136,12 +136,9 @@ class VideoTransformerBlock(TransformerBlock):
     """TransformerBlock with attentions that know of frames, and T-Attn after its three lines (figure 4)."""
 
     def __init__(self, frames, attention, cfg, dim, heads):
-        super().__init__(cfg, dim, heads)
-        upcast = cfg.upcast_attention
-        self.attn1 = ATTENTIONS[attention](frames, dim, heads, upcast=upcast)
-        self.attn2 = ClipCrossAttention(frames, dim, heads, cfg.cross_attention_dim, upcast)
+        super().__init__(cfg, dim, heads, partial(ATTENTIONS[attention], frames), partial(ClipCrossAttention, frames))
         self.norm_temp = nn.LayerNorm(dim)
-        self.attn_temp = TemporalAttention(frames, dim, heads, upcast=upcast)
+        self.attn_temp = TemporalAttention(frames, dim, heads, upcast=cfg.upcast_attention)
 
     def forward(self, x, context):                                          # (b f) n c, b m d
         x = super().forward(x, context)
@@ -149,9 +146,9 @@ class VideoTransformerBlock(TransformerBlock):
         return x
 
     def initialise_temporal(self):
-        """T-Attn begins as nothing: its output projection is zero, weight and bias.
+        """At the start T-Attn adds zero: its output projection is zero, weight and bias.
 
-        The official code leaves the bias random. Then the inflated net is not the image net at first.
+        The official code leaves the bias random, so its inflated net is not quite the image net.
         """
         self.norm_temp.reset_parameters()
         for linear in (self.attn_temp.to_q, self.attn_temp.to_k, self.attn_temp.to_v):
@@ -164,7 +161,7 @@ class VideoUNet(UNet):
     """The inflated U-Net for clips of a fixed number of frames.
 
     attention: a key of ATTENTIONS. norm: "clip" (official) or "frame", what the resnets' group norms run over. Raises
-    InputError for others, and for less than one frame.
+    InputError for any other value, and for fewer than one frame.
     """
 
     def __init__(self, cfg, frames, attention="sparse-causal", norm="clip"):
@@ -176,10 +173,16 @@ class VideoUNet(UNet):
         super().__init__(cfg, Block, Norm)
         self.frames, self.attention, self.norm = frames, attention, norm
 
-    def forward(self, x, t, context):
-        """Noisy clips x (b, 4, f, h, w), timesteps t (b,), context (b, m, d) -> (b, 4, f, h, w)."""
+    def forward(self, x, t, context, residuals=None):
+        """Noisy clips x (b, 4, f, h, w), timesteps t (b,), context (b, m, d) -> (b, 4, f, h, w).
+
+        residuals: a ControlNet's, whose batch is the frames, (b f) c h w. Raises InputError for a clip of another number
+        of frames.
+        """
+        if x.shape[2] != self.frames:
+            raise InputError(f"This net is for clips of {self.frames} frames, and the clip has {x.shape[2]}.")
         y = x.transpose(1, 2).flatten(0, 1)                                 # (b f) 4 h w
-        y = super().forward(y, t.repeat_interleave(self.frames), context)
+        y = super().forward(y, t.repeat_interleave(self.frames), context, residuals)
         return y.unflatten(0, (-1, self.frames)).transpose(1, 2)            # b 4 f h w
 
     def tuned(self):
@@ -201,7 +204,9 @@ def inflate(unet, frames, attention="sparse-causal", norm="clip"):
     assert not unexpected and all("_temp." in name for name in missing)
     for block in video.modules():
         if isinstance(block, VideoTransformerBlock):
-            block.norm_temp.to_empty(device=unet.conv_in.weight.device)
-            block.attn_temp.to_empty(device=unet.conv_in.weight.device)
+            block.norm_temp.to_empty(device="cpu")          # drawn on the CPU: the same on every device
+            block.attn_temp.to_empty(device="cpu")
             block.initialise_temporal()
+            block.norm_temp.to(unet.conv_in.weight.device)
+            block.attn_temp.to(unet.conv_in.weight.device)
     return video.requires_grad_(False)

@@ -45,19 +45,18 @@ class Tuner:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8,
                                            weight_decay=1e-2, fused=True)
         self.losses = []
-        half = net.conv_in.weight.dtype is torch.float16
-        self.scale = FP16_SCALE if half else 1.
+        self.scale = FP16_SCALE if net.conv_in.weight.dtype is torch.float16 else 1.
 
     def step(self):
         """Makes the next step and returns its loss.
 
         In fp16 a gradient may overflow. Then the loss's scale is halved and the same step is made again. Raises
-        InputError when the loss or its gradient is not finite otherwise; the parameters are then those of the step
-        before.
+        InputError if the loss is not finite, or if the gradient still is not finite at a scale of 1. The parameters
+        are then unchanged.
         """
         loss = self.loss()
         while not self.backward(loss):
-            if self.scale == 1 or not loss.isfinite():
+            if self.scale <= 1 or not loss.isfinite():
                 raise InputError(f"The loss is {loss.item()} and its gradient is not finite at step "
                                  f"{len(self.losses) + 1}: the learning rate is too high, or the weights overflow at "
                                  "this precision. Try a smaller --lr, or --precision fp32.")
@@ -89,7 +88,10 @@ class Tuner:
         return False
 
     def state_dict(self):
-        """All that resuming needs, as flat named tensors: the tuned tensors, AdamW's moments, losses, fp16's scale."""
+        """All that resuming needs after at least one step, as flat named tensors.
+
+        They are the tuned tensors, AdamW's moments, the losses, and fp16's scale.
+        """
         state = {"losses": torch.tensor(self.losses), "scale": torch.tensor(self.scale)}
         for name, p in self.parameters.items():
             moments = self.optimizer.state[p]
@@ -107,7 +109,8 @@ class Tuner:
         if {name: tensor.shape for name, tensor in state.items()} != shapes:
             raise InputError("state.safetensors does not fit this run's net: it cannot be resumed, only begun again.")
         self.losses = state["losses"].tolist()
-        self.scale = state["scale"].item()
+        if self.scale > 1 and state["scale"] > 1:           # the state of a float32 run has no scale for fp16
+            self.scale = state["scale"].item()
         for name, p in self.parameters.items():
             p.data.copy_(state[f"tuned.{name}"])
             self.optimizer.state[p] = {

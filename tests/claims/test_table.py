@@ -46,7 +46,7 @@ def test_a_claim_holds_where_the_difference_on_the_same_clips_is_above_chance(ar
         (args.out / f"{i}/full method-33.json").write_text(json.dumps([SCORE | dict(phase=value, psnr=0.25) for value in values]))
         (args.out / f"{i}/source-33.json").write_text(json.dumps([SCORE | dict(phase=value - 0.25) for value in values]))
     *_, success, phase, psnr = table.verdicts(args).splitlines()
-    assert success.endswith("| success | +0.0 (+0.0 to +0.0) | not told |")
+    assert success.endswith("| success | +0.0 (+0.0 to +0.0) | inconclusive |")
     assert phase.endswith("| limbs | +25.0 (+25.0 to +25.0) | holds |")
     assert psnr.endswith("| PSNR | -0.2 (-0.2 to -0.2) | the opposite holds |")
 

@@ -36,8 +36,8 @@ def test_which_frames_are_taken(total, asked, expected, fps):
 
 
 @pytest.mark.parametrize("total, asked, message", [
-    (4, dict(frames=8), "4 frames, too few for 8 from 0: use --frames 4"), (0, dict(frames=1), "0 frames"),
-    (10, dict(frames=6, stride=2), "too few for 6 from 0 by strides of 2: use --frames 5"),
+    (4, dict(frames=8), "4 frames. From frame 0 there are only 4, not 8: use --frames 4"), (0, dict(frames=1), "0 frames"),
+    (10, dict(frames=6, stride=2), "From frame 0 with stride 2 there are only 5, not 6: use --frames 5"),
     (10, dict(frames=1, start=10), "none is left from --start 10")])
 def test_too_few_frames_are_an_error_that_says_how_many_there_are(total, asked, message):
     with pytest.raises(InputError, match=message):
@@ -119,6 +119,14 @@ def test_a_folder_of_images_goes_by_number(tmp_path):
     assert [round(float(v + 1) * 12.75) for v in source.x[:, 0, 0, 0]] == [1, 2, 10] and source.fps == 8
 
 
+def test_sixteen_bits_of_grey_keep_their_range(tmp_path):
+    (tmp_path / "f").mkdir()
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(64, axis=0)
+    Image.fromarray(ramp).save(tmp_path / "f/1.png")
+    x = frames.read(tmp_path / "f", 64, 8, 1).x
+    assert x[0, 0, 0].sub(torch.linspace(-1, 1, 64)).abs().max() < 0.02
+
+
 def test_transparent_pictures_stand_on_white(tmp_path):
     (tmp_path / "f").mkdir()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "f/1.png")
@@ -154,7 +162,7 @@ def test_what_is_not_a_video_is_named(tmp_path, make, message):
 
 
 def test_a_size_below_the_models_multiple_is_refused(clip):
-    with pytest.raises(InputError, match="multiple of 64"):
+    with pytest.raises(InputError, match="not from 64 to 4096"):
         frames.read(clip, 32, 64, 2)
 
 
@@ -195,3 +203,9 @@ def test_rotation_flags_are_followed(tmp_path):
         def to_ndarray(format):
             return np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     assert frames.upright(Turned).size == (2, 3)
+
+
+def test_a_video_is_the_same_bits_on_any_number_of_cores(tmp_path):
+    frames.write_mp4(tmp_path / "x.mp4", torch.zeros(3, 3, 32, 32), fps=8)
+    told = (tmp_path / "x.mp4").read_bytes()
+    assert b" threads=1 " in told and b" mbtree=0 " in told                 # x264 writes into a file what it was told

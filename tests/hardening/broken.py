@@ -6,12 +6,15 @@ weights w, the clip clip.mp4, a finished run runs/done and an unfinished one run
 import json
 import random
 import struct
+import zipfile
 import zlib
 from fractions import Fraction
 
 import av
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 OK, ERROR, EITHER = "right result", "error sentence", "either"
 KINDS = {}
@@ -457,6 +460,213 @@ def run_of_other_weights(rng, place):
     low, high = next(v["data_offsets"] for v in header.values() if "data_offsets" in v)
     write_header(file, header, values[:low] + struct.pack("<f", rng.random()) * ((high - low) // 4) + values[high:])
     return use_run(rng, name)
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------------------
+
+MODULE = "tinytav/__main__.py"          # python -m tinytav
+LAYER = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def lora_tensors(name=f"lora_unet_{LAYER}", rank=2, out=16, width=16):
+    """One layer's LoRA in kohya's spelling, which fits the weights in w."""
+    return {f"{name}.lora_down.weight": torch.full((rank, width), 0.1), f"{name}.lora_up.weight": torch.full((out, rank), 0.1),
+            f"{name}.alpha": torch.tensor(1.)}
+
+
+def use_lora(rng, text):
+    return [*use_weights(rng), "--lora", text]
+
+
+@kind(EITHER)
+def lora_with_broken_tensors(rng, place):
+    save_file(lora_tensors() | lora_tensors("lora_te_text_model_encoder_layers_0_mlp_fc1", out=96, width=24), place / "l.safetensors")
+    outcome = spoil_tensors(rng, place / "l.safetensors")
+    return use_lora(rng, "l.safetensors"), outcome
+
+
+@kind(ERROR)
+def lora_of_another_kind_or_model(rng, place):
+    name = f"lora_unet_{LAYER}"
+    ones = torch.ones(2, 2)
+    strange = rng.choice([
+        {f"{name}.hada_w1_a": ones}, {f"{name}.lokr_w1": ones}, {f"{name}.dora_scale": ones}, {f"{name}.lora_mid.weight": ones},
+        {"lora_te1_x.alpha": ones}, {"text_encoder_2.x.lora_A.weight": ones}, {"": ones}, {".alpha": ones}, {"x.lora_up.weight": ones},
+        {f"{name}.diff": ones}, {f"{name}.lora_down.weight": torch.ones(2)}, {f"{name}.lora_down.weight": torch.ones(())},
+        {f"{name}.lora_down.weight": torch.ones(0, 16)}, {f"{name}.alpha": torch.ones(0)}, {f"{name}.alpha": torch.ones(2)},
+        {f"{name}.lora_up.weight": torch.ones(2, 16)}, {f"{name}.lora_up.weight": torch.ones(16, 2, 3, 3)},
+        {f"{name}.lora_down.weight": torch.ones(2, 16, 3, 3)}, {f"{name}.lora_down.weight": torch.ones(2, 16).int()},
+        {f"{name}.lora_down.weight": torch.ones(2, 16) / 0}, {f"{name}.alpha": torch.tensor(float("nan"))},
+        lora_tensors(f"{name}_x"), lora_tensors("lora_unet_"), lora_tensors("lora_unet_mid_block_attentions_0_norm"),
+        lora_tensors("lora_unet_up_blocks_9_attentions_0_proj_in"), lora_tensors(f"unet.{LAYER}")])
+    good = rng.choice([{}, lora_tensors()])
+    save_file(good | strange, place / "l.safetensors")
+    return use_lora(rng, "l.safetensors"), ERROR
+
+
+@kind(ERROR)
+def lora_that_is_another_file(rng, place):
+    (place / "dir.safetensors").mkdir()
+    (place / "text.safetensors").write_text("not a LoRA")
+    (place / "old.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(place / "pwned").encode() + b"'\ntR.")
+    (place / "old.safetensors").write_bytes((place / "old.pt").read_bytes())
+    save_file({}, place / "empty.safetensors")
+    return use_lora(rng, rng.choice([
+        "dir.safetensors", "text.safetensors", "old.pt", "old.safetensors", "empty.safetensors", "nothing.safetensors", "", ":", "clip.mp4",
+        "w", "w/unet/diffusion_pytorch_model.safetensors", "runs/done/tuned.safetensors", "a" * 300, "/dev/null", "w/unet/config.json"]))
+
+
+@kind(EITHER)
+def lora_with_a_scale_out_of_bounds(rng, place):
+    save_file(lora_tensors(), place / "l.safetensors")
+    scale = rng.choice(["nan", "inf", "-inf", "1e400", "0", "-1", "1e6", "1e7", "-1e6", "1e-40", "", "x", "1:1", "１", "0x1", "1_0", " 1"])
+    return use_lora(rng, f"l.safetensors:{scale}")
+
+
+@kind(EITHER)
+def run_json_with_another_lora(rng, place):
+    name = rng.choice(["half", "done"])
+    save_file(lora_tensors(), place / "l.safetensors")
+    entry = dict(file=rng.choice(["l.safetensors", "none", "", "w", "../../etc/x"]), scale=rng.choice([1, 0.5, 0]),
+                 fingerprint=rng.choice(["", "0" * 16]))
+    if rng.random() < 0.5:
+        entry[rng.choice(sorted(entry))] = rng.choice(WRONG)
+    file = place / f"runs/{name}/run.json"
+    lora = rng.choice([[entry], [entry] * 3, [[entry]], entry, "l.safetensors", 5, [], [None]])
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora": lora}))
+    return use_run(rng, name), EITHER if lora == [] else ERROR
+
+
+# ---- pickles, and what convert makes of them ---------------------------------------------------------------------------
+
+def convert(source, target="out/model.safetensors"):
+    return [MODULE, "convert", source, target]
+
+
+def some_pickle(rng, place):
+    """A checkpoint as trainers write it."""
+    path = place / f"in.{rng.choice(['ckpt', 'pt', 'pth', 'bin'])}"
+    tensors = load_file(place / "w/vae/diffusion_pytorch_model.safetensors")
+    torch.save(rng.choice([tensors, {"state_dict": tensors, "epoch": 3}, {"model": tensors}]), path)
+    return path
+
+
+def archive(path, pickle, compressed=False, **records):
+    """A file with the parts of one that torch.save writes, around any pickle."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as file:
+        for name, data in ({"data.pkl": pickle, "version": b"3\n", "byteorder": b"little"} | records).items():
+            file.writestr(f"archive/{name}", data)
+    return path
+
+
+@kind(EITHER)
+def pickle_truncated_or_with_flipped_bits(rng, place):
+    path = some_pickle(rng, place)
+    data = path.read_bytes()
+    low, high = rng.choice([(0, 4000), (len(data) - 30_000, len(data)), (0, len(data))])
+    path.write_bytes(rng.choice([data[:rng.randrange(len(data))], flip(rng, data, low, high, rng.choice([1, 3, 30]))]))
+    return convert(path.name)
+
+
+@kind(ERROR)
+def pickle_that_would_run_code(rng, place):
+    """It would make a file, in one of the ways that a pickle can call something, alone or in a checkpoint's archive."""
+    touch = b"touch " + str(place / "pwned").encode()
+    text = b"S'" + touch + b"'\n"
+    short = bytes([len(touch)]) + touch if len(touch) < 256 else bytes([5]) + b"false"
+    pickle = rng.choice([
+        b"cos\nsystem\n(" + text + b"tR.", b"(" + text + b"ios\nsystem\n.", b"(cos\nsystem\n" + text + b"o.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c" + short + b"\x85R.", b"\x80\x02cos\nsystem\nU" + short + b"\x85\x81.",
+        b"cbuiltins\neval\n(S'open(\"pwned\", \"w\")'\ntR.", b"cbuiltins\ngetattr\n(cos\npath\nS'join'\ntR.",
+        b"csubprocess\nPopen\n(" + text + b"tR.", b"ctorch\nload\n(S'precious.txt'\ntR.", b"ctorch.hub\nload\n(S'x'\ntR.",
+        b"cruntpy\n_run_code\n(S'x'\ntR.", b"ccollections\nOrderedDict\n(tRcos\nsystem\nb.", b"\x80\x02}X\x01\x00\x00\x00a"
+        b"cnumpy.core.multiarray\nscalar\n(tRs."])
+    path = place / "in.ckpt"
+    if rng.random() < 0.2:
+        path.write_bytes(pickle)
+    else:
+        archive(path, pickle, compressed=rng.random() < 0.3, **rng.choice([{}, {"code/x.py": b"x", "constants.pkl": pickle}]))
+    return convert(path.name)
+
+
+@kind(ERROR)
+def pickle_that_is_no_checkpoint(rng, place):
+    path = place / "in.pt"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQI0\n(I4\nt(I1\ntI00\n"
+    contents = rng.choice([
+        lambda: archive(path, b""), lambda: archive(path, b"."), lambda: archive(path, rng.randbytes(200)),
+        lambda: archive(path, b"(" * 10 ** 6), lambda: archive(path, b"]" * 10 ** 5 + b"a" * (10 ** 5 - 1) + b"."),
+        lambda: archive(path, b"N."), lambda: archive(path, b"}."), lambda: archive(path, b"cbuiltins\nbytearray\n(I" + b"9" * 14 + b"\ntR."),
+        lambda: archive(path, b"}S'a'\n" + tensor + b"ccollections\nOrderedDict\n(tRtRs."),                  # no data/0
+        lambda: archive(path, b"}S'a'\n" + tensor.replace(b"(I4\nt(I1", b"(I999999999999\nt(I0") + b"ccollections\nOrderedDict\n(tRtRs.",
+                        **{"data/0": bytes(16)}),
+        lambda: archive(path, b"}S'a'\n" + tensor.replace(b"tQI0\n", b"tQI99\n") + b"ccollections\nOrderedDict\n(tRtRs.",
+                        **{"data/0": bytes(16)}),
+        lambda: zipfile.ZipFile(path, "w").close(), lambda: path.write_bytes(b""), lambda: path.write_bytes(b"PK\3\4" + rng.randbytes(100)),
+        lambda: torch.save([1, 2], path), lambda: torch.save({5: torch.ones(1)}, path), lambda: torch.save(torch.ones(3), path),
+        lambda: torch.save({"a": torch.eye(3).to_sparse()}, path), lambda: torch.save({"a": torch.ones(1, device="meta")}, path),
+        lambda: torch.save({"a": torch.ones(1).expand(10 ** 9)}, path), lambda: torch.save({"a": torch.ones(2) * 1j}, path),
+        lambda: torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False), path.mkdir,
+        lambda: archive(path, b"}.", compressed=True, **{"../../precious.txt": b"x"})])
+    contents()
+    return convert(path.name)
+
+
+@kind(EITHER)
+def names_for_convert(rng, place):
+    torch.save({"a": torch.ones(1)}, place / "in.pt")
+    names = ["in.pt", "w", "clip.mp4", "precious.txt", "none.pt", "", ".", "a" * 300, "/dev/null", "w/unet/config.json", "in.pt/x"]
+    target = rng.choice(["out/a.safetensors", "out", "w", "precious.txt", "in.pt", "w/unet/diffusion_pytorch_model.safetensors", "",
+                         "clip.mp4/a.safetensors", "/dev/null/a.safetensors", "out/" + "a" * 300 + ".safetensors", "out/a.bin"])
+    return convert(rng.choice(names), target)
+
+
+@kind(EITHER)
+def folder_to_convert_with_a_broken_file(rng, place):
+    folder = place / "w"
+    for file in folder.rglob("*.safetensors"):
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    file = rng.choice(files)
+    way = rng.randrange(5)
+    if way == 0:
+        file.write_bytes(flip(rng, file.read_bytes(), 0, 4000, 10))
+    elif way == 1:
+        (folder / "unet/diffusion_pytorch_model.bin.index.json").write_text(rng.choice(["{}", "[", '{"weight_map": {"a": 5}}']))
+    elif way == 2:
+        archive(folder / "x.pt", b"cos\nsystem\n(S'touch " + str(place / "pwned").encode() + b"'\ntR.")
+    elif way == 3:
+        (folder / "loop").symlink_to(folder), (folder / "nowhere.bin").symlink_to("nothing")
+    else:
+        torch.save({"a": torch.ones(1)}, file.with_suffix(".pt")), torch.save({"a": torch.ones(1)}, file.with_suffix(".ckpt"))
+    return convert("w", "out")
+
+
+@kind(EITHER)
+def official_net_with_broken_tensors(rng, place):
+    """w as the official code would have left it, with one thing wrong in the U-Net."""
+    file = place / "w/unet/diffusion_pytorch_model.safetensors"
+    tensors = {name: z.clone() for name, z in load_file(file).items()}
+    temporal = {name.replace(".attn1.", ".attn_temp."): z.clone() for name, z in tensors.items() if ".attn1." in name}
+    temporal |= {name.replace(".norm1.", ".norm_temp."): z.clone() for name, z in tensors.items()
+                 if ".transformer_blocks.0.norm1." in name}
+    name, other = rng.sample(sorted(temporal), 2)
+    way = rng.randrange(6)
+    if way == 0:
+        del temporal[name]
+    elif way == 1:
+        temporal[name] = temporal[name] * rng.choice([float("nan"), float("inf")])
+    elif way == 2:
+        temporal[name] = temporal[name][..., :-1].contiguous()
+    elif way == 3:
+        temporal[name.replace("_temp.", "_temp.x.")] = temporal.pop(name)
+    elif way == 4:
+        temporal = {name: temporal[name]}
+    save_file(tensors | temporal, file)
+    if way == 5:
+        return use_weights(rng), spoil_tensors(rng, file)
+    return use_weights(rng), ERROR
 
 
 def make(name, seed, place):

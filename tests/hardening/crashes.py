@@ -51,6 +51,8 @@ def torn(run, whole):
                 fine = 0 < len(load_file(file)["losses"]) <= 6
             elif file.name == "loss.csv":
                 fine = other.read_text().startswith(file.read_text()) and file.read_text().endswith("\n")
+            elif file.name == "index.html":
+                fine = file.read_text().endswith("</html>\n")
             else:
                 fine = file.read_bytes() == other.read_bytes()
         except Exception as error:                          # whatever a torn file makes its reader say

@@ -121,7 +121,7 @@ def test_memory_that_runs_out_is_a_sentence_and_any_other_error_of_torch_a_bug(e
     (TextEncoderConfig, dict(num_hidden_layers=2 ** 20)),
     (Schedule, dict(beta_start=-1.)), (Schedule, dict(beta_end=float("nan"))), (Schedule, dict(num_train_timesteps=10 ** 12))])
 def test_a_number_in_a_config_that_no_model_has_is_refused(Config, settings):
-    with pytest.raises(InputError, match="is not|do not divide"):
+    with pytest.raises(InputError, match="is not|must be|do not divide"):
         Config.from_json(settings)
 
 
@@ -154,8 +154,9 @@ def test_a_runs_tensors_of_another_type_or_shape_are_refused(warm, place, name, 
 def test_no_line_of_the_core_unpickles_or_opens_a_connection():
     for path in (*(ROOT / "tinytav").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"):
         text = path.read_text()
-        assert not re.search(r"torch\.load\(|import pickle|allow_pickle=True|(?<!\.)\beval\(|\bexec\(|weights_only", text), path
-        assert not re.search(r"import (socket|urllib|http|requests)|from (urllib|http|requests)", text), path
+        assert not re.search(r"import pickle|allow_pickle=True|(?<!\.)\beval\(|\bexec\(", text), path
+        assert not re.search(r"torch\.load\(|weights_only", text) or path.name == "convert.py", path
+        assert not re.search(r"import (socket|urllib|http|requests)|from (urllib(?!\.parse)|http|requests)", text), path
         assert ("from_pretrained" in text) == (path.name == "tokenizer.py"), path
 
 

@@ -70,7 +70,7 @@ def command(warm, place, argv, mine):
     """The same as a user types it."""
     try:
         done = subprocess.run([sys.executable, str(ROOT / argv[0]), *map(os.fsencode, argv[1:])], cwd=place, timeout=3 * SECONDS,
-                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     except subprocess.TimeoutExpired:
         return SimpleNamespace(status=1, hang=True, err="", out="", broken="", peak=0, seconds=3 * SECONDS)
     return SimpleNamespace(status=done.returncode, hang=False, err=done.stderr.decode(errors="replace"), broken="",
@@ -100,10 +100,17 @@ def missing_result(answer, place, argv):
     if argv[0] == "sample.py":
         paths = [line for line in answer.out.splitlines() if line.endswith((".mp4", ".png"))]
         return "" if paths and all((place / path).stat().st_size for path in paths) else "names no result"
+    if argv[0] == broken.MODULE:
+        return "" if all(load_file(file) for file in files_made(place / argv[-1])) else "leaves a file without tensors"
     run = place / "runs/half" if "--resume" in argv else next((place / "out").iterdir())
     tuned = load_file(run / "tuned.safetensors")
     finite = all(z.isfinite().all() for z in tuned.values())
     return "" if finite and json.loads((run / "run.json").read_text())["finished"] else "leaves a run that is not finished"
+
+
+def files_made(target):
+    """What convert says it has made: one file, or those of a folder, which are at least one."""
+    return [target] if target.is_file() else list(target.rglob("*.safetensors")) or [target]
 
 
 def many(warm, stock, seeds, names=tuple(broken.KINDS), real=False, report=print):

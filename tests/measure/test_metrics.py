@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import tiny
 from tinytav.files import frames
 from tinytav.files.runs import Run, Settings
 from tinytav.measure import metrics
-from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
+from tinytav.stable_diffusion.checkpoint import read_json
+from tinytav.stable_diffusion.clip import Preprocessor
 from tinytav.stable_diffusion.config import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -63,16 +63,8 @@ def test_pictures_are_prepared_as_by_transformers(case, picture):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small CLIP folder, and its net."""
-    folder = tmp_path_factory.mktemp("clip")
-    config, _ = tiny.reference("clip-full")
-    config["text_config"] |= dict(vocab_size=650, eos_token_id=2)
-    clip = tiny.filled(CLIP(CLIPConfig.from_json(config))).eval().requires_grad_(False)
-    save_file(clip.state_dict(), folder / "model.safetensors")
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(tiny.DATA / "tokenizer" / name, folder)
-    tiny.save_json(folder / "config.json", config)
-    tiny.save_json(folder / "preprocessor_config.json", PREPARED["half"] | dict(size=64, crop_size=64))
-    return folder, clip
+    folder = tiny.write_judge(tmp_path_factory.mktemp("clip"))
+    return folder, metrics.Features(folder).clip
 
 
 def test_features_of_frames_pictures_and_prompts(folder):
@@ -138,13 +130,28 @@ def call(*args):
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def test_a_file_that_is_no_video_is_passed_over(run, folder):
+    eye = metrics.Features(folder[0])
+    (run.path / "zz.mp4").write_text("junk")
+    try:
+        with pytest.warns(UserWarning, match="passed over: .*zz.mp4 cannot be read"):
+            names = [name for name, *_ in metrics.rows(run, eye)]
+    finally:
+        (run.path / "zz.mp4").unlink()
+    assert "source.mp4" in names and "zz.mp4" not in names
+
+
 def test_the_command_prints_the_rows_and_its_errors_are_sentences(run, folder, tmp_path):
     done = call(run.path, "--clip", folder[0], "--device", "cpu")
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 8, done.stderr
+    assert done.returncode == 0 and len(lines) == 9, done.stderr
+    assert lines[-1] == f"page: {run.path / 'index.html'}"
     values = next(values for name, *values in metrics.rows(run, metrics.Features(folder[0])) if name == "a-man.mp4")
     assert lines[6].split() == ["a-man.mp4", *(f"{value:.2f}" for value in values)]
     assert lines[2].split()[0] == "source.mp4" and lines[2].split()[-1] == "-"
+    stored = read_json(run.path / "metrics.json")["values"]
+    assert stored["a-man.mp4"] == pytest.approx(dict(zip(metrics.COLUMNS, values)), abs=1e-3)
+    assert "psnr" not in stored["source.mp4"] and f"{values[0]:.2f}" in (run.path / "index.html").read_text()
     for args, message in (([tmp_path], "is not a run"), ([run.path, "--clip", tmp_path], "No config.json"),
                           ([run.path, "--clip", folder[0], "--device", "toaster"], "toaster cannot be used")):
         done = call(*args)

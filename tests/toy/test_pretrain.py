@@ -1,5 +1,6 @@
 """Pre-training: CLIP's tokenizer from captions, a stage that is killed and goes on, and the folder that is written."""
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 import tinytav
+from tiny import filled
 from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
+from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, check_fits, load_controlnet
 from tinytav.stable_diffusion.tokenizer import Tokenizer
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.toy import pretrain, world
 
 
@@ -22,7 +26,7 @@ def stage(name, out, minutes, *more):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All three stages, each trained for a moment."""
+    """All parts of a Stable Diffusion, each trained for a moment."""
     out = tmp_path_factory.mktemp("toy")
     for name in ("clip", "vae", "unet"):
         pretrain.main(stage(name, out, 0.005))
@@ -68,6 +72,30 @@ def test_the_clip_holds_the_same_text_encoder(folder):
     ids = Tokenizer.from_folder(folder / "clip")(["a woman on the moon at night"])
     assert torch.equal(clip.text_model(ids), encoder(ids))
     assert clip.cfg.text_config.eos_token_id == encoder.cfg.eos_token_id == ids[0, -1]
+
+
+def test_the_controlnet_fits_the_unet_and_is_trained(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    unet = filled(UNet(UNetConfig.from_json(pretrain.UNET_JSON)))          # one whose every layer passes gradients on
+    pretrain.write(tmp_path / "unet" / pretrain.WEIGHTS, pretrain.UNET_JSON, unet.state_dict())
+    pretrain.main(stage("control", tmp_path, 0.05))
+    sd, control = tinytav.load(tmp_path), load_controlnet(tmp_path / "controlnet")
+    check_fits(control.cfg, sd.unet.cfg, sd.vae.cfg.factor)
+    assert (tmp_path / "controlnet" / pretrain.WEIGHTS).stat().st_size < 8 * 2 ** 20
+    with torch.no_grad():
+        context, hint = sd.encode_prompts(["a fox"]), torch.zeros(1, 3, pretrain.SIZE, pretrain.SIZE)
+        residuals = control(torch.randn(1, 4, 16, 16), torch.tensor([981]), context, hint)
+    assert all(residual.abs().max() > 0 for residual in residuals)
+
+
+@torch.no_grad()
+def test_before_training_a_controlnet_changes_nothing(folder):
+    sd, control = tinytav.load(folder), ControlNet(ControlNetConfig.from_json(pretrain.CONTROL_JSON))
+    pretrain.begin_as_unet(control, sd.unet)
+    assert torch.equal(control.mid_block.resnets[0].conv1.weight, sd.unet.mid_block.resnets[0].conv1.weight)
+    x, t, context = torch.randn(1, 4, 16, 16), torch.tensor([981]), sd.encode_prompts(["a fox"])
+    residuals = control(x, t, context, torch.rand(1, 3, pretrain.SIZE, pretrain.SIZE))
+    assert torch.equal(sd.unet(x, t, context, residuals), sd.unet(x, t, context))
 
 
 def test_more_training_starts_from_the_finished_weights(folder, tmp_path):

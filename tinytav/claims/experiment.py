@@ -64,8 +64,8 @@ def make_clip(kind, i):
 class Studio:
     """One clip, encoded, with its judge. `settings`: steps, lr, ddim_steps, guidance."""
 
-    def __init__(self, folder, clip, settings):
-        self.sd, self.clip, self.settings = checkpoint.load(folder), clip, settings
+    def __init__(self, folder, clip, settings, dtype=torch.float32):
+        self.sd, self.clip, self.settings = checkpoint.load(folder, dtype=dtype), clip, settings
         self.judge, self.eye = Judge(self.sd.vae, clip.motion, FRAMES), metrics.Features(Path(folder) / "clip")
         self.source = self.judge.draw(clip.scene)[0]
         self.mean, self.std = pipeline.encode(self.sd.vae, self.source)

@@ -13,6 +13,7 @@ import torch
 
 from tinytav.files import frames
 from tinytav.measure.metrics import psnr
+from tinytav.stable_diffusion.precision import autocast
 from tinytav.toy import draw, world
 
 # Alternatives to a view, by what they add to one part of it: quarters of the limbs' cycle and of the way to the next
@@ -40,7 +41,8 @@ class Judge:
 
     @torch.no_grad()
     def vae_trip(self, x):
-        return self.vae.decode(self.vae.encode(x)[0]).clamp(-1, 1)
+        with autocast(self.vae):
+            return self.vae.decode(self.vae.encode(x)[0]).float().clamp(-1, 1)
 
     def nearest(self, x, alternatives):
         """For each frame of x (f, 3, h, w) the index of the nearest drawing.

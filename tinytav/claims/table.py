@@ -116,7 +116,7 @@ def verdicts(args):
         for key in keys:
             difference = np.subtract(*(means(read(args, name, SEEDS[:1]), key) for name in (better, worse)))
             mean, low, high = (100 if key in PERCENT else 1) * np.array(bootstrap(difference))
-            says = "holds" if low > 0 else "the opposite holds" if high < 0 else "not told"
+            says = "holds" if low > 0 else "the opposite holds" if high < 0 else "inconclusive"
             lines.append(row(claim, (better, worse, COLUMNS[key], f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", says)))
     return "\n".join(lines)
 

@@ -17,6 +17,9 @@ from tinytav.stable_diffusion.config import InputError
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FOLDER_FPS = Fraction(8)        # a folder of pictures has no clock; the official code writes its results at 8
 LARGEST = 4096                  # pixels of the short side
+# The same frames give the same file, on a machine with any number of cores: one thread, and none of x264's macroblock
+# tree, whose sums come out differently with where in memory the frames lie.
+REPEATABLE = {"x264-params": "mbtree=0"}
 SHOWN = 256                     # smaller results are enlarged by a whole factor until their short side reaches this
 LEAST_FPS = 4                   # frames further apart than this may share too little of a motion
 
@@ -41,11 +44,11 @@ def read(path, size, multiple, frames, start=0, stride=None, exact=True):
     check_size(size, multiple)
     clip = open_clip(path)
     total = clip.count()
-    indices, fps = choose(total, frames, start, stride, exact, clip.fps(), path)
+    indices, fps = choose(total, frames, start=start, stride=stride, exact=exact, fps=clip.fps(), path=path)
     pictures = [fit(picture, size, multiple) for picture in clip.pictures(indices)]
     if len(pictures) < len(indices):        # some videos announce more frames than can be decoded
         total = sum(1 for _ in clip.pictures())
-        indices, fps = choose(total, frames, start, stride, exact, clip.fps(), path)
+        indices, fps = choose(total, frames, start=start, stride=stride, exact=exact, fps=clip.fps(), path=path)
         pictures = [fit(picture, size, multiple) for picture in clip.pictures(indices)]
     if len({picture.size for picture in pictures}) > 1:
         raise InputError(f"The pictures in {path} differ in size or shape; a clip needs frames of one size.")
@@ -55,10 +58,10 @@ def read(path, size, multiple, frames, start=0, stride=None, exact=True):
 def check_size(size, multiple):
     """Raises InputError unless `size` pixels can be a side of a frame."""
     if not multiple <= size <= LARGEST:
-        raise InputError(f"The size {size} is not from {multiple} to {LARGEST}: use a multiple of {multiple}.")
+        raise InputError(f"The size {size} is not from {multiple} to {LARGEST}: use a size between them.")
 
 
-def choose(total, frames, start, stride, exact, fps, path="the clip"):
+def choose(total, frames, *, start, stride, exact, fps, path="the clip"):
     """Which of `total` frames to take -> (indices, fps of the result). Raises InputError if there are too few."""
     rest = total - start
     if total == 0:
@@ -67,8 +70,8 @@ def choose(total, frames, start, stride, exact, fps, path="the clip"):
         raise InputError(f"{path} has {total} frames; none is left from --start {start}.")
     have = rest if stride is None else (rest - 1) // stride + 1
     if have < frames and exact:
-        by_strides = f" by strides of {stride}" if stride else ""
-        raise InputError(f"{path} has {total} frames, too few for {frames} from {start}{by_strides}: "
+        by_stride = f" with stride {stride}" if stride else ""
+        raise InputError(f"{path} has {total} frames. From frame {start}{by_stride} there are only {have}, not {frames}: "
                          f"use --frames {have} or less.")
     count = min(frames, have)
     step = Fraction(stride) if stride else Fraction(rest, count)
@@ -98,8 +101,8 @@ def pictures(path):
 
 
 def title(path):
-    """What write_mp4 was told that a video shows; "" where it says nothing."""
-    with av.open(str(path)) as container:
+    """The title in a video's metadata; write_mp4 puts the prompt there. "" if there is none. Raises InputError."""
+    with opened(path) as (container, _):
         return container.metadata.get("title", "")
 
 
@@ -138,10 +141,17 @@ def open_picture(file):
     """A picture file -> RGB PIL picture, upright, on white where it is transparent. Raises InputError."""
     try:
         with Image.open(file) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            picture = to_8_bits(ImageOps.exif_transpose(picture)).convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{file} cannot be read as a picture: {error}") from None
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def to_8_bits(picture):
+    """16-bit grey -> 8-bit grey; Pillow's own conversion would cut it off at 255. Other pictures stay as they are."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
 
 
 class Video:
@@ -197,7 +207,7 @@ def to_tensor(pictures):
 
 
 def to_uint8(x):
-    """Frames (f, 3, h, w), cut to [-1, 1] -> (f, h, w, 3) uint8, a tensor."""
+    """Frames (f, 3, h, w), clamped to [-1, 1] -> (f, h, w, 3) uint8, a tensor."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -218,8 +228,9 @@ def write_mp4(path, x, fps, crf=17, title=""):
     def write(file):
         with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata["title"] = title
-            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)} | REPEATABLE)
             stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+            stream.codec_context.thread_count = 1
             for picture in pictures:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
@@ -230,7 +241,7 @@ def write_mp4(path, x, fps, crf=17, title=""):
 
 
 def write_gif(path, x, fps):
-    """Frames (f, 3, h, w) -> an endless GIF. Its clock ticks in hundredths of a second and has 16 bits."""
+    """Frames (f, 3, h, w) -> an endless GIF. GIF stores the delay in 1/100 s as a 16-bit number."""
     first, *rest = [Image.fromarray(picture) for picture in enlarged(x)]
     duration = min(max(20, round(1000 / float(fps))), 655350)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was told, what it learnt, what it made. Files are replaced whole, never half-written.
+"""The folder of a run: settings, tuned tensors, results. Files are replaced whole, never half-written.
 
 runs/<clip>/  run.json              everything that is needed to repeat it; written last, so a folder without it is no run
               clip.safetensors      mean and std of the clip's latents: neither resuming nor sampling needs the clip
@@ -15,7 +15,6 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as changed
-from fractions import Fraction
 from pathlib import Path
 
 import safetensors
@@ -24,9 +23,9 @@ from safetensors.torch import save_file
 
 from tinytav.files.atomic import replace, replace_text
 from tinytav.inflation import ATTENTIONS
-from tinytav.pipeline import Clip, invert_clip, new_net, no_progress
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
 from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS
 
 try:
@@ -35,7 +34,7 @@ except ImportError:             # Windows: nothing there keeps two train.py off 
     fcntl = None
 
 LARGE = 2 ** 32
-FPS = r"[1-9]\d{0,8}(/[1-9]\d{0,8})?"       # a Fraction as text
+FPS = r"[1-9]\d{0,19}(/[1-9]\d{0,19})?"     # a Fraction as text
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,12 @@ class Settings(Config):
     tokenizer: str | None = None
     prediction: str | None = None
     preview: str | None = None
+    lora: tuple[dict, ...] | None = None        # each with file, scale and fingerprint
     versions: dict = field(default_factory=dict)
     finished: float = 0             # when, in seconds since 1970; 0 if it is not finished
 
     LIMITS = dict(guidance=(0, LARGE), seed=(0, LARGE), start=(0, LARGE), indices=(0, LARGE), total=(0, LARGE),
-                  finished=(0, LARGE), lr=(0, LARGE))
+                  finished=(0, LARGE), lr=(0, LARGE), steps=(0, LARGE))
     CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
                    norm=("clip", "frame"))
 
@@ -77,10 +77,15 @@ class Settings(Config):
                 raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of {', '.join(map(str, values))}.")
         if not re.fullmatch(FPS, self.fps):
             raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or 30000/1001.")
+        self.loras()
 
     def source(self):
         """Where the weights come from, as cli.load_weights takes it."""
         return dict(weights=self.weights, tokenizer=self.tokenizer, prediction=self.prediction)
+
+    def loras(self):
+        """The LoRAs that the weights were changed by. Raises InputError for what is none."""
+        return [Lora.from_json(lora) for lora in self.lora or ()]
 
 
 class Run:
@@ -98,8 +103,10 @@ class Run:
             path = Path(folder) / new_name(Path(folder), slug(name))
             try:
                 path.mkdir(parents=True)
-            except FileExistsError:     # another train.py was quicker
-                continue
+            except FileExistsError:
+                if os.path.lexists(path):       # another train.py was quicker
+                    continue
+                raise                           # a folder above it cannot be made
             lock(path)
             return cls(path, settings)
 
@@ -138,14 +145,6 @@ class Run:
                              f"{self.settings.fingerprint}) than {sd.path} ({sd.fingerprint}): name those with --weights.")
         self.latents()
 
-    # ---- What the run knows, for the pipeline
-
-    def clip(self, sd):
-        """The clip and its caption as the pipeline's Clip, on the device of `sd`. Raises InputError."""
-        mean, std = (z.to(sd.device) for z in self.latents())
-        context, empty = sd.encode_prompts([self.settings.prompt, ""]).split(1)
-        return Clip(mean, std, context, empty, Fraction(self.settings.fps))
-
     def latents(self):
         """Mean and std of the clip's latents, (1, 4, f, h, w) each. Raises InputError if they are not this run's."""
         tensors = self.read("clip")
@@ -155,23 +154,6 @@ class Run:
                 or mean[:3] != (1, 4, self.settings.frames):
             raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings.frames} frames of run.json.")
         return tensors["mean"], tensors["std"]
-
-    def net(self, sd, attention=None, frames=None):
-        """The inflated U-Net with the run's tuned tensors. Raises InputError if they do not fit."""
-        net = new_net(sd, frames or self.settings.frames, attention or self.settings.attention, self.settings.norm)
-        tuned = net.tuned()
-        tensors = self.read("tuned", {name: p.shape for name, p in tuned.items()})
-        for name, p in tuned.items():
-            p.copy_(tensors[name])
-        return net
-
-    def noise(self, sd, net, clip, steps, progress=no_progress):
-        """The clip's noise x_T, as it was saved, or anew if the number of steps or the attention is another."""
-        if net.attention == self.settings.attention and self.has("inversion"):
-            inversion = self.read("inversion", dict(noise=clip.mean.shape, steps=()))
-            if int(inversion["steps"]) == steps:
-                return inversion["noise"].to(sd.device)
-        return invert_clip(sd, net, clip, steps, progress)
 
     # ---- Files
 
@@ -213,7 +195,7 @@ class Run:
             raise InputError(f"{self.path} has no {name}.safetensors{hint}")
         tensors = read_tensors(self.path / f"{name}.safetensors")
         fits = shapes is None or {key: tensor.shape for key, tensor in tensors.items()} == shapes
-        sound = all(z.dtype in (torch.float32, torch.int64) and z.isfinite().all() for z in tensors.values())
+        sound = all(is_sound(tensor) for tensor in tensors.values())
         if not (fits and sound):
             raise InputError(f"{self.path / name}.safetensors does not fit this run, or holds NaN or infinite values.")
         return tensors
@@ -222,6 +204,13 @@ class Run:
         """loss.csv: step,loss. Rewritten whole with every checkpoint."""
         lines = ["step,loss", *(f"{step},{loss:.6f}" for step, loss in enumerate(losses, 1))]
         replace_text(self.path / "loss.csv", "\n".join(lines) + "\n")
+
+
+def is_sound(tensor):
+    """Is a tensor what a run saves: finite float32 numbers, or a single integer?"""
+    if tensor.ndim == 0 and tensor.dtype is torch.int64:
+        return True
+    return tensor.dtype is torch.float32 and bool(tensor.isfinite().all())
 
 
 def lock(folder):
@@ -237,8 +226,9 @@ def lock(folder):
 
 
 def slug(text):
-    """A file name made of a prompt's letters and digits, whatever else it holds."""
-    return "-".join(re.findall(r"\w+", text.lower()))[:60].strip("-") or "empty"
+    """A file name made of a prompt's letters and digits: at most 60 characters and 100 bytes."""
+    name = "-".join(re.findall(r"\w+", text.lower()))[:60]
+    return name.encode()[:100].decode(errors="ignore").strip("-") or "empty"
 
 
 def new_name(folder, name, suffixes=("",)):

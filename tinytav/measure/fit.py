@@ -130,5 +130,5 @@ def group_bytes(root="/sys/fs/cgroup", mine="/proc/self/cgroup"):
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):                       # no such group, or "max": no limit
                 continue
-            free.append(limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))      # caches give way
+            free.append(limit - used + int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0)))      # caches give way
     return max(0, min(free))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
 # FakeTensorMode is not public. Public are only meta tensors: they choose another attention, which keeps its whole matrix.
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,6 @@ from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import ResnetBlock, Transformer, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.tuning import Tuner, denoising_loss
-
 
 # ---- What is simulated, and what comes out -----------------------------------------------------------------------------
 

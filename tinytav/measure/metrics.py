@@ -2,7 +2,7 @@
 
     python -m tinytav metrics runs/skiing
 
-All but PSNR see through a CLIP: LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14, FateZero through ViT-B/32.
+All but PSNR use CLIP's features: LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14, FateZero through ViT-B/32.
 Values of two CLIPs cannot be compared, nor of two preparations: LOVEU-TGVE squashes frames to a square first, V2VBench cuts
 negative cosines to 0 and does not multiply by 100. A run's clips are measured as their mp4 files show them, in H.264 and,
 where small, enlarged: whoever has the files finds the same. Sources: the paper, section 4; LOVEU-TGVE,
@@ -10,7 +10,9 @@ showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero frame_acc_t
 wenhao728/awesome-diffusion-v2v v2vbench/.
 """
 import argparse
+import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,15 @@ import torch
 from PIL import Image
 
 from tinytav import cli
-from tinytav.files import frames
+from tinytav.files import frames, page
+from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
 from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.tokenizer import Tokenizer
+
+COLUMNS = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment", "psnr")      # of rows, by name
 
 
 def consistency_all_pairs(features):
@@ -46,7 +51,8 @@ def consistency_neighbours(features):
 def textual_alignment(features, text):
     """100 x the mean cosine of frames (f, d) with their prompt (d,) or (1, d): unit features, projected.
 
-    The paper's "textual alignment"; LOVEU-TGVE and V2VBench take CLIP's own temperature for 100; OpenAI's is 100.
+    The paper's "textual alignment"; LOVEU-TGVE and V2VBench multiply by CLIP's logit scale,
+    which is 100 in OpenAI's models.
     """
     return 100 * (features @ text.flatten()).mean().item()
 
@@ -91,17 +97,38 @@ def rows(run, eye):
     """Yields (file, both consistencies, alignment, PSNR) of source.mp4, then of a run's samples; nan where undefined.
 
     PSNR is that of a sample which should be the source: begun from the inverted clip, under the run's own prompt. What
-    the VAE loses counts too.
+    the VAE loses counts too. A file that cannot be read is passed over with a warning.
     """
-    source, own = None, run.settings.prompt
-    for path in sorted(run.path.glob("*.mp4"), key=lambda path: (path.name != "source.mp4", path.name)):
-        prompt, pictures = own if path.name == "source.mp4" else frames.title(path), frames.pictures(path)
-        x, features = frames.to_tensor(np.stack(pictures)), eye.images(pictures)
+    own = run.settings.prompt
+    source = read_clip(run.path / "source.mp4")
+    samples = sorted(path for path in run.path.glob("*.mp4") if path.name != "source.mp4")
+    for path in [run.path / "source.mp4", *samples]:
+        try:
+            x, prompt = read_clip(path), frames.title(path)
+        except InputError as error:
+            warnings.warn(f"passed over: {error}")
+            continue
+        is_source = path.name == "source.mp4"
+        prompt = own if is_source else prompt
+        features = eye.images(x)
         alignment = textual_alignment(features, eye.texts([prompt])) if prompt else math.nan
-        same = source is not None and prompt == own and x.shape == source.shape and "-no-inversion" not in path.stem
+        is_reconstruction = not is_source and prompt == own and x.shape == source.shape and "-no-inversion" not in path.stem
         yield (path.name, consistency_all_pairs(features), consistency_neighbours(features), alignment,
-               psnr(x, source) if same else math.nan)
-        source = x if path.name == "source.mp4" else source
+               psnr(x, source) if is_reconstruction else math.nan)
+
+
+def read_clip(path):
+    """All frames of a video as they are, (f, 3, h, w) in [-1, 1]. Raises InputError if there are none."""
+    pictures = frames.pictures(path)
+    if not pictures:
+        raise InputError(f"{path} has no frames.")
+    return frames.to_tensor(np.stack(pictures))
+
+
+def save(folder, clip, measured):
+    """metrics.json, which the page shows: the CLIP's path, and {file: {name: value}} without undefined values."""
+    values = {name: {key: value for key, value in row.items() if math.isfinite(value)} for name, row in measured.items()}
+    replace_text(folder / "metrics.json", json.dumps(dict(clip=str(clip), values=values), indent=2) + "\n")
 
 
 def main():
@@ -113,7 +140,11 @@ def main():
     run = Run.open(args.run)
     eye = Features(args.clip, cli.choose_device(args.device))
     print(f"clip: {args.clip}\n{'':44}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
+    measured = {}
     for name, *values in rows(run, eye):
+        measured[name] = dict(zip(COLUMNS, values))
         values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)
         print(f"{name:44}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
+    save(run.path, args.clip, measured)
+    print(f"page: {page.write(run.path)}")
     return 0

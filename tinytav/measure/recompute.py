@@ -52,7 +52,7 @@ def fit(work, free):
     """
     cost = plain = memory.tuning(work)
     names, target = set(), free
-    for _ in range(2):
+    for _ in range(4):
         if cost.peak <= free:
             break
         target -= max(0, cost.peak - free) if names else 0

@@ -6,13 +6,14 @@ copy. Nothing is ever unpickled.
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tinytav.stable_diffusion import single_file
+from tinytav.stable_diffusion import official, single_file
 from tinytav.stable_diffusion.config import LARGEST, Config, InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.precision import PRECISIONS, autocast
@@ -22,10 +23,8 @@ from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 
 MODELS = dict(unet=(UNet, UNetConfig), vae=(VAE, VAEConfig), text_encoder=(TextEncoder, TextEncoderConfig))
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 STEMS = ("diffusion_pytorch_model", "model")
-CONVERT = ("Only .safetensors files are read, because the others run code when opened. Most models are published as "
-           "safetensors too; or convert it on a machine where its author is trusted: torch.load, then "
-           "safetensors.torch.save_file.")
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
@@ -67,6 +66,7 @@ class StableDiffusion:
     dtype: torch.dtype
     multiple: int                   # frames need sides that are multiples of it, in pixels
     defaults: Defaults = field(default_factory=Defaults)
+    temporal: dict = field(default_factory=dict)    # T-Attn's tensors, if the official code has tuned the U-Net
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
@@ -96,10 +96,14 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
         raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text encoder "
                          f"in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do not belong "
                          "together.")
+    mark = fingerprint(parts, schedule, tokenizer)
+    config, tensors, where = parts["unet"]
+    image, temporal = official.split(tensors, where)
+    parts["unet"] = config, image, where
     models = {name: build(Model, *parts[name], dtype).to(device) for name, (Model, _) in MODELS.items()}
-    return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=fingerprint(parts, schedule),
-                           device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
-                           defaults=_defaults(path, schedule), **models)
+    return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=mark, device=torch.device(device),
+                           dtype=dtype, multiple=models["vae"].cfg.factor, defaults=_defaults(path, schedule),
+                           temporal=temporal, **models)
 
 
 def preferred_precision(path):
@@ -116,7 +120,7 @@ def _defaults(path, schedule):
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):
-    """Model(config) holding `tensors` (a dict), which must fit exactly; floating-point ones are turned into dtype."""
+    """Model(config) holding `tensors` (a dict), which must fit exactly. They are converted to dtype."""
     try:
         with torch.device("meta"):
             model = Model(config)
@@ -131,7 +135,9 @@ def build(Model, config, tensors, where, dtype=torch.float32):
             tensor = tensor.reshape(shape)                      # a 1x1 convolution saved as a linear layer, or vice versa
         if tensor.shape != shape:
             problems.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
-        elif not tensor.is_meta and not tensor.float().isfinite().all():
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is of type {tensor.dtype}, not floating-point")
+        elif not tensor.is_meta and not tensor.float().isfinite().all():        # a meta tensor has no values
             problems.append(f"{name} holds NaN or infinite values")
         tensors[name] = tensor.to(dtype)
     if problems:
@@ -173,6 +179,14 @@ def read_json(path):
     return d
 
 
+def how_to_convert(path):
+    """A sentence for whoever has pickled weights in a file, or in a folder."""
+    path = Path(path)
+    new = path.with_suffix(".safetensors") if path.suffix in PICKLED else "NEW_FOLDER"
+    return ("Only .safetensors files are read. Convert it first, which runs no code in it: "
+            f"python -m tinytav convert {path} {new}")
+
+
 def read_tensors(path):
     """All tensors of one safetensors file, memory-mapped. Raises InputError."""
     try:
@@ -196,7 +210,7 @@ def _component_files(folder):
                 return [folder / whole]
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     raise InputError(f"No {' or '.join(stem + '.safetensors' for stem in STEMS)} in {folder}"
-                     + (f", only {pickles[0]}. {CONVERT}" if pickles else "."))
+                     + (f", only {pickles[0]}. {how_to_convert(folder.parent)}" if pickles else "."))
 
 
 def read_component(folder, Config):
@@ -207,7 +221,7 @@ def read_component(folder, Config):
     for file in _component_files(folder):
         tensors |= read_tensors(file)
     try:
-        return Config.from_json(read_json(folder / "config.json")), tensors, str(folder)
+        return Config.from_json(official.image_config(read_json(folder / "config.json"))), tensors, str(folder)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
@@ -227,7 +241,7 @@ def _read_folder(path, prediction):
 
 def _read_single_file(path, prediction):
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {CONVERT}")
+        raise InputError(f"{path} is not a .safetensors file. {how_to_convert(path)}")
     parts = single_file.components(read_tensors(path), path)
     if parts["unet"][0].cross_attention_dim == 1024 and prediction is None:
         raise InputError(f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: add --prediction "
@@ -249,11 +263,12 @@ def _find_tokenizer(path, tokenizer, pad):
                      "--tokenizer, or let --tokenizer hub:openai/clip-vit-large-patch14 download it.")
 
 
-def fingerprint(parts, schedule):
-    """A short hash of configs, names, shapes and a thousand or two values of every tensor, spread over it."""
-    sha = hashlib.sha256(repr(schedule).encode())
+def fingerprint(parts, schedule, tokenizer):
+    """A short hash of what decides the results: settings, vocabulary, and a thousand or two values of every tensor."""
+    sha = hashlib.sha256(repr(unusual(schedule)).encode())
+    sha.update(repr(sorted(tokenizer.bpe.get_vocab().items())).encode())
     for config, tensors, _ in parts.values():
-        sha.update(repr(config).encode())
+        sha.update(repr(unusual(config)).encode())
         for name in sorted(tensors):
             tensor = tensors[name]
             values = tensor.flatten()[::max(1, tensor.numel() // 1024)].contiguous()
@@ -261,10 +276,19 @@ def fingerprint(parts, schedule):
     return sha.hexdigest()[:16]
 
 
+def unusual(config):
+    """The settings of a config that differ from its defaults. So a new setting does not change old fingerprints."""
+    return [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
+
+
 def default_path(folder="weights"):
     """The Stable Diffusion that lies in weights/, else the toy. Raises InputError if there are several."""
-    found = [p for p in sorted(Path(folder).glob("*")) if p.name != "toy"
-             and ((p / "model_index.json").is_file() or p.suffix == ".safetensors")]
+    found = []
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix == ".safetensors" or (path / "model_index.json").is_file() and path.name != "toy":
+            found.append(path)
+        elif path.suffix in PICKLED:
+            warnings.warn(f"{path} is ignored. {how_to_convert(path)}")
     if len(found) > 1:
         raise InputError(f"{folder} holds {', '.join(p.name for p in found)}: name one with --weights.")
     return found[0] if found else Path(folder) / "toy"

@@ -103,7 +103,7 @@ class CLIP(nn.Module):
 
 @dataclass(frozen=True)
 class Preprocessor(Config):
-    """A CLIP folder's preprocessor_config.json, obeyed as by transformers' CLIPImageProcessor. Defaults: ViT-L/14."""
+    """A CLIP folder's preprocessor_config.json, applied as in transformers' CLIPImageProcessor. Defaults: ViT-L/14."""
     size: int | dict = 224              # of the short side, or {"shortest_edge": n}; {"height": h, "width": w} squashes
     crop_size: int | dict = 224         # of the centre; or {"height": h, "width": w}
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's config.json, and the one class of errors that the user can mend."""
+"""Reading a checkpoint's config.json, and the one class of errors that the user can fix."""
 import types
 import typing
 from dataclasses import MISSING, fields
@@ -51,9 +51,9 @@ class Config:
         least, most = cls.LIMITS.get(field.name, (None, LARGEST))
         for number in numbers(value):
             if least is None and not 0 < number <= most:
-                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not above 0 and up to {most}.")
+                raise InputError(f"{cls.__name__}: {field.name} = {value!r} must be above 0 and at most {most}.")
             if least is not None and not least <= number <= most:
-                raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not from {least} to {most}.")
+                raise InputError(f"{cls.__name__}: {field.name} = {value!r} must be from {least} to {most}.")
         return value
 
 
@@ -83,4 +83,5 @@ def type_name(kind):
         return " or ".join(type_name(one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return f"a list of {typing.get_args(kind)[0].__name__}"
-    return "null" if kind is types.NoneType else f"a {kind.__name__}"
+    names = {types.NoneType: "null", int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    return names.get(kind, f"a {kind.__name__}")

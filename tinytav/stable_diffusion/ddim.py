@@ -31,7 +31,7 @@ class Schedule(Config):
         object.__setattr__(self, "abar_table", torch.cumprod(1 - betas, dim=0))
 
     def abar(self, t):
-        """abar at timestep t. Below 0 it is abar[0], as `set_alpha_to_one` false has it.
+        """abar at timestep t. Below 0 it is abar[0], as with set_alpha_to_one=False in diffusers.
 
         An int gives a scalar tensor on the CPU, which mixes with tensors on any device. Timesteps (b,) give (b,) on
         their own device.
@@ -46,7 +46,7 @@ class Schedule(Config):
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
     def target(self, x0, noise, t):
-        """What the net is trained to answer at t: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x0.
+        """What the net is trained to predict at t: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x0.
 
         v: Salimans and Ho, arXiv 2202.00512, appendix D.
         """
@@ -56,7 +56,7 @@ class Schedule(Config):
         return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
     def epsilon(self, output, x, abar):
-        """The net's answer for x, which stands at abar, as noise. All that inference needs to know of v-prediction."""
+        """The net's prediction for x, which stands at abar, as noise. All that inference needs to know of v-prediction."""
         if self.prediction_type == "epsilon":
             return output
         return abar.sqrt() * output + (1 - abar).sqrt() * x
@@ -64,9 +64,9 @@ class Schedule(Config):
     def pairs(self, steps):
         """Sampling's moves [(t, t_next)], t falling: (981, 961), ..., (1, -19) for 50. Inversion walks them backwards.
 
-        The stride is rounded down ("leading" spacing). So where `steps` does not divide 1000, the walk begins below the
-        noisiest timestep: 334 steps begin at 667. In both directions the net is asked at t, the noisier end (official
-        util.py, next_step). Raises InputError for a number of steps that the timesteps do not allow.
+        This is diffusers' "leading" spacing: sampling begins at (steps - 1) * (1000 // steps) + 1. That is 981 for 50
+        steps and 961 for 25, but 667 for 334 and 1 for a single step. In both directions the net is evaluated at t, the
+        noisier end (official util.py, next_step). Raises InputError for a number of steps that the timesteps do not allow.
         """
         if not 1 <= steps < self.num_train_timesteps:
             raise InputError(f"{steps} DDIM steps cannot be made of {self.num_train_timesteps} timesteps: "

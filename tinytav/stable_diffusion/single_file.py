@@ -16,6 +16,7 @@ SD2_TEXT = TextEncoderConfig(hidden_size=1024, intermediate_size=4096, num_hidde
                              hidden_act="gelu")
 CONTEXT = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+HINT_CONVOLUTIONS = 8
 
 RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
           "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
@@ -23,6 +24,7 @@ OUTER = {"input_blocks.0.0": "conv_in", "time_embed.0": "time_embedding.linear_1
          "time_embed.2": "time_embedding.linear_2", "middle_block.0": "mid_block.resnets.0",
          "middle_block.1": "mid_block.attentions.0", "middle_block.2": "mid_block.resnets.1",
          "out.0": "conv_norm_out", "out.2": "conv_out"}
+# Applied in this order: the norm before the attention that holds it, the numbers of the way up last.
 VAE = [(r"down\.(\d)\.block", r"down_blocks.\1.resnets"), (r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0"),
        (r"up\.(\d)\.block", r"up_blocks.\1.resnets"), (r"up\.(\d)\.upsample", r"up_blocks.\1.upsamplers.0"),
        (r"mid\.block_1", "mid_block.resnets.0"), (r"mid\.block_2", "mid_block.resnets.1"),
@@ -77,6 +79,28 @@ def unet_key(key):
     for old, new in RESNET.items():
         key = key.replace(f".{old}.", f".{new}.")
     return key
+
+
+def controlnet_tensors(tensors):
+    """A ControlNet's single file -> its tensors by the folder layout's names.
+
+    The single file's names may have the prefix `control_model.`.
+    """
+    tensors = _under(tensors, "control_model.") or tensors
+    return {controlnet_key(key): tensor for key, tensor in tensors.items()}
+
+
+def controlnet_key(key):
+    """The U-Net's names, and those of the 1x1 convolutions and of the hint's: SiLU takes every other number there."""
+    if match := re.match(r"zero_convs\.(\d+)\.0\.(.+)", key):
+        return f"controlnet_down_blocks.{match[1]}.{match[2]}"
+    if match := re.match(r"middle_block_out\.0\.(.+)", key):
+        return f"controlnet_mid_block.{match[1]}"
+    if match := re.match(r"input_hint_block\.(\d+)\.(.+)", key):
+        number = int(match[1]) // 2
+        layer = {0: "conv_in", HINT_CONVOLUTIONS - 1: "conv_out"}.get(number, f"blocks.{number - 1}")
+        return f"controlnet_cond_embedding.{layer}.{match[2]}"
+    return unet_key(key)
 
 
 def vae_key(key):

@@ -44,18 +44,30 @@ class UNetConfig(Config):
     LIMITS = dict(layers_per_block=(1, 100))
 
     def __post_init__(self):
-        stages = len(self.block_out_channels)
-        heads = self.attention_head_dim
-        if isinstance(heads, int):
-            object.__setattr__(self, "attention_head_dim", (heads,) * stages)
-        elif len(heads) != stages:
-            raise InputError(f"UNetConfig: {len(heads)} attention_head_dim for {stages} block_out_channels.")
-        if any(dim % heads for dim, heads in zip(self.block_out_channels, self.attention_head_dim)):
-            raise InputError(f"UNetConfig: {self.attention_head_dim} heads do not divide {self.block_out_channels}.")
-        for types, plain in ((self.down_block_types, "DownBlock2D"), (self.up_block_types, "UpBlock2D")):
-            if len(types) != stages or any(kind not in (plain, "CrossAttn" + plain) for kind in types):
-                raise InputError(f"UNetConfig: the block types {types} are not implemented; "
-                                 f"{stages} of {plain} or CrossAttn{plain} are.")
+        set_heads(self)
+        check_types(self, self.down_block_types, "DownBlock2D")
+        check_types(self, self.up_block_types, "UpBlock2D")
+
+
+def set_heads(cfg):
+    """One number of heads for all stages becomes one for each. Raises InputError unless they divide the channels."""
+    stages = len(cfg.block_out_channels)
+    heads = cfg.attention_head_dim
+    if isinstance(heads, int):
+        object.__setattr__(cfg, "attention_head_dim", (heads,) * stages)
+    elif len(heads) != stages:
+        raise InputError(f"{type(cfg).__name__}: {len(heads)} attention_head_dim for {stages} block_out_channels.")
+    if any(dim % heads for dim, heads in zip(cfg.block_out_channels, cfg.attention_head_dim)):
+        raise InputError(f"{type(cfg).__name__}: {cfg.attention_head_dim} heads do not divide "
+                         f"{cfg.block_out_channels}.")
+
+
+def check_types(cfg, types, plain):
+    """Raises InputError unless there is one block type for each stage, `plain` or CrossAttn + `plain`."""
+    stages = len(cfg.block_out_channels)
+    if len(types) != stages or any(kind not in (plain, "CrossAttn" + plain) for kind in types):
+        raise InputError(f"{type(cfg).__name__}: the block types {types} are not implemented; "
+                         f"{stages} of {plain} or CrossAttn{plain} are.")
 
 
 def timestep_embedding(t, dim):
@@ -88,7 +100,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v):                                              # (b, n, c), (b, m, c), (b, m, c)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))        # (b, heads, ., d)
-        if self.upcast and q.dtype is torch.float16:                        # bf16 reaches as far as float32
+        if self.upcast and q.dtype is torch.float16:                        # bf16 has the range of float32
             with torch.autocast(q.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         else:
@@ -120,12 +132,14 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, cfg, dim, heads):
+    """`SelfAttention` and `CrossAttention` build its two attentions: inflation puts its own there."""
+
+    def __init__(self, cfg, dim, heads, SelfAttention=Attention, CrossAttention=Attention):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, heads, upcast=cfg.upcast_attention)
+        self.attn1 = SelfAttention(dim, heads, upcast=cfg.upcast_attention)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = Attention(dim, heads, cfg.cross_attention_dim, cfg.upcast_attention)
+        self.attn2 = CrossAttention(dim, heads, cfg.cross_attention_dim, cfg.upcast_attention)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
@@ -149,7 +163,8 @@ class Transformer(nn.Module):
         self.checkpointing = False
 
     @staticmethod
-    def project(layer, x):                                                  # on pixels, linear is a 1x1 convolution
+    def project(layer, x):
+        """proj_in and proj_out are linear layers in SD 2, 1x1 convolutions in SD 1: on pixels the same thing."""
         return F.conv2d(x, layer.weight.view(*layer.weight.shape[:2], 1, 1), layer.bias)
 
     def forward(self, x, context):                                          # (b, c, h, w)
@@ -206,40 +221,48 @@ class Stage(nn.Module):
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
 
-class UNet(nn.Module):
-    """`Block` and `Norm` build the transformer block and the resnets' norm: inflation puts its own there."""
+def stage_layers(cfg, i, kind, dims, Block, Norm):
+    """The resnets of stage i, one for each of the channels `dims` that go in, and their transformers or None."""
+    out = cfg.block_out_channels[i]
+    resnets = [ResnetBlock(cfg, dim, out, Norm) for dim in dims]
+    attentions = [Transformer(cfg, out, cfg.attention_head_dim[i], Block) for _ in dims]
+    return resnets, attentions if kind.startswith("CrossAttn") else None
 
-    def __init__(self, cfg=UNetConfig(), Block=TransformerBlock, Norm=nn.GroupNorm):
+
+class Encoder(nn.Module):
+    """The way down and the middle of the U: what a U-Net and a ControlNet have in common.
+
+    `Block` and `Norm` build the transformer block and the resnets' norm: inflation puts its own there.
+    """
+
+    def __init__(self, cfg, Block=TransformerBlock, Norm=nn.GroupNorm):
         super().__init__()
         self.cfg = cfg
         channels = cfg.block_out_channels
         last = len(channels) - 1
-
-        def layers(i, kind, dims):                                          # resnets and transformers of stage i
-            resnets = [ResnetBlock(cfg, dim, channels[i], Norm) for dim in dims]
-            attentions = [Transformer(cfg, channels[i], cfg.attention_head_dim[i], Block) for _ in dims]
-            return resnets, attentions if kind.startswith("CrossAttn") else None
-
         self.conv_in = nn.Conv2d(cfg.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
         self.down_blocks = nn.ModuleList()
-        dim, skips = channels[0], [channels[0]]
+        dim = channels[0]
         for i, out in enumerate(channels):
             dims = [dim] + [out] * (cfg.layers_per_block - 1)
-            self.down_blocks.append(Stage(*layers(i, cfg.down_block_types[i], dims),
+            self.down_blocks.append(Stage(*stage_layers(cfg, i, cfg.down_block_types[i], dims, Block, Norm),
                                           downsampler=Downsample(out) if i < last else None))
-            skips += [out] * (cfg.layers_per_block + (i < last))
             dim = out
-        resnets, attentions = layers(last, "CrossAttn", [dim, dim])
+        resnets, attentions = stage_layers(cfg, last, "CrossAttn", [dim, dim], Block, Norm)
         self.mid_block = Stage(resnets, attentions[:1])
-        self.up_blocks = nn.ModuleList()
-        for i, out in reversed(list(enumerate(channels))):
-            dims = [(dim if j == 0 else out) + skips.pop() for j in range(cfg.layers_per_block + 1)]
-            self.up_blocks.append(Stage(*layers(i, cfg.up_block_types[last - i], dims),
-                                        upsampler=Upsample(out) if i > 0 else None))
-            dim = out
-        self.conv_norm_out = Norm(cfg.norm_num_groups, channels[0], eps=cfg.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], cfg.out_channels, 3, padding=1)
+
+    def skip_channels(self):
+        """The channels of each skip, from the first to the deepest."""
+        channels = self.cfg.block_out_channels
+        skips = [channels[0]]
+        for i, out in enumerate(channels):
+            skips += [out] * (self.cfg.layers_per_block + (i < len(channels) - 1))
+        return skips
+
+    def embed_time(self, t, dtype):
+        """Timesteps (b,) -> (b, 4 * channels of the first stage)."""
+        return self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(dtype))
 
     def run(self, block, *inputs):
         """block(*inputs). Where block.checkpointing is set, the gradient keeps only the inputs and computes the rest again.
@@ -250,10 +273,8 @@ class UNet(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
-    def forward(self, x, t, context):
-        """x (b, 4, h, w) noisy latents, t (b,) timesteps, context (b, m, d) -> (b, 4, h, w). Any h, w and m."""
-        emb = self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(x.dtype))
-        x = self.conv_in(x)
+    def down(self, x, emb, context):
+        """conv_in's output -> (the middle's output, all skips, of which conv_in's output is the first)."""
         skips = [x]
         for stage in self.down_blocks:
             for i, resnet in enumerate(stage.resnets):
@@ -267,6 +288,37 @@ class UNet(nn.Module):
         x = self.run(self.mid_block.resnets[0], x, emb)
         x = self.run(self.mid_block.attentions[0], x, context)
         x = self.run(self.mid_block.resnets[1], x, emb)
+        return x, skips
+
+
+class UNet(Encoder):
+    """The whole U: the way up takes the skips of the way down."""
+
+    def __init__(self, cfg=UNetConfig(), Block=TransformerBlock, Norm=nn.GroupNorm):
+        super().__init__(cfg, Block, Norm)
+        channels = cfg.block_out_channels
+        last = len(channels) - 1
+        dim, skips = channels[last], self.skip_channels()
+        self.up_blocks = nn.ModuleList()
+        for i, out in reversed(list(enumerate(channels))):
+            dims = [(dim if j == 0 else out) + skips.pop() for j in range(cfg.layers_per_block + 1)]
+            self.up_blocks.append(Stage(*stage_layers(cfg, i, cfg.up_block_types[last - i], dims, Block, Norm),
+                                        upsampler=Upsample(out) if i > 0 else None))
+            dim = out
+        self.conv_norm_out = Norm(cfg.norm_num_groups, channels[0], eps=cfg.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], cfg.out_channels, 3, padding=1)
+
+    def forward(self, x, t, context, residuals=None):
+        """x (b, 4, h, w) noisy latents, t (b,) timesteps, context (b, m, d) -> (b, 4, h, w). Any h, w and m.
+
+        residuals: a ControlNet's. They are added to the skips, and the last one to the middle's output.
+        """
+        emb = self.embed_time(t, x.dtype)
+        x, skips = self.down(self.conv_in(x), emb, context)
+        if residuals is not None:
+            *for_skips, for_middle = residuals
+            skips = [skip + residual for skip, residual in zip(skips, for_skips, strict=True)]
+            x = x + for_middle
         for stage in self.up_blocks:
             for i, resnet in enumerate(stage.resnets):
                 x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), emb)

@@ -63,7 +63,8 @@ class Attention(nn.Module):
 
     def forward(self, x):                                                   # (n, c, h, w)
         y = self.group_norm(x).flatten(2).transpose(1, 2)                   # (n, h*w, c)
-        y = F.scaled_dot_product_attention(*(f(y)[:, None] for f in (self.to_q, self.to_k, self.to_v)))[:, 0]
+        q, k, v = self.to_q(y)[:, None], self.to_k(y)[:, None], self.to_v(y)[:, None]           # (n, 1, h*w, c)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.to_out[0](y).transpose(1, 2).unflatten(2, x.shape[2:])
 
 

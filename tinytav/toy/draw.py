@@ -149,6 +149,12 @@ def pose(activity: str, phase: float) -> Pose:
                         ((4, -5), (-9 + 4 * c, -1 - 2 * max(0, s))), elbow=3, knee=3)
 
 
+def standing(b: Brush, activity: str, view: View) -> Brush:
+    """The brush with its origin where the figure stands, and with the figure's size and tilt."""
+    tilt = 0.1 * sin(2 * pi * view.phase) if activity == "surfing" else slope(activity)
+    return b.at(64 * view.x, ground(activity, 64 * view.x) + 12, view.size, tilt)
+
+
 # ---- Scenery -----------------------------------------------------------------------------------------------------
 
 def sky(image: Image.Image, scene: Scene) -> None:
@@ -257,10 +263,8 @@ def render(scene: Scene, view: View, size: int = 64) -> np.ndarray:
     # A rim sets the figure off from any backdrop: the whole figure in one colour, a little fatter, beneath it.
     rim = PALE if scene.time == "night" or scene.place == "moon" else DARK
     halo = replace(b, edge=(edge + 0.6) * unit, ink=rim, light=lambda _: rim)
-    tilt = 0.1 * sin(2 * pi * view.phase) if scene.activity == "surfing" else slope(scene.activity)
     for brush in (halo, b):
-        stand = brush.at(64 * view.x, ground(scene.activity, 64 * view.x) + 12, view.size, tilt)
-        figure(stand, scene, view.phase)
+        figure(standing(brush, scene.activity, view), scene, view.phase)
     picture = styled(np.asarray(image.reduce(OVERSAMPLING), dtype=np.float32), scene.style)
     return picture.clip(0, 255).astype(np.uint8)
 

@@ -1,8 +1,9 @@
-"""Pre-trains a small Stable Diffusion on the toy world: CLIP, then the VAE, then the U-Net.
+"""Pre-trains a small Stable Diffusion on the toy world: CLIP, then the VAE, the U-Net, and a ControlNet for it.
 
     python -m tinytav pretrain clip --minutes 20
     python -m tinytav pretrain vae  --minutes 40
     python -m tinytav pretrain unet --minutes 90
+    python -m tinytav pretrain control --minutes 30
 
 Each stage trains for the time it is given, on pictures drawn beforehand, and writes its part of a folder in the form in
 which Stable Diffusion is published. A stage that was killed goes on where it was when it is started again. The learning
@@ -31,12 +32,13 @@ from torch.nn import functional as F
 
 from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
+from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import BEGIN, END, WORDS, Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
-from tinytav.toy import draw, world
+from tinytav.toy import draw, skeleton, world
 
 SIZE, LENGTH = 64, 32     # pixels along a picture's side; tokens in a prompt
 TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128,
@@ -53,6 +55,13 @@ UNET_JSON = dict(
     down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"], in_channels=4, layers_per_block=1,
     mid_block_scale_factor=1, norm_eps=1e-5, norm_num_groups=32, out_channels=4, sample_size=SIZE // 4,
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"])
+SHARED = ("act_fn", "attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types",
+          "downsample_padding", "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block",
+          "mid_block_scale_factor", "norm_eps", "norm_num_groups")
+CONTROL_JSON = {name: UNET_JSON[name] for name in SHARED} | dict(
+    _class_name="ControlNetModel", conditioning_channels=3, controlnet_conditioning_channel_order="rgb",
+    conditioning_embedding_out_channels=VAE_JSON["block_out_channels"],     # hints come down as pictures do
+    global_pool_conditions=False)
 SCHEDULER_JSON = dict(
     _class_name="DDIMScheduler", beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, clip_sample=False,
     num_train_timesteps=1000, prediction_type="epsilon", set_alpha_to_one=False, steps_offset=1,
@@ -75,7 +84,8 @@ class Recipe(NamedTuple):
     decay: float        # weight decay, of matrices only
 
 
-RECIPES = dict(clip=Recipe(1e-3, 256, 0.1), vae=Recipe(2e-3, 16, 0.0), unet=Recipe(8e-4, 32, 0.01))
+RECIPES = dict(clip=Recipe(1e-3, 256, 0.1), vae=Recipe(2e-3, 16, 0.0), unet=Recipe(8e-4, 32, 0.01),
+               control=Recipe(4e-4, 32, 0.01))
 
 
 # ---- Files ---------------------------------------------------------------------------------------------------------
@@ -121,10 +131,15 @@ def build_tokenizer():
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-def draw_one(seed):
+def imagine(seed):
+    """A random scene and a random view of it, the same for the same seed."""
     rng = Random(seed)
-    scene = world.random_scene(rng)
-    return scene, draw.render(scene, world.random_view(rng), SIZE)
+    return world.random_scene(rng), world.random_view(rng)
+
+
+def draw_one(seed):
+    scene, view = imagine(seed)
+    return scene, draw.render(scene, view, SIZE)
 
 
 def draw_many(name, count):
@@ -237,7 +252,7 @@ class Run:
         return self.model.state_dict() | self.average
 
 
-# ---- The three stages -------------------------------------------------------------------------------------------------
+# ---- The stages -------------------------------------------------------------------------------------------------
 
 def initialise_clip(model):
     """As CLIP does: normals that keep the towers' activations near one. arXiv 2103.00020's code, initialize_parameters."""
@@ -342,6 +357,49 @@ def train_unet(args):
     put(args.out, {"model_index.json": text(INDEX_JSON)})
 
 
+def begin_as_unet(control, unet):
+    """The way down and the middle begin as the U-Net's, the 1x1 convolutions as zero: arXiv 2302.05543, section 3.1.
+
+    So at first the residuals are zero, and the U-Net draws as it does without them.
+    """
+    control.load_state_dict({name: p for name, p in unet.state_dict().items() if name in control.state_dict()},
+                            strict=False)
+    for convolution in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        nn.init.zeros_(convolution.weight)
+        nn.init.zeros_(convolution.bias)
+
+
+def train_control(args):
+    """Learns what a stick figure says, beside the frozen U-Net. Zhang et al., arXiv 2302.05543, equation 5.
+
+    Every other caption is empty (section 3.3): then the stick figure alone tells the pose.
+    """
+    tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
+    encoder = finished(TextEncoder, TextEncoderConfig, args.out / "text_encoder", args.device)
+    unet = finished(UNet, UNetConfig, args.out / "unet", args.device)
+    scenes, pictures = draw_many(args.seed, args.pictures)
+    views = [imagine(f"{args.seed}/{i}")[1] for i in range(args.pictures)]
+    mean, std = encode_all(finished(VAE, VAEConfig, args.out / "vae", args.device), pictures, args.device)
+    schedule = Schedule.from_json(SCHEDULER_JSON)
+    model = ControlNet(ControlNetConfig.from_json(CONTROL_JSON))
+    begin_as_unet(model, unet)
+
+    def loss_of(chosen, rng, generator):
+        captions = ["" if rng.random() < 0.5 else world.caption(scenes[i], rng, told(rng)) for i in chosen]
+        with torch.no_grad():
+            context = encoder(tokenizer(captions).to(args.device))
+        hints = np.stack([skeleton.skeleton(scenes[i].activity, views[i], SIZE) for i in chosen])
+        x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
+        noise = noise_like(x0, generator)
+        t = torch.randint(schedule.num_train_timesteps, chosen.shape, device=args.device, generator=generator)
+        noisy = schedule.add_noise(x0, noise, t)
+        residuals = model(noisy, t, context, skeleton.hint(hints).to(args.device))
+        return F.mse_loss(unet(noisy, t, context, residuals).float(), noise)
+
+    weights = train(args, model, args.start and args.start / f"controlnet/{WEIGHTS}", loss_of)
+    write(args.out / "controlnet" / WEIGHTS, CONTROL_JSON, weights)
+
+
 def train(args, model, start, loss_of):
     """Trains a new model, or goes on with the finished weights in the file `start`; returns the weights."""
     if start:
@@ -366,7 +424,7 @@ def main(argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    dict(clip=train_clip, vae=train_vae, unet=train_unet)[args.stage](args)
+    dict(clip=train_clip, vae=train_vae, unet=train_unet, control=train_control)[args.stage](args)
     (args.work / f"{args.stage}.safetensors").unlink(missing_ok=True)
 
 

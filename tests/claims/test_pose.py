@@ -1,0 +1,53 @@
+"""The measure of pose control: the true answer succeeds, the source does not, and hints change what is made."""
+import shutil
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from tinytav.claims import pose
+from tinytav.claims.experiment import make_clip
+from tinytav.stable_diffusion import checkpoint
+from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig
+from tinytav.toy import pretrain
+
+TOY = Path(__file__).parents[2] / "weights/toy"
+QUICK = dict(steps=1, lr=1e-4, ddim_steps=2, guidance=3.0)
+
+
+@pytest.fixture(scope="module")
+def posing(tmp_path_factory):
+    """The toy beside a ControlNet of random 1x1 convolutions."""
+    folder = tmp_path_factory.mktemp("toy")
+    shutil.copytree(TOY, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    control = ControlNet(ControlNetConfig.from_json(pretrain.CONTROL_JSON))
+    pretrain.write(folder / "controlnet" / pretrain.WEIGHTS, pretrain.CONTROL_JSON, control.state_dict())
+    clip = make_clip("pose", 0)
+    settings = vars(checkpoint.load(TOY).defaults) | QUICK
+    return pose.Posing(folder, clip, pose.other_motion(clip.motion, Random(0)), settings)
+
+
+def test_the_other_motion_moves_the_figure_and_not_the_background():
+    for i in range(20):
+        motion = make_clip("pose", i).motion
+        other = pose.other_motion(motion, Random(i))
+        assert other.start.camera == motion.start.camera and other.travel == motion.travel
+        assert other.drift == -motion.drift
+        assert other.start.x == pytest.approx(motion.start.x + motion.drift)
+        assert other.start.phase != motion.start.phase
+
+
+def test_the_truth_succeeds_and_the_source_does_not(posing):
+    truth, source = (posing.score(posing.reference(name))[0] for name in ("truth", "source"))
+    assert truth["success"] and all(truth[name] >= 0.875 for name in pose.WANTED)
+    assert not source["success"] and source["x"] < 0.75
+
+
+def test_hints_and_noise_change_what_is_made(posing):
+    made = {name: posing.make(variant) for name, variant in pose.VARIANTS.items() if variant.tuned}
+    assert all(x.shape == posing.reference("truth").shape for x in made.values())
+    names = list(made)
+    for i, name in enumerate(names):
+        assert not any(torch.equal(made[name], made[other]) for other in names[:i])

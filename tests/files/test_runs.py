@@ -1,0 +1,66 @@
+"""A run's folder: names, settings, and what is refused."""
+import json
+from dataclasses import asdict
+from fractions import Fraction
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tinytav.files import runs
+from tinytav.files.runs import Run, Settings
+from tinytav.stable_diffusion.config import InputError
+
+SETTINGS = dict(clip="clip.mp4", prompt="a man", weights="w", fingerprint="0", frames=3, fps="8", size=64, norm="clip",
+                attention="sparse-causal", steps=1, lr=1e-3, seed=33, ddim_steps=2, guidance=2., precision="fp32")
+
+
+def test_settings_survive_the_disk(tmp_path):
+    settings = Settings.from_json(SETTINGS | dict(indices=[0, 2, 4], total=6, versions=dict(torch="2")))
+    Run(tmp_path, settings).save()
+    assert Run.open(tmp_path).settings == settings
+
+
+@pytest.mark.parametrize("fps", ["8", "30000/1001", "1298160000/1078416239"])
+def test_every_frame_rate_of_a_video_can_be_stored(fps):
+    """Phones write variable rates with a clock of 90,000 ticks, whose means are large fractions."""
+    assert Fraction(Settings.from_json(SETTINGS | dict(fps=fps)).fps) == Fraction(fps)
+
+
+def test_what_a_run_could_not_read_again_is_refused_before_it_is_made():
+    with pytest.raises(InputError, match="frames = 2000000"):
+        Settings.from_json(SETTINGS | dict(frames=2_000_000))
+    with pytest.raises(InputError, match="prompt is missing"):
+        Settings.from_json({name: value for name, value in SETTINGS.items() if name != "prompt"})
+
+
+def test_a_new_run_takes_the_next_free_name(tmp_path):
+    for name in ("clip", "clip-2", "clip-3"):
+        assert Run.create(tmp_path, "clip", Settings.from_json(SETTINGS)).path.name == name
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_and_no_endless_search(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError):
+        Run.create(tmp_path / "out", "clip", Settings.from_json(SETTINGS))
+
+
+@pytest.mark.parametrize("text, name", [
+    ("A panda, skiing!", "a-panda-skiing"), ("../../etc", "etc"), ("...", "empty"), ("a" * 99, "a" * 60),
+    ("\U00020000" * 40, "\U00020000" * 25)])
+def test_a_prompts_file_name_fits_every_disk(text, name):
+    assert runs.slug(text) == name and len(name.encode()) <= 100
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.int64), torch.zeros(2).half(), torch.tensor([float("nan")])])
+def test_tensors_of_other_kinds_are_refused(tmp_path, tensor):
+    run = Run(tmp_path, Settings.from_json(SETTINGS))
+    save_file({"noise": tensor}, tmp_path / "inversion.safetensors")
+    with pytest.raises(InputError, match="does not fit this run"):
+        run.read("inversion")
+
+
+def test_run_json_is_what_settings_say(tmp_path):
+    settings = Settings.from_json(SETTINGS)
+    Run(tmp_path, settings).save()
+    assert json.loads((tmp_path / "run.json").read_text()) == asdict(settings)

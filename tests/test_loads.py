@@ -1,0 +1,413 @@
+"""What people have, through the commands: LoRA, runs of the official code, each row of weights/README.md."""
+import functools
+import importlib
+import json
+import re
+import shlex
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from hardening.warm import Warm
+from tinytav import merge_lora, new_net, pipeline, read_clip, tune_on
+from tinytav.editing import net_of
+from tinytav.files.runs import Run
+from tinytav.inflation import VideoUNet
+from tinytav.stable_diffusion import lora, official, single_file
+from tinytav.stable_diffusion.checkpoint import build, load
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
+from tinytav.stable_diffusion.vae import VAE, VAEConfig
+
+ROOT = tiny.DATA.parents[1]
+CAPTION = "a man is skiing"
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+QUERY, KEY, TEXT = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k", "text_model.encoder.layers.0.mlp.fc1"
+warm = functools.cache(Warm)
+
+
+def call(cwd, script, *args, status=0):
+    """Runs a script in a fork of one interpreter that has imported torch."""
+    done = warm()(cwd, script, *args, limit=300)
+    assert done.status == status and "Traceback" not in done.err, done.out + done.err
+    return done
+
+
+def write_lora(path, seed=0):
+    """A small LoRA in PEFT's names: a tuned layer, a frozen one, and one of the text encoder."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, out, width in ((f"unet.{QUERY}", 16, 16), (f"unet.{KEY}", 16, 16), (f"text_encoder.{TEXT}", 96, 24)):
+        tensors[f"{name}.lora_A.weight"] = 0.3 * torch.randn(2, width, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(out, 2, generator=generator)
+    save_file(tensors, path)
+
+
+def change_of(path, name):
+    """What the LoRA in `path` adds to a layer."""
+    tensors = load_file(path)
+    return tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint, a clip, two LoRAs, a run made with the first of them, and a run made with none."""
+    place = tmp_path_factory.mktemp("place")
+    tiny.write_folder(place / "w")
+    tiny.write_clip(place / "clip.mp4")
+    write_lora(place / "a.safetensors", 0), write_lora(place / "b.safetensors", 1)
+    call(place, "train.py", "clip.mp4", CAPTION, "--weights", "w", "--out", "with", "--lora", "a.safetensors:0.5")
+    call(place, "train.py", "clip.mp4", CAPTION, "--weights", "w", "--out", "without")
+    return place
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+def test_a_run_tunes_the_merged_weights_and_records_the_lora(place):
+    run = Run.open(place / "with/clip")
+    mark = lora.fingerprint(place / "a.safetensors")
+    assert run.settings.lora == (dict(file="a.safetensors", scale=0.5, fingerprint=mark),)
+    sd = load(place / "w")
+    assert run.settings.fingerprint == sd.fingerprint           # of the weights without the LoRA
+    merge_lora(sd, place / "a.safetensors", 0.5)
+    net = tune_on(sd, read_clip(sd, place / "clip.mp4", CAPTION))
+    tuned = run.read("tuned")
+    assert all(torch.allclose(tuned[name], p, atol=1e-6) for name, p in net.tuned().items())
+    other = Run.open(place / "without/clip").read("tuned")
+    assert (tuned[f"{QUERY}.weight"] - other[f"{QUERY}.weight"]).abs().max() > 0.01
+
+
+def test_sampling_uses_the_runs_lora_unless_told_otherwise(place):
+    sample = ["sample.py", "--run", "with/clip", "--prompt", "a dog"]
+    done = call(place, *sample, "--out", "same")
+    assert "lora: a.safetensors, scale 0.5" in done.out and "inverting" not in done.err
+    done = call(place, *sample, "--lora", "a.safetensors:0.5", "--out", "same")
+    assert "inverting" not in done.err                          # the same LoRA, named
+    assert (place / "same/a-dog.mp4").read_bytes() == (place / "same/a-dog-2.mp4").read_bytes()
+    for number, names in enumerate((["none"], ["b.safetensors"], ["a.safetensors"]), 3):
+        done = call(place, *sample, "--lora", *names, "--out", "same")
+        assert "inverting" in done.err and ("lora: " in done.out) == (names != ["none"])
+        assert (place / "same/a-dog.mp4").read_bytes() != (place / f"same/a-dog-{number}.mp4").read_bytes()
+
+
+@torch.no_grad()
+def test_exchanging_loras_keeps_what_was_tuned(place):
+    run, sd, base = Run.open(place / "with/clip"), load(place / "w"), load(place / "w")
+    old, new = lora.Lora.from_text(f"{place}/a.safetensors:0.5"), lora.Lora.from_text(f"{place}/b.safetensors:2")
+    lora.merge(sd, [old])
+    net = net_of(run, sd)
+    lora.exchange(net, sd.text_encoder, [old], [new])
+    query = run.read("tuned")[f"{QUERY}.weight"] - 0.5 * change_of(old.file, f"unet.{QUERY}")
+    expected = {net.get_submodule(QUERY): query + 2 * change_of(new.file, f"unet.{QUERY}"),
+                net.get_submodule(KEY): base.unet.get_submodule(KEY).weight + 2 * change_of(new.file, f"unet.{KEY}"),
+                sd.text_encoder.get_submodule(TEXT): base.text_encoder.get_submodule(TEXT).weight
+                + 2 * change_of(new.file, f"text_encoder.{TEXT}")}
+    for module, weight in expected.items():
+        torch.testing.assert_close(module.weight, weight, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_without_lora_takes_one_for_its_edits_and_so_does_the_untuned_net(place):
+    done = call(place, "sample.py", "--run", "without/clip", "--prompt", "a dog", "--out", "one",
+                "--lora", "b.safetensors:-1.5")
+    assert "lora: b.safetensors, scale -1.5" in done.out and "inverting" in done.err
+    done = call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "two",
+                "--lora", "a.safetensors", "b.safetensors")
+    assert "a.safetensors, scale 1" in done.out and "b.safetensors, scale 1" in done.out
+
+
+def unfinished(place, name):
+    """A copy of the run with the LoRA, as if it had been stopped before its first checkpoint."""
+    shutil.copytree(place / "with/clip", place / name)
+    settings = json.loads((place / name / "run.json").read_text()) | {"finished": 0}
+    (place / name / "run.json").write_text(json.dumps(settings))
+    (place / name / "tuned.safetensors").unlink(), (place / name / "inversion.safetensors").unlink()
+
+
+def test_a_resumed_run_has_its_lora_again(place):
+    unfinished(place, "half")
+    assert "leave out lora" in call(place, "train.py", "--resume", "half", "--lora", "b.safetensors", status=2).err
+    assert "lora: a.safetensors, scale 0.5" in call(place, "train.py", "--resume", "half").out
+    assert (place / "half/tuned.safetensors").read_bytes() == (place / "with/clip/tuned.safetensors").read_bytes()
+
+
+def test_a_lora_that_moved_is_named_anew_and_another_file_in_its_place_is_refused(place, tmp_path):
+    for name in ("w", "with"):
+        shutil.copytree(place / name, tmp_path / name)
+    sample = ["sample.py", "--run", "with/clip", "--prompt", "a dog"]
+    assert "a.safetensors cannot be read" in call(tmp_path, *sample, status=2).err
+    shutil.copy(place / "a.safetensors", tmp_path / "moved.safetensors")
+    assert "inverting" not in call(tmp_path, *sample, "--lora", "moved.safetensors:0.5").err
+    shutil.copy(place / "b.safetensors", tmp_path / "a.safetensors")
+    assert "a.safetensors is another LoRA than the run was made with" in call(tmp_path, *sample, status=2).err
+
+
+@pytest.mark.parametrize("text, file, scale", [
+    ("x.safetensors", "x.safetensors", 1.), ("x.safetensors:0.3", "x.safetensors", 0.3),
+    ("a:b.safetensors", "a:b.safetensors", 1.), ("a:b:-2", "a:b", -2.), ("x:", "x:", 1.)])
+def test_file_and_scale(tmp_path, monkeypatch, text, file, scale):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file).write_bytes(b"")
+    one = lora.Lora.from_text(text)
+    assert (one.file, one.scale) == (file, scale)
+
+
+@pytest.mark.parametrize("texts, message", [
+    (["none.safetensors"], "none.safetensors cannot be read"), (["a.safetensors:nan"], "is not from"),
+    (["a.safetensors:inf"], "is not from"), (["clip.mp4"], "clip.mp4 is not a .safetensors file"),
+    (["w"], "w cannot be read"),
+    (["w/vae/diffusion_pytorch_model.safetensors"], "is not a LoRA for this model")])
+def test_a_lora_that_cannot_be_used_is_refused_before_anything_is_written(place, texts, message):
+    done = call(place, "train.py", "clip.mp4", CAPTION, "--weights", "w", "--out", "bad", "--lora", *texts, status=2)
+    assert message in done.err and not (place / "bad").exists()
+
+
+@pytest.mark.parametrize("entry", [
+    {}, {"file": "a.safetensors", "scale": 1.0}, {"file": 5, "scale": 1.0, "fingerprint": "x"}, "a",
+    {"file": "a.safetensors", "scale": float("nan"), "fingerprint": "x"}])
+def test_a_lora_in_run_json_edited_by_hand_is_refused(place, tmp_path, entry):
+    shutil.copytree(place / "with/clip", tmp_path / "run")
+    settings = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(settings | {"lora": [entry]}))
+    with pytest.raises(InputError, match="run.json: .*(Lora|lora)"):
+        Run.open(tmp_path / "run")
+
+
+# ---- Runs of the official code ---------------------------------------------------------------------------------------
+
+def official_tensors():
+    """The tiny U-Net as the official code would have tuned it: every tensor filled, T-Attn's bias too."""
+    return tiny.filled(VideoUNet(UNetConfig.from_json(tiny.UNET), frames=3)).state_dict()
+
+
+def write_official(folder):
+    """A folder as the official code writes it, pickled, and with what else lies in it."""
+    tiny.write_folder(folder)
+    blocks = dict(down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"], mid_block_type="UNetMidBlock3DCrossAttn",
+                  up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"])
+    config = tiny.UNET | blocks | dict(_class_name="UNet3DConditionModel")
+    tiny.save_json(folder / "unet/config.json", config)
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save(official_tensors(), folder / "unet/diffusion_pytorch_model.bin")
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        file, = (folder / part).glob("*.safetensors")
+        torch.save(load_file(file), folder / part / f"{name}.bin")
+        file.unlink()
+    (folder / "inv_latents").mkdir(), (folder / "samples").mkdir()
+    torch.save(torch.ones(1, 4, 3, 4, 4), folder / "inv_latents/ddim_latent-500.pt")
+    (folder / "samples/sample-500.gif").write_bytes(b"GIF89a")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def official_run(tmp_path_factory):
+    """A folder with the official code's run, converted to `tuned`, the clip, and what train.py makes of them."""
+    place = tmp_path_factory.mktemp("official")
+    write_official(place / "outputs")
+    tiny.write_clip(place / "clip.mp4")
+    done = call(place, "tinytav/__main__.py", "convert", "outputs", "tuned")
+    assert "left out: outputs/inv_latents/ddim_latent-500.pt holds no named tensors" in done.out
+    done = call(place, "train.py", "clip.mp4", CAPTION, "--weights", "tuned")
+    assert "tuned was tuned by the official code and is used as it is" in done.out
+    return place
+
+
+def test_every_tensor_of_the_official_net_is_used_as_it_is(official_run):
+    sd = load(official_run / "tuned")
+    net = new_net(sd, 3)
+    tensors = official_tensors()
+    assert net.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(p, tensors[name]) for name, p in net.state_dict().items())
+    assert any(name.endswith("attn_temp.to_out.0.bias") and p.abs().max() > 0 for name, p in net.state_dict().items())
+
+
+def test_train_makes_no_step_and_inverts_with_the_tuned_tensors(official_run):
+    run, sd = Run.open(official_run / "runs/clip"), load(official_run / "tuned")
+    assert run.finished and run.settings.steps == 0 and not (run.path / "state.safetensors").exists()
+    tensors = official_tensors()
+    assert all(torch.equal(z, tensors[name]) for name, z in run.read("tuned").items())
+    net = VideoUNet(sd.unet.cfg, 3)
+    net.load_state_dict(tensors)
+    mean, _ = run.latents()
+    noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, sd.encode_prompts([""]), run.settings.ddim_steps))
+    torch.testing.assert_close(run.read("inversion")["noise"], noise, atol=1e-5, rtol=1e-5)
+
+
+def test_the_official_net_is_edited_and_draws_from_noise(official_run):
+    done = call(official_run, "sample.py", "--prompt", "a panda is skiing")
+    assert "inverting" not in done.err and (official_run / "runs/clip/a-panda-is-skiing.mp4").exists()
+    call(official_run, "sample.py", "--weights", "tuned", "--prompt", "a dog", "--frames", 3, "--out", "noise")
+
+
+def test_the_official_net_can_be_tuned_further(official_run):
+    done = call(official_run, "train.py", "clip.mp4", CAPTION, "--weights", "tuned", "--steps", 2, "--out", "more")
+    assert "used as it is" not in done.out
+    tuned, before = Run.open(official_run / "more/clip").read("tuned"), official_tensors()
+    assert all(0 < (z - before[name]).abs().max() < 0.02 for name, z in tuned.items())
+
+
+def test_a_whole_official_net_gives_what_the_official_code_gives():
+    """The recorded net, taken apart into image U-Net and T-Attn as a folder is, and inflated again."""
+    config, _ = tiny.reference("unet-sd1")
+    _, case = tiny.reference("tav-sd1")
+    keys = json.loads((tiny.DATA / "tav-sd1.keys.json").read_text())
+    tensors = {name: torch.from_numpy(tiny.fill.weight(name, tuple(shape))) for name, shape in keys.items()}
+    image, temporal = official.split(tensors, "it")
+    unet = build(UNet, UNetConfig.from_json(config), image, "it")
+    net = new_net(SimpleNamespace(unet=unet, temporal=temporal), case["x"].shape[2])
+    with torch.no_grad():
+        assert tiny.close(net(case["x"], case["timestep"].expand(2), case["context"]), case["y"])
+
+
+def test_t_attn_counts_in_the_fingerprint(official_run, tmp_path):
+    shutil.copytree(official_run / "tuned", tmp_path / "w")
+    tensors = official_tensors()
+    tensors[f"{BLOCK}.attn_temp.to_k.weight"] += 1e-3
+    save_file(tensors, tmp_path / "w/unet/diffusion_pytorch_model.safetensors")
+    assert load(tmp_path / "w").fingerprint != load(official_run / "tuned").fingerprint
+
+
+def test_only_the_official_nets_config_is_read_in_2d():
+    for d in ({}, dict(_class_name="UNet2DConditionModel", down_block_types=["DownBlock3D"])):
+        assert official.image_config(d) == d
+    d = dict(_class_name="UNet3DConditionModel", down_block_types=["DownBlock3D", 5], mid_block_type=None, act_fn="x")
+    assert official.image_config(d) == d | dict(down_block_types=["DownBlock2D", 5])
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda z: {k: v for k, v in z.items() if k != f"{BLOCK}.norm_temp.bias"}, "norm_temp.bias is missing"),
+    (lambda z: z | {"conv_temp.weight": torch.zeros(1)}, "conv_temp.weight is unexpected"),
+    (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": torch.zeros(16, 17)}, r"to_k.weight has the shape \(16, 17\)"),
+    (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": torch.zeros(16, 16) / 0}, "to_k.weight holds NaN")])
+def test_temporal_tensors_that_are_not_t_attns_are_refused(official_run, tmp_path, change, message):
+    shutil.copytree(official_run / "tuned", tmp_path / "w")
+    file = tmp_path / "w/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: z.contiguous() for name, z in change(official_tensors()).items()}, file)
+    with pytest.raises(InputError, match=f"w/unet is not a net that the official .*{message}"):
+        load(tmp_path / "w")
+
+
+# ---- The table of weights/README.md ----------------------------------------------------------------------------------
+
+# A single file has published widths only. Here the reader's configs are made small; its names stay the published ones.
+UNET = tiny.reference("unet-sd1")[0] | dict(block_out_channels=[32, 32, 32, 32])
+SMALL = dict(UNetConfig=UNetConfig.from_json(UNET | dict(cross_attention_dim=768)),
+             SD2_UNET=UNetConfig.from_json(UNET | dict(cross_attention_dim=1024, use_linear_projection=True)),
+             VAEConfig=VAEConfig.from_json(tiny.VAE | dict(
+                 block_out_channels=[8] * 4, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
+                 up_block_types=["UpDecoderBlock2D"] * 4)),
+             TextEncoderConfig=TextEncoderConfig.from_json(tiny.TEXT | dict(hidden_size=768)),
+             SD2_TEXT=TextEncoderConfig.from_json(tiny.TEXT | dict(hidden_size=1024)))
+
+
+def unet_single_names(model):
+    """{a tensor's name: what a single file calls it}: all that could stand there, read by unet_key."""
+    inner = {name.split(".", 4)[-1] for name in model if ".attentions." in name}
+    inner |= {f"{part}.{end}" for part in single_file.RESNET for end in ("weight", "bias")}
+    blocks = [f"{side}_blocks.{i}.{j}" for side in ("input", "output") for i in range(12) for j in range(2)]
+    blocks += ["middle_block.0", "middle_block.1", "middle_block.2"]
+    names = [f"{block}.{rest}" for block in blocks for rest in inner]
+    outer = ["input_blocks.3.0.op", "input_blocks.6.0.op", "input_blocks.9.0.op", "output_blocks.2.1.conv",
+             "output_blocks.5.2.conv", "output_blocks.8.2.conv", *single_file.OUTER]
+    names += [f"{part}.{end}" for part in outer for end in ("weight", "bias")]
+    return {single_file.unet_key(name): name for name in names}
+
+
+def vae_single_names():
+    block = ["norm1", "conv1", "norm2", "conv2", "nin_shortcut"]
+    blocks = [f"{side}.{i}.block.{j}" for side in ("down", "up") for i in range(4) for j in range(3)]
+    blocks += ["mid.block_1", "mid.block_2"]
+    layers = [f"{name}.{part}" for name in blocks for part in block]
+    layers += [f"{side}.{i}.{side}sample.conv" for side in ("down", "up") for i in range(4)]
+    layers += [f"mid.attn_1.{part}" for part in ("norm", "q", "k", "v", "proj_out")]
+    layers += ["norm_out", "conv_in", "conv_out"]
+    layers = [f"{half}.{layer}" for half in ("encoder", "decoder") for layer in layers]
+    layers += ["quant_conv", "post_quant_conv"]
+    return {single_file.vae_key(f"{layer}.{end}"): f"{layer}.{end}" for layer in layers for end in ("weight", "bias")}
+
+
+def openclip(tensors):
+    """Our text encoder's tensors as OpenCLIP stores them, q, k and v in one."""
+    out, thirds = {}, {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("text_model.")
+        for old, new in single_file.OPENCLIP.items():
+            name = name.replace(new, old)
+        if match := re.match(r"(.+attn\.)[qkv]_proj\.(.+)", name):
+            thirds.setdefault(f"{match[1]}in_proj_{match[2]}", {})[name] = tensor
+        else:
+            out[name] = tensor
+    for name, parts in thirds.items():
+        q, k, v = (next(z for key, z in parts.items() if f".{letter}_proj." in key) for letter in "qkv")
+        out[name] = torch.cat([q, k, v])
+    return out
+
+
+def single(unet, text, prefix):
+    """All tensors of a small single file, with fill.py's weights."""
+    vae = tiny.filled(VAE(SMALL["VAEConfig"])).state_dict()
+    unet = tiny.filled(UNet(unet)).state_dict()
+    text = tiny.filled(TextEncoder(text)).state_dict()
+    unet_names, vae_names = unet_single_names(unet), vae_single_names()
+    tensors = {f"model.diffusion_model.{unet_names[name]}": z for name, z in unet.items()}
+    tensors |= {f"first_stage_model.{vae_names[name]}": z for name, z in vae.items()}
+    text = openclip(text) if prefix.endswith("model.") else text
+    return tensors | {f"cond_stage_model.{prefix}{name}": z for name, z in text.items()}
+
+
+def rows():
+    """The first table: [(what you have, its commands)]."""
+    lines = (ROOT / "weights/README.md").read_text().split("|---|---|")[1].strip().splitlines()
+    for line in lines:
+        if not line.startswith("|"):
+            return
+        _, have, types, _ = line.split("|")
+        yield have.strip(), [shlex.split(command) for command in re.findall("`(python .+?)`", types)]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A folder with everything that the table names, small."""
+    place = tmp_path_factory.mktemp("table")
+    tiny.write_folder(place / "weights/sd15")
+    shutil.copytree(tiny.DATA / "tokenizer", place / "tokenizer")
+    tiny.write_clip(place / "clip.mp4", size=(64, 48))
+    save_file(single(SMALL["UNetConfig"], SMALL["TextEncoderConfig"], "transformer."), place / "model.safetensors")
+    save_file(single(SMALL["SD2_UNET"], SMALL["SD2_TEXT"], "model."), place / "model2.safetensors")
+    torch.save({"state_dict": load_file(place / "model.safetensors"), "global_step": 5}, place / "dreambooth.ckpt")
+    write_official(place / "outputs/man-skiing")
+    write_official(place / "weights/old")
+    shutil.copytree(place / "weights/sd15/unet", place / "weights/old/unet", dirs_exist_ok=True)
+    torch.save(load_file(place / "weights/old/unet/diffusion_pytorch_model.safetensors"),
+               place / "weights/old/unet/diffusion_pytorch_model.bin")
+    (place / "weights/old/unet/diffusion_pytorch_model.safetensors").unlink()
+    write_lora(place / "style.safetensors", 2), write_lora(place / "face.safetensors", 3)
+    torch.save(load_file(place / "style.safetensors"), place / "old.pt")
+    call(place, "train.py", "clip.mp4", CAPTION, "--weights", "weights/sd15")
+    return place
+
+
+@pytest.mark.parametrize("have, commands", list(rows()), ids=lambda value: value[:40] if isinstance(value, str) else "")
+def test_each_row_of_the_table_works_as_it_is_printed(table, monkeypatch, have, commands):
+    monkeypatch.chdir(table)
+    for name, config in SMALL.items():
+        monkeypatch.setattr(single_file, name, config if name.startswith("SD2") else lambda config=config: config)
+    assert commands
+    for _, *argv in commands:
+        script = "tinytav.__main__" if argv[0] == "-m" else argv[0].removesuffix(".py")
+        argv = argv[1:] if argv[0] == "-m" else argv
+        if script == "train" and "--tokenizer" in argv:         # a single file has no defaults.json
+            argv = [*argv, "--frames", "2", "--steps", "1", "--size", "32"]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert importlib.import_module(script).main() == 0
+
+
+def test_the_table_has_all_that_people_have():
+    text = " ".join(have for have, _ in rows())
+    for word in ("model_index.json", "civitai", "2.x", ".ckpt", ".bin", "LoRA", "official"):
+        assert word in text

@@ -1,0 +1,66 @@
+"""Pose control: a ControlNet says, by one hint a frame, where things stand in a clip. No extra training is needed.
+
+The paper shows it (section 5, applications); the official code never had it. ControlNet: Zhang et al., arXiv 2302.05543.
+"""
+import torch
+
+from tinytav.files.frames import open_clip, read
+from tinytav.stable_diffusion.config import InputError
+from tinytav.stable_diffusion.controlnet import check_fits, load_controlnet
+from tinytav.stable_diffusion.precision import autocast
+
+
+class Control:
+    """A ControlNet and a clip's hints, one a frame. Pass it to pipeline.sample or editing.sample_clip.
+
+    The ControlNet keeps its image weights. It sees each frame by itself, without the others. hints (f, 3, H, W), RGB in
+    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied.
+    """
+
+    @torch.no_grad()
+    def __init__(self, controlnet, hints, scale=1.0):
+        self.controlnet, self.hints, self.scale = controlnet, hints, scale
+        with autocast(controlnet):
+            self.embedded = controlnet.embed_hint(hints)                    # f c h w, the same at every step
+
+    @torch.no_grad()
+    def residuals(self, x, t, context):
+        """For latents x (b, 4, f, h, w), t (b,), context (b, m, d): what VideoUNet adds, (b f) c h w each."""
+        frames = x.shape[2]
+        pictures = x.transpose(1, 2).flatten(0, 1)                          # (b f) 4 h w
+        t = t.repeat_interleave(frames)
+        context = context.repeat_interleave(frames, dim=0)
+        embedded = self.embedded.repeat(len(x), 1, 1, 1)
+        with autocast(self.controlnet):
+            residuals = self.controlnet.residuals(pictures, t, context, embedded)
+        return [self.scale * residual for residual in residuals]
+
+
+def load_control(sd, path, hint, shape, scale=1.0):
+    """A ControlNet from disk, and the hints of a clip whose latents have this shape -> Control.
+
+    path: a ControlNet's folder or single file. hint: a video or a folder of pictures, read by read_hints. Raises
+    InputError if they do not fit `sd` or the clip.
+    """
+    controlnet = load_controlnet(path, sd.device, sd.dtype)
+    check_fits(controlnet.cfg, sd.unet.cfg, sd.multiple)
+    _, _, count, height, width = shape
+    hints = read_hints(hint, count, height * sd.multiple, width * sd.multiple, sd.multiple)
+    return Control(controlnet, hints.to(sd.device), scale)
+
+
+def read_hints(path, count, height, width, multiple):
+    """The hints for `count` frames of these pixels -> (f, 3, h, w) in [0, 1], resized and cropped as a clip is.
+
+    path: a video, a GIF or a folder of pictures, one picture a frame. Raises InputError if they are not as many as the
+    frames, or not of the frames' shape.
+    """
+    total = open_clip(path).count()
+    if total != count:
+        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one hint "
+                         "for each frame. A run's own frames are in its source.mp4.")
+    x = read(path, min(height, width), multiple, count).x
+    if x.shape[2:] != (height, width):
+        raise InputError(f"The hint {path} is {x.shape[3]}x{x.shape[2]} pixels where the clip to be sampled is {width}x"
+                         f"{height}: crop it to the same shape.")
+    return (x + 1) / 2

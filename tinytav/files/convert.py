@@ -1,0 +1,221 @@
+"""Pickled checkpoints -> safetensors: python -m tinytav convert IN OUT.
+
+A pickle is a program: whoever opens it runs what its author wrote. Here torch's restricted reader alone opens it, which
+knows tensors and plain containers, and refuses everything else before it is called. No other file of the project
+opens pickles.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from tinytav.files.atomic import replace, replace_text
+from tinytav.stable_diffusion.checkpoint import read_json
+from tinytav.stable_diffusion.config import InputError
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+CONTAINERS = ("state_dict", "model")        # under these names trainers keep the weights, beside other things
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+          torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+class NoWeights(InputError):
+    """A pickle that holds no named tensors, such as an optimiser's state."""
+
+
+# ---- one file --------------------------------------------------------------------------------------------------------
+
+def convert_file(source, target):
+    """A pickled file -> a safetensors file of the same tensors in their dtype. Returns a line that says what it holds.
+
+    Raises InputError, and writes nothing, for a file that cannot be read without running code; it names what the file
+    asks for. Raises NoWeights for one that holds no named tensors.
+    """
+    tensors, left_out = named_tensors(unpickle(source), source)
+    tensors = without_sharing(tensors)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        replace(target, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{target} cannot be written: {error}") from None
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    line = f"{source} -> {target.name}: {len(tensors)} tensors, {size / 1e6:,.1f} MB"
+    if left_out:
+        names = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
+        line += f"; left out, because they are no tensors: {names}"
+    return line
+
+
+def unpickle(path):
+    """What a pickled file holds. Raises InputError if that takes more than tensors and plain containers."""
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is not what torch.save writes since version 1.6: it is older, or truncated, or no "
+                         "checkpoint. If it is older and you trust its author, torch.load it and torch.save it again.")
+    try:
+        return torch.load(str(path), weights_only=True, mmap=True, map_location="cpu")
+    except MemoryError:
+        raise
+    except Exception as error:              # a damaged file can fail anywhere in torch's reader
+        asked = asks_for(path) or re.findall(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise InputError(f"{path} asks for {', '.join(map(repr, asked))}. Opening it could run code, so it is refused: "
+                             "look for the same model as .safetensors.") from None
+        raise InputError(f"{path} cannot be read as a checkpoint: {reason(error)}. It may be damaged: fetch it "
+                         "again.") from None
+
+
+def asks_for(path):
+    """The classes and functions a pickled file asks for beyond those allowed. Reads them; calls nothing."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:                       # a damaged file; the error of reading it says more
+        return []
+
+
+def reason(error):
+    """What torch says of a file that it cannot read, short; without its advice to trust the file."""
+    text = str(error).partition("\n")[0]
+    if "weights_only" in text:
+        return "its pickle is damaged, or holds more than weights"
+    return ascii(text[:200]) if text else type(error).__name__
+
+
+def named_tensors(content, path):
+    """{name: tensor} of what a file holds, and the names of what else stands among them. Raises InputError."""
+    content = out_of_containers(content)
+    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+        raise NoWeights(f"{path} holds no named tensors, so there is nothing to convert.")
+    tensors, left_out = {}, []
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            left_out.append(name if isinstance(name, str) else f"a {type(name).__name__}")
+        elif not isinstance(name, str):
+            raise InputError(f"{path}: the name of a tensor is a {type(name).__name__}, not a text.")
+        elif not is_plain(value):
+            raise InputError(f"{path}: {name!r} is a tensor of a kind that safetensors cannot hold ({value.dtype}, "
+                             f"{value.layout}).")
+        else:
+            tensors[name] = value.detach()
+    return tensors, left_out
+
+
+def out_of_containers(content):
+    """What lies within {"state_dict": {...}} and its like, however deep."""
+    for _ in range(10):                     # deeper is a circle
+        for name in CONTAINERS:
+            if isinstance(content, dict) and isinstance(content.get(name), dict):
+                content = content[name]
+    return content
+
+
+def is_plain(tensor):
+    """Is it a dense array of numbers in memory? A tensor larger than its storage would take memory that no file has."""
+    return tensor.layout is torch.strided and tensor.dtype in DTYPES and tensor.device.type == "cpu" \
+        and not tensor.is_nested and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+def without_sharing(tensors):
+    """The tensors, contiguous, each with memory of its own: safetensors has no way to say that two names share it."""
+    seen, out = set(), {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage)
+        out[name] = tensor
+    return out
+
+
+# ---- a folder, file by file ------------------------------------------------------------------------------------------
+
+def convert_folder(source, target):
+    """A folder -> a new folder: pickled files converted, others copied. Yields a line for each that is not just copied.
+
+    A pickle that holds no weights is left out, and so is one whose safetensors lies beside it. Raises InputError, and
+    leaves no folder behind, if any other cannot be read.
+    """
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    if not any(file.suffix in PICKLED for file in files):
+        raise InputError(f"{source} holds no {', '.join(PICKLED)}: there is nothing to convert.")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        for file in files:
+            folder = part / file.relative_to(source).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if line := take_over(file, folder):
+                yield line
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def take_over(file, folder):
+    """Converts or copies one file into `folder`. Returns what is worth saying of it."""
+    if file.suffix == ".json" and ".bin.index." in file.name:
+        rename_shards(file, folder / safe_name(file.name))
+    elif file.suffix not in PICKLED:
+        if file.suffix != ".pkl":           # the state of a training, which is a pickle too
+            shutil.copyfile(file, folder / file.name)
+    elif file.with_name(safe_name(file.name)).exists():
+        return f"left out: {file}, because {safe_name(file.name)} lies beside it"
+    elif (folder / safe_name(file.name)).exists():
+        raise InputError(f"{file} and another file would both become {safe_name(file.name)}: convert them one by one.")
+    else:
+        try:
+            return convert_file(file, folder / safe_name(file.name))
+        except NoWeights as error:
+            return f"left out: {error}"
+
+
+def safe_name(name):
+    """pytorch_model.bin -> model.safetensors, as transformers calls it; other files, and indexes, keep their stem."""
+    stem, index, variant = name.partition(".index.")
+    stem = Path(stem).stem
+    if stem.startswith("pytorch_model"):
+        stem = stem.removeprefix("pytorch_")
+    return f"{stem}.safetensors{index}{variant}"
+
+
+def rename_shards(file, new):
+    """The index of a model in several files, with their new names."""
+    index = read_json(file)
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise InputError(f"{file} has no weight_map of file names.")
+    index["weight_map"] = {name: safe_name(shard) for name, shard in shards.items()}
+    replace_text(new, json.dumps(index))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+def check(source, target):
+    """Raises InputError unless there is something to convert, and a free place for the result."""
+    if not source.exists():
+        raise InputError(f"No such file or folder: {source}.")
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target} is there already, and is not overwritten: name another place.")
+    if source.is_file() and source.suffix not in PICKLED:
+        raise InputError(f"{source} is none of {', '.join(PICKLED)}: there is nothing to convert.")
+    if source.is_file() and target.suffix != ".safetensors":
+        raise InputError(f"{target} is not the name of a .safetensors file.")
+
+
+def main():
+    p = argparse.ArgumentParser(description="Turn pickled checkpoints into safetensors, without running code in them.")
+    p.add_argument("source", metavar="IN", type=Path, help=f"a file ({', '.join(PICKLED)}), or a folder of such files")
+    p.add_argument("target", metavar="OUT", type=Path, help="a new .safetensors file, or a new folder")
+    args = p.parse_args()
+    check(args.source, args.target)
+    if args.source.is_file():
+        print(convert_file(args.source, args.target))
+    else:
+        for line in convert_folder(args.source, args.target):
+            print(line)
+    return 0
