@@ -29,7 +29,7 @@ class Judge:
 
     def __init__(self, vae, motion, frames=8):
         self.vae, self.views = vae, world.views(motion, frames)
-        self.draw = lru_cache(maxsize=1000)(self._draw)       # 0.8 GB
+        self.draw = lru_cache(maxsize=300)(self._draw)       # 1 GB
 
     def _draw(self, scene, part="phase", offset=0):
         """The scene with `offset` added to one part of every view: clean and through the VAE, (f, 3, 64, 64) each."""

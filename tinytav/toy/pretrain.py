@@ -38,20 +38,21 @@ from tinytav.unet import UNet, UNetConfig
 from tinytav.vae import VAE, VAEConfig
 from tinytav.weights import build, read_component
 
-SIZE, LENGTH = 64, 32     # pixels along a picture's side; tokens in a prompt
+SIZE = draw.SIZE    # pixels along a picture's side
+LENGTH = 32         # tokens in a prompt
 TOWER = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, projection_dim=128,
              hidden_act="quick_gelu", layer_norm_eps=1e-5, attention_dropout=0.0)
 TEXT_JSON = dict(model_type="clip_text_model", **TOWER, max_position_embeddings=LENGTH)
-VISION_JSON = dict(model_type="clip_vision_model", **TOWER, image_size=SIZE, patch_size=8, num_channels=3)
+VISION_JSON = dict(model_type="clip_vision_model", **TOWER, image_size=SIZE, patch_size=16, num_channels=3)
 VAE_JSON = dict(
-    _class_name="AutoencoderKL", act_fn="silu", block_out_channels=[24, 48, 64],
-    down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, in_channels=3, out_channels=3,
+    _class_name="AutoencoderKL", act_fn="silu", block_out_channels=[16, 32, 64, 96],
+    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, in_channels=3, out_channels=3,
     latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=SIZE, scaling_factor=1.0)
 UNET_JSON = dict(
     _class_name="UNet2DConditionModel", act_fn="silu", attention_head_dim=[2, 4, 5], block_out_channels=[64, 128, 160],
     center_input_sample=False, cross_attention_dim=128, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
     down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"], in_channels=4, layers_per_block=1,
-    mid_block_scale_factor=1, norm_eps=1e-5, norm_num_groups=32, out_channels=4, sample_size=SIZE // 4,
+    mid_block_scale_factor=1, norm_eps=1e-5, norm_num_groups=32, out_channels=4, sample_size=SIZE // 8,
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"])
 SCHEDULER_JSON = dict(
     _class_name="DDIMScheduler", beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, clip_sample=False,
@@ -65,7 +66,6 @@ INDEX_JSON = dict(
 PREPROCESSOR_JSON = dict(       # pictures in [-1, 1], as the VAE has them
     feature_extractor_type="CLIPFeatureExtractor", crop_size=SIZE, size=SIZE, do_center_crop=True, do_normalize=True,
     do_resize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
-GIST = ("subject", "activity", "place")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -128,7 +128,7 @@ def draw_one(seed):
 
 
 def draw_many(name, count):
-    """`count` scenes and their pictures, (count, 64, 64, 3) uint8; the same for the same name."""
+    """`count` scenes and their pictures, (count, SIZE, SIZE, 3) uint8; the same for the same name."""
     scenes, pictures = [], np.empty((count, SIZE, SIZE, 3), np.uint8)
     with Pool() as pool:
         for i, (scene, picture) in enumerate(pool.imap(draw_one, (f"{name}/{i}" for i in range(count)), chunksize=64)):
@@ -146,13 +146,6 @@ def noise_like(x, generator):
     return torch.randn(x.shape, device=x.device, generator=generator)
 
 
-def told(rng):
-    """Which attributes a caption names, in one of three manners: all, most, or the gist and perhaps a little more."""
-    manner = rng.random()
-    gist, share = ((), 1) if manner < 0.3 else ((), 1 - world.OMITTED) if manner < 0.7 else (GIST, 0.25)
-    return [name for name in world.ATTRIBUTES if name in gist or rng.random() < share] or ["subject"]
-
-
 def mistaken(scene, names, rng):
     """The scene with one of the named attributes changed: often the activity, which shows in the fewest pixels."""
     name = "activity" if "activity" in names and rng.random() < 0.7 else rng.choice(names)
@@ -164,7 +157,7 @@ class Run:
 
     def __init__(self, args, model):
         recipe = RECIPES[args.stage]
-        self.args, self.model, self.lr, self.batch = args, model, recipe.lr, args.batch or recipe.batch
+        self.args, self.model, self.lr, self.batch = args, model, args.lr or recipe.lr, args.batch or recipe.batch
         self.parameters = {name: p for name, p in model.train().named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         groups = [dict(params=[p for p in self.parameters.values() if (p.ndim > 1) == matrix],
@@ -274,7 +267,7 @@ def train_clip(args):
     model.text_model.requires_grad_(not args.keep_text)
 
     def loss_of(chosen, rng, generator):
-        names = [told(rng) for _ in chosen]
+        names = [world.told(scenes[i], rng) for i in chosen]
         right = [world.caption(scenes[i], rng, keep) for i, keep in zip(chosen, names)]
         wrong = [world.caption(mistaken(scenes[i], keep, rng), rng, keep) for i, keep in zip(chosen, names)]
         logits = model(pixels(pictures[chosen], args.device), tokenizer(right + wrong).to(args.device)).float()
@@ -328,7 +321,7 @@ def train_unet(args):
             nn.init.zeros_(p)       # every residual branch begins as nothing
 
     def loss_of(chosen, rng, generator):
-        captions = ["" if rng.random() < 0.1 else world.caption(scenes[i], rng, told(rng)) for i in chosen]
+        captions = ["" if rng.random() < 0.1 else world.caption(scenes[i], rng) for i in chosen]
         with torch.no_grad():
             context = encoder(tokenizer(captions).to(args.device))
         x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
@@ -358,6 +351,7 @@ def main(argv=None):
     parser.add_argument("--keep-text", action="store_true", help="clip: not the text tower, because a U-Net hangs on it")
     parser.add_argument("--pictures", type=int, default=60000, help="drawn to train on")
     parser.add_argument("--batch", type=int, help="otherwise as the stage's recipe says")
+    parser.add_argument("--lr", type=float, help="highest learning rate, otherwise as the stage's recipe says")
     parser.add_argument("--threads", type=int, default=1, help="parts of a batch done at once; OMP_NUM_THREADS cores each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or the better one there is")
