@@ -20,7 +20,7 @@ from tinytav.toy.judge import pixels
 
 
 def renders(count, seed, held_out=False):
-    """`count` scenes and their pictures, (count, 3, 64, 64) in [-1, 1]."""
+    """`count` scenes and their pictures, (count, 3, h, w) in [-1, 1]."""
     rng = Random(seed)
     scenes = [world.random_scene(rng, held_out) for _ in range(count)]
     return scenes, pixels([draw.render(scene, world.random_view(rng)) for scene in scenes])
@@ -32,7 +32,7 @@ def reconstruct(vae, x):
 
 
 def accuracy(eye, name, scenes, x):
-    """Share of pictures x (n, 3, 64, 64) whose nearest caption has the scene's own value of the attribute, all else true."""
+    """Share of pictures x (n, 3, h, w) whose nearest caption has the scene's own value of the attribute, all else true."""
     right = 0
     for scene, picture in zip(scenes, eye.images(x)):
         captions = [world.caption(replace(scene, **{name: value})) for value in world.ATTRIBUTES[name]]
@@ -49,7 +49,7 @@ def retrieval(eye, scenes, x, among=64):
 
 
 def sample(sd, scenes, steps, guidance):
-    """One picture (n, 3, 64, 64) from each scene's full caption."""
+    """One picture (n, 3, h, w) from each scene's full caption."""
     net, (empty,) = inflate(sd.unet, 1), sd.encode_prompts([""]).split(1)
     pictures = []
     for part in (scenes[i:i + 25] for i in range(0, len(scenes), 25)):
@@ -73,10 +73,10 @@ def inversion(folder, settings, tuned, clips=2):
 
 
 def save_grid(path, x, columns):
-    """Pictures (n, 3, h, w) in [-1, 1], row by row, enlarged twice -> PNG."""
+    """Pictures (n, 3, h, w) in [-1, 1], row by row -> PNG."""
     rows = [torch.cat(list(row), dim=2) for row in x.split(columns)]
     grid = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(grid.repeat(2, 0).repeat(2, 1)).save(path)
+    Image.fromarray(grid).save(path)
 
 
 def main():
@@ -92,7 +92,7 @@ def main():
     sd, eye = weights.load(args.weights), metrics.Features(args.weights / "clip")
     scenes, x = renders(args.pictures, "measure")
     y = reconstruct(sd.vae, x)
-    save_grid(args.out / "reconstructions.png", torch.cat([x[:12], y[:12], x[12:24], y[12:24]]), 12)
+    save_grid(args.out / "reconstructions.png", torch.cat([x[:8], y[:8], x[8:16], y[8:16]]), 8)
     held_out = args.samples // 4
     asked = renders(held_out, "held out", held_out=True)[0] + renders(args.samples - held_out, "samples")[0]
     drawn = sample(sd, asked, args.steps, args.guidance)
