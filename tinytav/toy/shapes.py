@@ -1,8 +1,10 @@
 """What everything in the toy world looks like: nothing but tables of colours and shapes, for `draw` to place.
 
 A shape is a method of `draw.Brush` and its arguments: ("disc", colour, x, y, rx, ry), ("polygon", colour, *points),
-("line", colour, width, *points); a "dot" is a disc and a "patch" a polygon without outline.  Lengths are in units,
-64 to the picture, so a unit is two pixels at the usual size; x goes right, y down.  The colours "fur" and "gear" stand for what subject and look make of them.
+("line", colour, width, *points); a "dot" is a disc and a "patch" a polygon without outline.
+
+Lengths are in units, 64 to the picture, so a unit is two pixels at the usual size; x goes right, y down.  The colours
+"fur" and "gear" stand for what subject and look make of them.
 """
 from typing import NamedTuple
 
