@@ -230,8 +230,3 @@ def test_random_scenes_keep_to_their_side(held_out):
         assert 0.55 < sum(getattr(scene, name) == usual for scene in scenes) / len(scenes) < 0.65
     for part, variants in LOOKS.items():
         assert {getattr(scene.look, part) for scene in scenes} == set(range(variants))
-
-
-def test_importing_the_world_needs_no_video_library():
-    code = "import sys, tinytav.toy.world, tinytav.toy.draw; print({'av'} & set(sys.modules))"
-    assert in_fresh_interpreter(code).strip() == "set()"

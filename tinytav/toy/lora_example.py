@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from tinytav import cli, pipeline
+from tinytav.files import frames
 from tinytav.stable_diffusion.checkpoint import load
 from tinytav.toy import draw, world
 

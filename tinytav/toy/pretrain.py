@@ -413,7 +413,7 @@ def train_control(args):
     begin_as_unet(model, unet)
 
     def loss_of(chosen, rng, generator):
-        captions = ["" if rng.random() < 0.5 else world.caption(scenes[i], rng, told(rng)) for i in chosen]
+        captions = ["" if rng.random() < 0.5 else world.caption(scenes[i], rng) for i in chosen]
         with torch.no_grad():
             context = encoder(tokenizer(captions).to(args.device))
         hints = np.stack([skeleton.skeleton(scenes[i].activity, views[i], SIZE) for i in chosen])
