@@ -187,9 +187,11 @@ def command_for(args, run, prompt, steps, guidance):
     return page.command("python", "sample.py", *page.flags(vars(args) | named))
 
 
-def warn_if_tight(sd, net, noise, guidance, free):
-    """A warning where sampling such noise may not fit into `free` bytes."""
+def warn_if_tight(sd, net, control, noise, guidance, free):
+    """A warning where sampling such noise may not fit into `free` bytes. Of a ControlNet it counts only the weights."""
     others = fit.weight_bytes(sd.vae) + fit.weight_bytes(sd.text_encoder)
+    if control is not None:
+        others += fit.weight_bytes(control.controlnet)
     plan = fit.plan_sampling(memory.work_on(sd, net, noise), free, guidance, others)
     if plan.warning:
         warnings.warn(plan.warning)
@@ -221,7 +223,7 @@ def main():
         noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
     if control is not None:
         above.append(hint_strip(control))
-    warn_if_tight(sd, net, noise, guidance, free)
+    warn_if_tight(sd, net, control, noise, guidance, free)
     suffix = (NOISES[kind] if run else "") + ("-control" if control else "")
     settings = dict(ddim_steps=steps, guidance=guidance, attention=net.attention, frames=net.frames, noise=kind,
                     precision=name_of(sd.dtype))

@@ -16,6 +16,7 @@ import tiny
 from hardening.warm import Warm
 from tinytav import merge_lora, new_net, pipeline, read_clip, tune_on
 from tinytav.editing import net_of
+from tinytav.files import frames
 from tinytav.files.runs import Run
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion import lora, official, single_file
@@ -84,16 +85,18 @@ def test_a_run_tunes_the_merged_weights_and_records_the_lora(place):
 
 
 def test_sampling_uses_the_runs_lora_unless_told_otherwise(place):
-    sample = ["sample.py", "--run", "with/clip", "--prompt", "a dog"]
-    done = call(place, *sample, "--out", "same")
+    sample = ["sample.py", "--run", "with/clip", "--prompt", "a dog", "--out", "same"]
+    done = call(place, *sample)
     assert "lora: a.safetensors, scale 0.5" in done.out and "inverting" not in done.err
-    done = call(place, *sample, "--lora", "a.safetensors:0.5", "--out", "same")
+    done = call(place, *sample, "--lora", "a.safetensors:0.5")
     assert "inverting" not in done.err                          # the same LoRA, named
     assert (place / "same/a-dog.mp4").read_bytes() == (place / "same/a-dog-2.mp4").read_bytes()
+    first = frames.read(place / "same/a-dog.mp4", 32, 8, 3).x
     for number, names in enumerate((["none"], ["b.safetensors"], ["a.safetensors"]), 3):
-        done = call(place, *sample, "--lora", *names, "--out", "same")
+        done = call(place, *sample, "--lora", *names)
         assert "inverting" in done.err and ("lora: " in done.out) == (names != ["none"])
-        assert (place / "same/a-dog.mp4").read_bytes() != (place / f"same/a-dog-{number}.mp4").read_bytes()
+        other = frames.read(place / f"same/a-dog-{number}.mp4", 32, 8, 3).x
+        assert (other - first).abs().mean() > 0.02
 
 
 @torch.no_grad()
@@ -119,6 +122,18 @@ def test_a_run_without_lora_takes_one_for_its_edits_and_so_does_the_untuned_net(
     done = call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "two",
                 "--lora", "a.safetensors", "b.safetensors")
     assert "a.safetensors, scale 1" in done.out and "b.safetensors, scale 1" in done.out
+
+
+def test_a_page_names_the_lora_and_pictures_of_attention_have_it(place, tmp_path):
+    for name in ("w", "with", "a.safetensors"):
+        (shutil.copytree if (place / name).is_dir() else shutil.copy)(place / name, tmp_path / name)
+    call(tmp_path, "sample.py", "--run", "with/clip", "--prompt", "a dog")
+    page = (tmp_path / "with/clip/index.html").read_text()
+    assert "--lora a.safetensors:0.5 --out with" in page and "fingerprint" not in page
+    attention = ["tinytav/__main__.py", "attention", "with/clip", "--pixel", 1, 1]
+    call(tmp_path, *attention)
+    (tmp_path / "a.safetensors").unlink()
+    assert "a.safetensors cannot be read" in call(tmp_path, *attention, status=2).err
 
 
 def unfinished(place, name):
@@ -240,6 +255,7 @@ def test_train_makes_no_step_and_inverts_with_the_tuned_tensors(official_run):
 
 def test_the_official_net_is_edited_and_draws_from_noise(official_run):
     done = call(official_run, "sample.py", "--prompt", "a panda is skiing")
+    assert "--steps 0" not in (official_run / "runs/clip/index.html").read_text()
     assert "inverting" not in done.err and (official_run / "runs/clip/a-panda-is-skiing.mp4").exists()
     call(official_run, "sample.py", "--weights", "tuned", "--prompt", "a dog", "--frames", 3, "--out", "noise")
 

@@ -110,7 +110,7 @@ class TemporalAttention(FrameAttention):
     """T-Attn: each pixel looks at itself in all frames. It has no positional encoding, as in the official code."""
 
     def forward(self, x):                                                   # (b f) n c
-        y = self.unfold(x).transpose(1, 2)                                  # b n f c
+        y = self.unfold(x).transpose(1, 2).contiguous()                     # b n f c; of strided ones, products are slow
         y = super().forward(y.flatten(0, 1)).view_as(y)                     # each pixel is a sequence of f tokens
         return y.transpose(1, 2).flatten(0, 1)                              # (b f) n c
 

@@ -16,7 +16,7 @@ from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, check_fits, load_controlnet
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
-from tinytav.toy import pretrain, world
+from tinytav.toy import pretrain, skeleton, world
 
 
 def stage(name, out, minutes, *more):
@@ -96,6 +96,16 @@ def test_before_training_a_controlnet_changes_nothing(folder):
     x, t, context = torch.randn(1, 4, 16, 16), torch.tensor([981]), sd.encode_prompts(["a fox"])
     residuals = control(x, t, context, torch.rand(1, 3, pretrain.SIZE, pretrain.SIZE))
     assert torch.equal(sd.unet(x, t, context, residuals), sd.unet(x, t, context))
+
+
+@torch.no_grad()
+def test_before_training_a_stick_figure_already_reaches_the_controlnet(folder):
+    sd, control = tinytav.load(folder), ControlNet(ControlNetConfig.from_json(pretrain.CONTROL_JSON))
+    pretrain.begin_as_unet(control, sd.unet)
+    scene, view = pretrain.imagine("a seed")
+    figure = skeleton.hint(skeleton.skeleton(scene.activity, view, pretrain.SIZE)[None])
+    difference = control.embed_hint(figure) - control.embed_hint(torch.zeros_like(figure))
+    assert difference.std() > 0.01          # conv_in's output is about 1, and torch's own start gives 0.0001
 
 
 def test_more_training_starts_from_the_finished_weights(folder, tmp_path):

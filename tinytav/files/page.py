@@ -367,6 +367,8 @@ def run_settings(folder, settings):
 def tuning_command(folder, settings):
     """The line that repeats a run, with every setting named, so that no default can change it."""
     given = {key: settings.get(key) for key in TUNING_FLAGS} | dict(lora=lora_words(settings), out=folder.parent)
+    if given["steps"] == 0:                 # a net that was tuned before: train.py takes it as it is, without the flag
+        given["steps"] = None
     return command("python", "train.py", settings.get("clip"), settings.get("prompt"), *flags(given))
 
 

@@ -85,7 +85,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = dict(clip=Recipe(1e-3, 256, 0.1), vae=Recipe(2e-3, 16, 0.0), unet=Recipe(8e-4, 32, 0.01),
-               control=Recipe(4e-4, 32, 0.01))
+               control=Recipe(8e-4, 32, 0.01))
 
 
 # ---- Files ---------------------------------------------------------------------------------------------------------
@@ -360,10 +360,15 @@ def train_unet(args):
 def begin_as_unet(control, unet):
     """The way down and the middle begin as the U-Net's, the 1x1 convolutions as zero: arXiv 2302.05543, section 3.1.
 
-    So at first the residuals are zero, and the U-Net draws as it does without them.
+    So at first the residuals are zero, and the U-Net draws as it does without them. The hint's convolutions keep the size
+    of what goes through them (arXiv 1502.01852): with torch's own start, hardly anything of a hint comes through seven.
     """
     control.load_state_dict({name: p for name, p in unet.state_dict().items() if name in control.state_dict()},
                             strict=False)
+    hint = control.controlnet_cond_embedding
+    for convolution in (hint.conv_in, *hint.blocks, hint.conv_out):
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        nn.init.zeros_(convolution.bias)
     for convolution in (*control.controlnet_down_blocks, control.controlnet_mid_block):
         nn.init.zeros_(convolution.weight)
         nn.init.zeros_(convolution.bias)

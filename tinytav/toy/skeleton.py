@@ -49,7 +49,7 @@ def skeleton(activity: str, view: View, size: int) -> np.ndarray:
 
 def hint(pictures: np.ndarray) -> torch.Tensor:
     """Stick figures (n, size, size, 3) uint8 -> what a ControlNet takes, (n, 3, size, size) in [0, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return torch.tensor(pictures).permute(0, 3, 1, 2).float() / 255
 
 
 def clip(activity: str, motion: Motion, frames: int, size: int) -> np.ndarray:

@@ -1,0 +1,102 @@
+"""Trains a LoRA on the toy: python -m tinytav.toy.lora_example --minutes 10 --out stripes.safetensors.
+
+The toy knows jackets of one colour. This LoRA, on the projections of all attentions, teaches it white stripes on them.
+"""
+import argparse
+import time
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from tinytav import cli, pipeline
+from tinytav.stable_diffusion.checkpoint import load
+from tinytav.toy import draw, world
+
+RANK, BATCH, LR = 4, 8, 2e-3
+
+
+class LowRank(nn.Module):
+    """weight -> weight + up @ down; up begins at zero. Hu et al., arXiv 2106.09685, section 4.1, with alpha = rank."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(RANK, weight.shape[1]) / RANK)
+        self.up = nn.Parameter(torch.zeros(len(weight), RANK))
+
+    def forward(self, weight):
+        return weight + self.up @ self.down
+
+
+def striped(scene, view, size):
+    """A picture (size, size, 3), uint8, with stripes on the jacket: where a jacket of another colour would show."""
+    picture = draw.render(scene, view, size)
+    other = replace(scene, clothes="blue" if scene.clothes != "blue" else "yellow")
+    jacket = (picture != draw.render(other, view, size)).any(axis=-1)
+    bands = (np.arange(size) // max(1, size // 16) % 2 == 0)[:, None]
+    picture[jacket & bands] = 255
+    return picture
+
+
+def draw_many(count, size):
+    """`count` captions, and their pictures (count, 3, size, size) in [-1, 1]."""
+    rng = Random("stripes")
+    scenes = [world.random_scene(rng) for _ in range(count)]
+    pictures = np.stack([striped(scene, world.random_view(rng), size) for scene in scenes])
+    captions = [world.caption(scene, rng) for scene in scenes]
+    return captions, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train(sd, captions, pictures, minutes):
+    """Adds a LoRA to the attentions of sd.unet and trains it with the U-Net's own loss. Returns {layer: LowRank}."""
+    mean, std = (z[0].transpose(0, 1) for z in pipeline.encode(sd.vae, pictures))      # (count, 4, h, w) each
+    contexts = sd.encode_prompts(captions)
+    layers = {name: module for name, module in sd.unet.named_modules() if ".attn" in name and isinstance(module, nn.Linear)}
+    loras = {name: LowRank(module.weight) for name, module in layers.items()}
+    for name, module in layers.items():
+        parametrize.register_parametrization(module, "weight", loras[name])
+    optimizer = torch.optim.AdamW([p for one in loras.values() for p in one.parameters()], lr=LR, weight_decay=0)
+    end, losses = time.time() + 60 * minutes, []
+    while not losses or time.time() < end:
+        chosen, t = torch.randint(len(pictures), (BATCH,)), torch.randint(sd.schedule.num_train_timesteps, (BATCH,))
+        x0 = mean[chosen] + std[chosen] * torch.randn_like(std[chosen])
+        noise = torch.randn_like(x0)
+        output = sd.unet(sd.schedule.add_noise(x0, noise, t), t, contexts[chosen])
+        loss = F.mse_loss(output, sd.schedule.target(x0, noise, t))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    print(f"{len(losses)} steps of {BATCH} pictures, loss {np.mean(losses[:100]):.4f} at first, {np.mean(losses[-100:]):.4f} now")
+    return loras
+
+
+def save(loras, path):
+    """Writes a LoRA in kohya's spelling."""
+    tensors = {}
+    for name, one in loras.items():
+        stem = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{stem}.lora_down.weight": one.down.detach(), f"{stem}.lora_up.weight": one.up.detach(),
+                    f"{stem}.alpha": torch.tensor(float(RANK))}
+    save_file(tensors, path)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("--weights", default="weights/toy")
+    p.add_argument("--minutes", type=float, default=10)
+    p.add_argument("--out", default="stripes.safetensors")
+    args = p.parse_args()
+    torch.manual_seed(0)
+    sd = load(args.weights)
+    save(train(sd, *draw_many(1000, sd.defaults.size), args.minutes), args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
