@@ -89,7 +89,7 @@ class Recorded(torch.nn.Module):
         super().__init__()
         self.outputs, self.weight = outputs, torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, t, context):
+    def forward(self, x, t, context, residuals=None):
         return next(self.outputs)
 
 

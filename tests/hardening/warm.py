@@ -49,6 +49,7 @@ def serve():
     import torch._dynamo  # what the optimizer would import
     import torch._inductor.config
 
+    import tinytav.files.page  # and the standard library's modules that it needs, which another user may not read
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = SimpleNamespace(**({"count": False, "kill": None, "signal": None, "file_size": None, "user": None} | json.loads(line)))

@@ -153,7 +153,8 @@ ON_FRAMES = ("inverting", "sampling", "tuning")         # the others take one fr
 
 
 def noise_for(sd, case):
-    return pipeline.gaussian(pipeline.noise_shape(sd, case.frames, case.size, case.size), 0).to(sd.device)
+    side = case.size // sd.multiple
+    return pipeline.gaussian((1, 4, case.frames, side, side), 0).to(sd.device)
 
 
 def context_for(sd):
