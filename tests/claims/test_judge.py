@@ -35,6 +35,8 @@ def judged(judges, change):
 def test_the_truth_scores_full_marks_whatever_the_look(judges):
     for judge, clip in zip(judges, CLIPS):
         other = replace(clip.scene, look=world.random_scene(Random(1)).look)
+        if other.activity == "running":     # has no gear, so its colour cannot be told
+            other = replace(other, look=replace(other.look, gear=0))
         shares = judge.answers(judge.draw(other)[1], clip.scene)        # asked with another look than it has
         assert all(shares[name] >= 0.875 for name in (*ATTRIBUTES, *MOTIONS, "look")), shares
         assert judge.look(judge.draw(other)[1], clip.scene) == (other, 1)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_folder_is_a_stable_diffusion(folder):
     assert context.shape == (2, pretrain.LENGTH, sd.unet.cfg.cross_attention_dim)
     with torch.no_grad():
         latents = sd.unet(torch.randn(2, 4, 16, 16), torch.tensor([1, 981]), context)
-        assert sd.vae.decode(latents).shape == (2, 3, 64, 64)
+        assert sd.vae.decode(latents).shape == (2, 3, pretrain.SIZE, pretrain.SIZE)
     assert (folder / "unet" / pretrain.WEIGHTS).stat().st_size < 16 * 2 ** 20
     assert not list((folder / "work").iterdir())        # finished stages leave no checkpoint
 
@@ -114,6 +115,14 @@ def test_more_training_starts_from_the_finished_weights(folder, tmp_path):
     assert all(torch.allclose(before[name], after[name], atol=2e-3) for name in before)
 
 
+def test_the_decoder_trains_alone(folder, tmp_path):
+    pretrain.main(stage("vae", tmp_path, 0.1, "--keep-encoder", "--from", str(folder)))
+    before, after = (pretrain.load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(name.startswith(("encoder.", "quant_conv.")) for name in moved)
+    assert (folder / "vae/config.json").read_text() == (tmp_path / "vae/config.json").read_text()
+
+
 def test_a_killed_stage_goes_on(tmp_path, capsys):
     command, checkpoint = stage("vae", tmp_path, 0.05), tmp_path / "work/vae.safetensors"
     process = subprocess.Popen([sys.executable, "-m", "tinytav.toy.pretrain", *command], stdout=subprocess.DEVNULL)
@@ -128,3 +137,11 @@ def test_a_killed_stage_goes_on(tmp_path, capsys):
     pretrain.main(command)
     assert f"vae: goes on after {4 * steps} samples" in capsys.readouterr().out
     assert (tmp_path / "vae" / pretrain.WEIGHTS).exists() and not checkpoint.exists()
+
+
+def test_a_killed_unet_finds_its_latents_again(folder, tmp_path):
+    args = SimpleNamespace(out=folder, work=tmp_path, seed=0, pictures=6, device="cpu")
+    scenes, mean, std = pretrain.draw_and_encode(args)
+    assert mean.shape == std.shape == (6, 4, 16, 16) and (std > 0).all()
+    again = pretrain.draw_and_encode(args)
+    assert again[0] == scenes and torch.equal(again[1], mean) and torch.equal(again[2], std)

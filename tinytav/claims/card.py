@@ -22,7 +22,7 @@ from tinytav.toy import draw, world
 
 
 def renders(count, seed, held_out=False):
-    """`count` scenes and their pictures, (count, 3, 64, 64) in [-1, 1]."""
+    """`count` scenes and their pictures, (count, 3, h, w) in [-1, 1]."""
     rng = Random(seed)
     scenes = [world.random_scene(rng, held_out) for _ in range(count)]
     return scenes, pixels([draw.render(scene, world.random_view(rng)) for scene in scenes])
@@ -33,11 +33,14 @@ def reconstruct(vae, x):
     return torch.cat([vae.decode(vae.encode(part)[0]).clamp(-1, 1) for part in x.split(50)])
 
 
-def accuracy(eye, name, scenes, x):
-    """Share of pictures x (n, 3, 64, 64) whose nearest caption has the scene's own value of the attribute, all else true."""
+def accuracy(eye, name, scenes, x, keep=None):
+    """Share of pictures x (n, 3, h, w) whose nearest caption has the scene's own value of the attribute, all else true.
+
+    keep: the attributes that the captions name; all without.
+    """
     right = 0
     for scene, picture in zip(scenes, eye.images(x)):
-        captions = [world.caption(replace(scene, **{name: value})) for value in world.ATTRIBUTES[name]]
+        captions = [world.caption(replace(scene, **{name: value}), keep=keep) for value in world.ATTRIBUTES[name]]
         right += world.ATTRIBUTES[name][(eye.texts(captions) @ picture).argmax()] == getattr(scene, name)
     return right / len(scenes)
 
@@ -50,19 +53,28 @@ def retrieval(eye, scenes, x, among=64):
     return torch.cat(parts).float().mean().item()
 
 
-def sample(sd, scenes, steps, guidance):
-    """One picture (n, 3, 64, 64) from each scene's full caption."""
+def sample(sd, scenes, steps, guidance, keep=None):
+    """One picture (n, 3, h, w) from each scene's caption, which names the attributes in `keep`; all without."""
     net, (empty,) = inflate(sd.unet, 1), sd.encode_prompts([""]).split(1)
     pictures = []
     for part in (scenes[i:i + 25] for i in range(0, len(scenes), 25)):
-        context = sd.encode_prompts(list(map(world.caption, part)))
+        context = sd.encode_prompts([world.caption(scene, keep=keep) for scene in part])
         noise = pipeline.gaussian((len(part), 4, 1, 16, 16), seed=len(pictures))
         z = pipeline.last(pipeline.sample(net, sd.schedule, noise, context, empty.expand_as(context), steps, guidance))
         pictures += pipeline.decode(sd.vae, z.transpose(0, 2))
     return torch.stack(pictures)
 
 
-def inversion(folder, settings, tuned, clips=2):
+def silence(sd, eye, count, steps, guidance):
+    """Captions as short as "a man is skiing on the snow": the share of samples that show what is usual."""
+    rng = Random("silence")
+    scenes = [replace(world.random_scene(rng), **world.USUAL) for _ in range(count)]
+    x = sample(sd, scenes, steps, guidance, keep=world.GIST)
+    asked = (*world.GIST, *world.USUAL)
+    return {name: accuracy(eye, name, scenes, x, keep=tuple(dict.fromkeys((*world.GIST, name)))) for name in asked}
+
+
+def inversion(folder, settings, tuned, clips):
     """A clip inverted and sampled again under its own caption, without guidance: PSNR, and how much x_T is like noise."""
     found = []
     for studio in (Studio(folder, make_clip("choice", i), settings) for i in range(clips)):
@@ -75,10 +87,10 @@ def inversion(folder, settings, tuned, clips=2):
 
 
 def save_grid(path, x, columns):
-    """Pictures (n, 3, h, w) in [-1, 1], row by row, enlarged twice -> PNG."""
+    """Pictures (n, 3, h, w) in [-1, 1], row by row -> PNG."""
     rows = [torch.cat(list(row), dim=2) for row in x.split(columns)]
     grid = frames.to_uint8(torch.cat(rows, dim=1)[None])[0].numpy()
-    frames.write_picture(path, grid.repeat(2, 0).repeat(2, 1))
+    frames.write_picture(path, grid)
 
 
 def main():
@@ -86,6 +98,8 @@ def main():
     p.add_argument("--weights", type=Path, default=Path("weights/toy"), help=" ")
     p.add_argument("--pictures", type=int, default=500, help="fresh renders for the VAE and CLIP")
     p.add_argument("--samples", type=int, default=400, help="of the U-Net, a quarter of held-out scenes")
+    p.add_argument("--short", type=int, default=100, help="samples of short captions")
+    p.add_argument("--clips", type=int, default=2, help="inverted, untuned and tuned; 0 for none")
     p.add_argument("--steps", type=int, default=25, help="of DDIM")
     p.add_argument("--guidance", type=float, default=3.0, help=" ")
     p.add_argument("--out", type=Path, default=Path("measured"), help="folder for the numbers and pictures")
@@ -94,7 +108,7 @@ def main():
     sd, eye = checkpoint.load(args.weights), metrics.Features(args.weights / "clip")
     scenes, x = renders(args.pictures, "measure")
     y = reconstruct(sd.vae, x)
-    save_grid(args.out / "reconstructions.png", torch.cat([x[:12], y[:12], x[12:24], y[12:24]]), 12)
+    save_grid(args.out / "reconstructions.png", torch.cat([x[:8], y[:8], x[8:16], y[8:16]]), 8)
     held_out = args.samples // 4
     asked = renders(held_out, "held out", held_out=True)[0] + renders(args.samples - held_out, "samples")[0]
     drawn = sample(sd, asked, args.steps, args.guidance)
@@ -106,7 +120,9 @@ def main():
         clip={name: accuracy(eye, name, scenes, x) for name in world.ATTRIBUTES},
         unet={name: accuracy(eye, name, asked, drawn) for name in world.ATTRIBUTES},
         unet_held_out={name: accuracy(eye, name, asked[:held_out], drawn[:held_out]) for name in world.ATTRIBUTES},
-        inversion_untuned=inversion(args.weights, vars(sd.defaults), None),
-        inversion_tuned=inversion(args.weights, vars(sd.defaults), "the paper's"))
+        unet_short=silence(sd, eye, args.short, args.steps, args.guidance))
+    if args.clips:
+        result |= dict(inversion_untuned=inversion(args.weights, vars(sd.defaults), None, args.clips),
+                       inversion_tuned=inversion(args.weights, vars(sd.defaults), "the paper's", args.clips))
     (args.out / "measured.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -91,7 +91,7 @@ class Studio:
         return net
 
     def edit(self, variant, seed):
-        """All edits by a variant -> frames (edits, f, 3, 64, 64)."""
+        """All edits by a variant -> frames (edits, f, 3, h, w)."""
         net = self.tuned_net(*variant[:3], seed)
         noise = self.invert(net) if variant.inverted else pipeline.gaussian(self.mean.shape, seed)
         return self.sample(net, noise, self.settings["guidance"])
@@ -107,7 +107,7 @@ class Studio:
         return torch.stack([pipeline.decode(self.sd.vae, z[None]) for z in latents])
 
     def score(self, results):
-        """What judge and CLIP say of the clip's edits (edits, f, 3, 64, 64): a dict of numbers for each."""
+        """What judge and CLIP say of the clip's edits (edits, f, 3, h, w): a dict of numbers for each."""
         return [self.score_one(*each) for each in zip(results, self.clip.edits, self.texts)]
 
     def score_one(self, x, edit, text):

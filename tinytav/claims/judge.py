@@ -31,10 +31,10 @@ class Judge:
 
     def __init__(self, vae, motion, frames=8):
         self.vae, self.views = vae, world.views(motion, frames)
-        self.draw = lru_cache(maxsize=1000)(self._draw)       # 0.8 GB
+        self.draw = lru_cache(maxsize=300)(self._draw)       # 1 GB
 
     def _draw(self, scene, part="phase", offset=0):
-        """The scene with `offset` added to one part of every view: clean and through the VAE, (f, 3, 64, 64) each."""
+        """The scene with `offset` added to one part of every view: clean and through the VAE, (f, 3, h, w) each."""
         views = [replace(view, **{part: getattr(view, part) + offset}) for view in self.views]
         clean = pixels([draw.render(scene, view) for view in views])
         return clean, self.vae_trip(clean)
@@ -67,7 +67,7 @@ class Judge:
         return scene, count / len(x)
 
     def answers(self, x, scene):
-        """Clip x (f, 3, 64, 64), asked whether it is this scene in this motion: {question: share of frames}.
+        """Clip x (f, 3, h, w), asked whether it is this scene in this motion: {question: share of frames}.
 
         Each attribute and each part of the motion is right in a frame if no alternative is nearer; unsaid parts of the
         scene are taken to be as most frames show them, and limbs are asked for where the figure should be. "look" is

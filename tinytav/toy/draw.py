@@ -12,34 +12,20 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tinytav.toy.shapes import (
-    BLACK,
-    BOARDS,
-    BODIES,
-    CLOTHES,
-    CREAM,
-    DARK,
-    EARTH,
-    GEAR,
-    HATS,
-    LIGHT,
-    PALE,
-    PLACES,
-    SHOES,
-    SKIES,
-    SUN,
-    WHITE,
-    Colour,
-    Shapes,
-)
+from tinytav.toy.shapes import (BESIDE, BLACK, BOARDS, BODIES, CLOTHES, CREAM, DARK, EARTH, FOAM, GEAR, HATS, LIGHT,
+                                PALE, PAPER, PLACES, SHOES, SKIES, STEEL, SUN, TRACK, WATER, WHITE, Colour, Shapes)
 from tinytav.toy.world import Motion, Scene, View, views
 
 Point = tuple[float, float]
 
+SIZE = 128         # pixels along a picture's side
 OVERSAMPLING = 3   # pixels drawn per pixel of the picture, per side
 SPACING = 36       # units between two props: one can hide behind the figure, never all
 TILE = 48          # units after which the skyline repeats
+CONTOUR = 0.4      # units around the near arm and leg, in every style
 HORIZON = 46       # y of the line where the ground begins, in the picture's middle
+# Each style's outlines: their width in units, and their colour.
+OUTLINES = {"plain": (0, DARK), "comic": (0.9, BLACK), "sketch": (0.4, (74, 70, 92))}
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
@@ -134,19 +120,19 @@ def pose(activity: str, phase: float) -> Pose:
     s, c = sin(2 * pi * phase), cos(2 * pi * phase)
     match activity:
         case "skiing":          # crouched, the poles swinging in turn
-            return Pose((-4, -9 + s), (1, -20 + s), (4, -28 + s), ((11 + 2 * s, -14 + 3 * c), (9 - 2 * s, -13 - 3 * c)),
-                        ((0, -1), (2, 0)), elbow=2, knee=4)
+            return Pose((-5, -9 + s), (2, -19 + s), (5, -27 + s), ((12 + 3 * s, -13 + 3 * c), (10 - 3 * s, -12 - 3 * c)),
+                        ((0, -2), (2, 0)), elbow=2, knee=5)
         case "surfing":         # arms and feet wide apart
-            return Pose((0, -9 + s), (0, -20 + s), (1, -28 + s), ((14, -21 - 4 * s), (-14, -21 + 4 * s)),
-                        ((7, -2), (-7, -2)), elbow=0, knee=0)
+            return Pose((0, -11 + s), (0, -21.5 + s), (1, -29.5 + s), ((15, -22 - 5 * s), (-15, -22 + 5 * s)),
+                        ((8, -4), (-8, -4)), elbow=0, knee=0)
         case "running":         # a long stride, the arms against the legs
             bob = -2 * abs(c)
-            return Pose((-1, -11 + bob), (2, -21 + bob), (4, -29 + bob),
-                        ((3 + 9 * s, -15 - 2 * s + bob), (3 - 9 * s, -15 + 2 * s + bob)),
-                        ((-10 * s, -1 - 4 * max(0, -c)), (10 * s, -1 - 4 * max(0, c))), elbow=4, knee=3)
+            return Pose((-1, -12 + bob), (3, -22 + bob), (5, -30 + bob),
+                        ((4 + 10 * s, -16 - 2 * s + bob), (4 - 10 * s, -16 + 2 * s + bob)),
+                        ((-13 * s, -1 - 6 * max(0, -c)), (13 * s, -1 - 6 * max(0, c))), elbow=4, knee=3)
         case "skateboarding":   # one foot on the board, the other pushing the ground behind it
-            return Pose((0, -12), (2, -22), (4, -29.5), ((12, -17 + 3 * s), (-8, -13 - 3 * s)),
-                        ((4, -5), (-9 + 4 * c, -1 - 2 * max(0, s))), elbow=3, knee=3)
+            return Pose((1, -15), (3, -24), (5, -31.5), ((13, -20 + 3 * s), (-9, -17 - 3 * s)),
+                        ((5, -8.5), (-10 + 5 * c, -1 - 3 * max(0, s))), elbow=3, knee=4)
 
 
 def standing(b: Brush, activity: str, view: View) -> Brush:
@@ -157,11 +143,26 @@ def standing(b: Brush, activity: str, view: View) -> Brush:
 
 # ---- Scenery -----------------------------------------------------------------------------------------------------
 
+def lit(scene: Scene, strength: float = 1) -> Callable[[Colour], Colour]:
+    """How the scene's time of day changes a colour."""
+    glow, share = LIGHT[scene.time]
+    return lambda colour: mix(colour, glow, strength * share)
+
+
+def toned(style: str) -> Callable[[Colour], Colour]:
+    """How a style changes a colour: a sketch is washed out on its paper."""
+    if style != "sketch":
+        return lambda colour: colour
+    return lambda colour: mix(colour, PAPER, 0.42)
+
+
 def sky(image: Image.Image, scene: Scene) -> None:
     """Fills the picture with the sky's gradient; a comic has it in flat bands."""
     top, bottom = SKIES[scene.time][scene.look.sky]
     if scene.place == "moon":   # there is no air: black space shines through
         top, bottom = mix(top, BLACK, 0.8), mix(bottom, BLACK, 0.6)
+    tone = toned(scene.style)
+    top, bottom = tone(top), tone(bottom)
     t = np.linspace(0, 64 / HORIZON, image.height).clip(0, 1)[:, None, None]
     if scene.style == "comic":
         t = np.floor(t * 4) / 4
@@ -172,32 +173,50 @@ def sky(image: Image.Image, scene: Scene) -> None:
 def scenery(b: Brush, scene: Scene, view: View) -> None:
     """Everything behind the figure but the sky's colour, from far to near."""
     place, activity = PLACES[scene.place], scene.activity
+    light, tone = lit(scene), toned(scene.style)
+    b = replace(b, light=tone)
     if scene.time == "night" or scene.place == "moon":
         stars = Random(5)
         b.draw(("dot", CREAM, stars.uniform(1, 63), stars.uniform(1, 36), 0.6) for _ in range(24))
     b.draw(EARTH if scene.place == "moon" else ())
     b.draw(SUN[scene.time])
-    b = replace(b, light=lambda colour: mix(colour, *LIGHT[scene.time]))
+    b = replace(b, light=lambda colour: tone(light(colour)))
     for x in passing(view.camera, TILE, speed=0.25):
         b.at(x, ground(activity, 64) + 2).draw(place.far)
     b.polygon(place.ground, *((x, ground(activity, x)) for x in (-2, 66)), (66, 66), (-2, 66))
     for x in passing(view.camera):
         b.at(x, ground(activity, x) + 3).draw(place.props[scene.look.prop])
-        b.at(x - SPACING / 2, ground(activity, x - SPACING / 2) + 15, tilt=slope(activity)).draw(place.mark)
+        between = x - SPACING / 2
+        b.at(between, ground(activity, between) + 15, tilt=slope(activity)).draw(place.mark)
     if activity == "surfing":
         wave(b, view)
+    if activity == "running":
+        track(b, view)
+    for x in passing(view.camera):
+        between = x - SPACING / 2
+        b.at(between, ground(activity, between) + 8).draw(BESIDE[activity])
 
 
 def wave(b: Brush, view: View) -> None:
     """A swell that breaks behind the surfer."""
-    left = 64 * view.x - 30 * view.size
-    crest = [(x, 54 - 22 * exp(-((x - left) / 11) ** 2) + 1.2 * sin(x / 5 + 2 * pi * view.phase))
+    left = 64 * view.x - 29 * view.size
+    crest = [(x, 54 - 26 * exp(-((x - left) / 11) ** 2) + 1.2 * sin(x / 5 + 2 * pi * view.phase))
              for x in range(-2, 69, 2)]
-    b.polygon((36, 146, 214), *crest, (68, 66), (-2, 66))
+    b.polygon(WATER, *crest, (68, 66), (-2, 66))
     b.line(WHITE, 1.6, *crest)
-    b.draw(("dot", WHITE, x, y, 2.6) for x, y in crest if abs(x - left) < 13)
+    b.draw(("dot", WHITE, x, y, 2.8) for x, y in crest if abs(x - left) < 13)
     for x in passing(view.camera):
-        b.line((130, 206, 240), 1.4, (x - 5, 61), (x + 5, 61))
+        b.line(FOAM, 1.4, (x - 5, 62), (x + 5, 62))
+
+
+def track(b: Brush, view: View) -> None:
+    """A running track with white lines, and a cross line at every prop."""
+    top, foot = HORIZON + 6, HORIZON + 16
+    b.polygon(TRACK, (-2, top), (66, top), (66, foot), (-2, foot))
+    for y in (top, foot):
+        b.line(WHITE, 1, (-3, y), (67, y))
+    for x in passing(view.camera):
+        b.line(WHITE, 1.2, (x - 16, top), (x - 20, foot))
 
 
 # ---- Figures -----------------------------------------------------------------------------------------------------
@@ -208,17 +227,29 @@ def figure(b: Brush, scene: Scene, phase: float) -> None:
     own = {"fur": body.furs[scene.look.fur], "gear": GEAR[scene.look.gear]}
     near = replace(b, light=lambda colour: b.light(own.get(colour, colour)))
     far = replace(b, light=lambda colour: b.light(mix(own.get(colour, colour), BLACK, 0.25)))
+    limbs = replace(near, edge=max(b.edge, CONTOUR * b.unit))    # sets the near limbs off from what is behind them
     cloth, shoe = CLOTHES[scene.clothes], SHOES[scene.look.shoes]
     near.draw(BOARDS[scene.activity])
     near.at(*joints.hip).draw(body.back)
     arm(far, scene.activity, joints, joints.hands[0], body.arms, cloth)
-    for brush, (x, y) in zip((far, near), joints.feet):
-        limb(brush, body.legs, 4.6, joints.hip, (x, y - 1), joints.knee)
+    for brush, (x, y) in zip((far, limbs), joints.feet):
+        knee = limb(brush, body.legs, 4.6, joints.hip, (x, y - 1), joints.knee)
         brush.line(shoe, 3.2, (x - 0.5, y), (x + 2.8, y))
+        if scene.activity == "skateboarding":
+            brush.disc(STEEL, *knee, 2.6)       # a knee pad
     (x0, y0), (x1, y1) = joints.hip, joints.neck
     near.polygon(cloth, (x0 - 7, y0 + 2), (x1 - 6, y1), (x1 + 6, y1), (x0 + 7, y0 + 2))
+    if scene.activity == "running":
+        number(near.at((x0 + x1) / 2 + 1, (y0 + y1) / 2 + 1.6))
     near.at(*joints.head).draw(body.head + HATS[scene.hat])
-    arm(near, scene.activity, joints, joints.hands[1], body.arms, cloth)
+    arm(limbs, scene.activity, joints, joints.hands[1], body.arms, cloth)
+
+
+def number(b: Brush) -> None:
+    """A race number, pinned to the chest."""
+    b.patch(WHITE, (-4, -3), (4.4, -3), (4, 3), (-4.4, 3))
+    b.line(DARK, 1, (-2, -1.4), (-2, 1.4))
+    b.line(DARK, 1, (0.4, -1.4), (2.4, -1.4), (1, 1.4))
 
 
 def limb(b: Brush, colour: Colour, width: float, start: Point, end: Point, bend: float) -> Point:
@@ -233,33 +264,33 @@ def arm(b: Brush, activity: str, joints: Pose, hand: Point, skin: Colour, cloth:
     shoulder = joints.neck[0], joints.neck[1] + 2
     elbow = limb(b, skin, 3.8, shoulder, hand, -joints.elbow)
     b.line(cloth, 5.6, shoulder, elbow)
-    b.dot(skin, *hand, 2.3)
+    b.disc(skin, *hand, 2.3)
     if activity == "skiing":
-        b.line((60, 62, 76), 1.3, (hand[0] + 1, hand[1] - 3), (hand[0] - 8, 0))
+        tip = hand[0] - 10, 1
+        b.line(STEEL, 1.3, (hand[0] + 1, hand[1] - 3), tip)
+        b.dot(STEEL, tip[0] + 1.5, tip[1] - 2, 2, 1)
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------------
 
 def styled(picture: np.ndarray, style: str) -> np.ndarray:
-    """A picture, (size, size, 3) in [0, 255], in the colours of its style."""
-    if style == "comic":    # stronger colours
-        grey = picture.mean(axis=2, keepdims=True)
-        return grey + 1.35 * (picture - grey)
-    if style == "pencil":   # strokes of colour on cream paper; 16 to the width, one to each pixel of a 4x VAE's latents
-        y, x = np.indices(picture.shape[:2]) / len(picture)
-        strokes = 0.86 + 0.08 * np.sin(2 * pi * 16 * (x + y))[:, :, None]
-        return np.array(CREAM) * (1 - strokes * (1 - picture / 255))
-    return picture
+    """A picture, (size, size, 3) in [0, 255], in the colours of its style: a comic has stronger ones."""
+    if style != "comic":
+        return picture
+    grey = picture.mean(axis=2, keepdims=True)
+    return grey + 1.35 * (picture - grey)
 
 
-def render(scene: Scene, view: View, size: int = 64) -> np.ndarray:
+def render(scene: Scene, view: View, size: int = SIZE) -> np.ndarray:
     """The picture of a scene from a view: (size, size, 3) uint8."""
     image = Image.new("RGB", (size * OVERSAMPLING, size * OVERSAMPLING))
     unit = image.width / 64
-    edge, ink = {"plain": (0, BLACK), "comic": (0.9, BLACK), "pencil": (0.45, (92, 88, 96))}[scene.style]
+    edge, ink = OUTLINES[scene.style]
     b = Brush(ImageDraw.Draw(image), unit, edge * unit, ink)
     sky(image, scene)
     scenery(b, scene, view)
+    light, tone = lit(scene, strength=0.5), toned(scene.style)
+    b = replace(b, light=lambda colour: tone(light(colour)))
     # A rim sets the figure off from any backdrop: the whole figure in one colour, a little fatter, beneath it.
     rim = PALE if scene.time == "night" or scene.place == "moon" else DARK
     halo = replace(b, edge=(edge + 0.6) * unit, ink=rim, light=lambda _: rim)
@@ -269,6 +300,6 @@ def render(scene: Scene, view: View, size: int = 64) -> np.ndarray:
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def clip(scene: Scene, motion: Motion, frames: int, size: int = 64) -> np.ndarray:
+def clip(scene: Scene, motion: Motion, frames: int, size: int = SIZE) -> np.ndarray:
     """A moving picture of a scene: (frames, size, size, 3) uint8."""
     return np.stack([render(scene, view, size) for view in views(motion, frames)])

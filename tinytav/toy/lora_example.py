@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from tinytav import cli, pipeline
+from tinytav.files import frames
 from tinytav.stable_diffusion.checkpoint import load
 from tinytav.toy import draw, world
 
@@ -49,7 +50,7 @@ def draw_many(count, size):
     scenes = [world.random_scene(rng) for _ in range(count)]
     pictures = np.stack([striped(scene, world.random_view(rng), size) for scene in scenes])
     captions = [world.caption(scene, rng) for scene in scenes]
-    return captions, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return captions, frames.to_tensor(pictures)
 
 
 def train(sd, captions, pictures, minutes):

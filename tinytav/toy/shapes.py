@@ -1,8 +1,10 @@
 """What everything in the toy world looks like: nothing but tables of colours and shapes, for `draw` to place.
 
 A shape is a method of `draw.Brush` and its arguments: ("disc", colour, x, y, rx, ry), ("polygon", colour, *points),
-("line", colour, width, *points); a "dot" is a disc and a "patch" a polygon without outline.  Lengths are in units,
-64 to the picture; x goes right, y down.  The colours "fur" and "gear" stand for what subject and look make of them.
+("line", colour, width, *points); a "dot" is a disc and a "patch" a polygon without outline.
+
+Lengths are in units, 64 to the picture, so a unit is two pixels at the usual size; x goes right, y down.  The colours
+"fur" and "gear" stand for what subject and look make of them.
 """
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ Shapes = tuple[tuple, ...]
 
 DARK, WHITE, CREAM, BLACK, PALE = (38, 36, 48), (250, 250, 250), (246, 236, 214), (12, 12, 18), (206, 216, 255)
 LAMP, ORANGE, TRUNK, WOOD = (255, 240, 170), (250, 152, 56), (130, 88, 54), (110, 70, 50)
+PAPER, ROSE, PLANK, STEEL = (252, 248, 238), (232, 40, 72), (168, 142, 214), (90, 94, 108)
+TRACK, WATER, FOAM = (196, 84, 62), (36, 146, 214), (130, 206, 240)
 
 CLOTHES = {"red": (222, 28, 36), "yellow": (255, 216, 16), "green": (10, 150, 60), "blue": (20, 92, 236),
            "purple": (136, 34, 180), "pink": (255, 132, 200)}
@@ -18,12 +22,13 @@ GEAR = ((232, 74, 48), (40, 176, 190), (250, 236, 150))
 SHOES = ((74, 48, 40), (226, 222, 214))
 
 # Colours of the sky's top and foot, for each tint; then the colour of the light and its share in what it falls on.
+# On the figure it falls half as strongly, so that clothes can be told apart at night.
 SKIES = {
     "day": (((62, 150, 236), (206, 234, 250)), ((40, 176, 210), (222, 246, 236)), ((112, 136, 232), (232, 226, 250))),
     "sunset": (((112, 62, 140), (255, 176, 92)), ((196, 72, 96), (255, 200, 120)), ((74, 78, 150), (255, 150, 120))),
     "night": (((10, 14, 48), (50, 62, 124)), ((28, 12, 54), (84, 56, 124)), ((6, 26, 46), (34, 86, 112))),
 }
-LIGHT = {"day": (WHITE, 0.0), "sunset": ((206, 84, 78), 0.36), "night": ((22, 28, 84), 0.54)}
+LIGHT = {"day": (WHITE, 0.0), "sunset": ((206, 84, 78), 0.34), "night": ((22, 28, 84), 0.5)}
 SUN = {"day": (("disc", (255, 232, 96), 54, 10, 6),),
        "sunset": (("disc", (255, 240, 150), 50, 34, 9),),
        "night": (("disc", (250, 244, 214), 54, 10, 6), ("dot", (214, 206, 186), 52, 8.5, 1.8),
@@ -173,11 +178,21 @@ HATS = {
         ("polygon", (255, 204, 16), (-7.8, -4), (-9, -14), (-4, -9.6), (0, -15), (4, -9.6), (9, -14), (7.8, -4)),
         *(("dot", (214, 30, 70), x, -6, 1.3) for x in (-4.2, 0, 4.2))),
 }
+# What the figure stands on.
 BOARDS = {
-    "skiing": tuple(("line", "gear", 2, (x - 15, y), (x + 13, y), (x + 17, y - 3)) for x, y in ((-1, 0), (1, 2))),
-    "surfing": (("polygon", "gear", (-18, -1), (-12, -3), (10, -3), (18, -4), (14, 0.6), (6, 2), (-12, 2)),
-                ("line", WHITE, 1, (-12, -0.5), (12, -0.8))),
+    "skiing": tuple(("line", "gear", 2.2, (x - 18, y), (x + 14, y), (x + 17, y - 1.5), (x + 19, y - 4.5))
+                    for x, y in ((-1, -0.6), (1, 2))),
+    "surfing": (("polygon", "gear", (-22, -2.5), (-14, -4), (12, -4), (22, -6), (17, 0.4), (7, 2.4), (-14, 2)),
+                ("line", WHITE, 1.2, (-15, -1), (14, -1.4)),
+                ("polygon", DARK, (-18, 2.2), (-14, 1.8), (-17, 6))),
     "running": (),
-    "skateboarding": (("line", "gear", 2.4, (-13, -5.5), (-9, -3.6), (9, -3.6), (13, -5.5)),
-                      ("disc", DARK, -7, -0.4, 2.4), ("disc", DARK, 7, -0.4, 2.4)),
+    "skateboarding": (("line", "gear", 3, (-16, -9), (-12, -6.6), (12, -6.6), (16, -9)),
+                      *(shape for x in (-8.5, 8.5)
+                        for shape in (("disc", DARK, x, -2.4, 3.2), ("dot", WHITE, x, -2.4, 1.3)))),
 }
+# What stands beside the way because of the activity, on y = 0.
+GATE = (("line", ROSE, 1.6, (-5, 0), (-5, -14)), ("line", ROSE, 1.6, (5, 0), (5, -14)),
+        ("polygon", ROSE, (-5, -14), (5, -14), (5, -8), (-5, -8)))
+RAMP = (("polygon", PLANK, (-13, 0), (-6, -1.4), (0, -4.4), (4, -8.6), (6, -14), (10, -14), (10, 0)),
+        ("line", STEEL, 1.6, (6, -14), (10, -14)))
+BESIDE = {"skiing": GATE, "surfing": (), "running": (), "skateboarding": RAMP}
