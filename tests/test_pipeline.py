@@ -90,7 +90,9 @@ def test_no_tensor_of_the_cpu_meets_one_of_the_gpu(monkeypatch):
         net = VideoUNet(UNetConfig.from_json(UNET), 3).requires_grad_(False)
     drawn = tuning.draw(33, 0, (1, 4, 3, 8, 8), 1000)
     monkeypatch.setattr(tuning, "draw", lambda *args: drawn)       # a fake random number has no value
-    monkeypatch.setattr(torch._subclasses.FakeTensor, "__getitem__", fake_getitem, raising=False)
+    fake = torch._subclasses.FakeTensor
+    monkeypatch.setattr(fake, "__getitem__", fake_getitem, raising=False)
+    monkeypatch.setattr(fake, "contiguous", lambda x: x.clone(memory_format=torch.contiguous_format), raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cuda")
         x, context = torch.empty(1, 4, 3, 8, 8, device="cuda"), torch.empty(1, 7, 24, device="cuda")
