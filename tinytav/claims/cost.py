@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.measure import memory
 
-COUNTS = (4, 8, 16, 32, 64)     # frames of 64x64 pixels
+COUNTS = (4, 8, 16, 32, 64)     # frames whose latents are 16x16
 
 
 def rows(sd):
