@@ -34,6 +34,7 @@ def edited(studio):
     return studio.edit(Variant(), seed=33)
 
 
+@pytest.mark.slow
 def test_the_true_edit_succeeds_and_neither_the_source_nor_a_still_copy_does(studio):
     true = torch.stack([studio.judge.draw(edit.scene)[1] for edit in EDITS])
     for score in studio.score(true):
@@ -50,6 +51,7 @@ def test_an_edit_moves_towards_its_prompt_and_keeps_the_motion(studio, edited):
         assert all(after[part] >= 0.5 for part in MOTIONS), after         # guessing gives 0.25 and 0.33
 
 
+@pytest.mark.slow
 def test_in_bf16_the_toys_edits_are_as_right_as_in_float32(studio, edited, settings):
     """The whole method in bf16: no score of the judge falls by more than one frame in eight, and the frames are near."""
     half = Studio(TOY, CLIP, settings, dtype=torch.bfloat16)

@@ -65,6 +65,7 @@ def test_motion_that_is_not_there_scores_as_chance_does(judges):
     assert mean(still, "camera") < 0.6 and mean(still, "x") > 0.9
 
 
+@pytest.mark.slow
 def test_whichever_frame_is_held_still_the_clip_does_not_move(judges):
     judge, clip = judges[0], CLIPS[0]
     true = judge.draw(clip.scene)[1]
