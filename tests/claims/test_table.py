@@ -5,26 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
-from tinytav.claims import cost, results, table
+from tinytav.claims import chart, cost, results, table
 from tinytav.claims.experiment import TUNED
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 
-SCORE = dict.fromkeys(table.COLUMNS, 0.5) | dict(name="place", held_out=False)
+SCORE = dict.fromkeys(table.NAMES, 0.5) | dict(name="place", held_out=False)
 
 
 @pytest.fixture
 def args(tmp_path):
     """Two clips of two edits each: in the first clip one succeeds, in the second none."""
     for i, successes in enumerate([(1, 0), (0, 0)]):
-        (tmp_path / str(i)).mkdir()
+        (tmp_path / "user" / str(i)).mkdir(parents=True)
         for name in ("source", "full method"):
             scores = [SCORE | dict(success=success, held_out=i == 1) for success in successes]
-            (tmp_path / f"{i}/{name}-33.json").write_text(json.dumps(scores))
-    return Namespace(out=tmp_path, clips=2, plan={"source": (33,), "full method": (33,)})
+            (tmp_path / f"user/{i}/{name}-33.json").write_text(json.dumps(scores))
+    return Namespace(out=tmp_path, clips=2, plan={"user": {"source": (33,), "full method": (33,)}})
 
 
 def test_a_mean_is_over_clips_and_its_interval_spans_them(args):
@@ -43,17 +43,18 @@ def test_the_table_has_a_row_a_variant_and_the_level_of_chance(args):
 def test_a_claim_holds_where_the_difference_on_the_same_clips_is_above_chance(args, monkeypatch):
     monkeypatch.setattr(table, "CLAIMS", (("moving wins", "full method", "source", ("success", "phase", "psnr")),))
     for i, values in enumerate([(0.5, 0.25), (0.75, 0.5)]):
-        (args.out / f"{i}/full method-33.json").write_text(json.dumps([SCORE | dict(phase=value, psnr=0.25) for value in values]))
-        (args.out / f"{i}/source-33.json").write_text(json.dumps([SCORE | dict(phase=value - 0.25) for value in values]))
+        (args.out / f"user/{i}/full method-33.json").write_text(json.dumps([SCORE | dict(phase=value, psnr=0.25) for value in values]))
+        (args.out / f"user/{i}/source-33.json").write_text(json.dumps([SCORE | dict(phase=value - 0.25) for value in values]))
     *_, success, phase, psnr = table.verdicts(args).splitlines()
-    assert success.endswith("| success | +0.0 (+0.0 to +0.0) | inconclusive |")
-    assert phase.endswith("| limbs | +25.0 (+25.0 to +25.0) | holds |")
-    assert psnr.endswith("| PSNR | -0.2 (-0.2 to -0.2) | the opposite holds |")
+    assert success.endswith("| success | +0.0 (+0.0 to +0.0) | 1.000 | not told |")
+    assert phase.endswith("| limbs | +25.0 (+25.0 to +25.0) | 0.001 | holds |")
+    assert psnr.endswith("| PSNR | -0.2 (-0.2 to -0.2) | 0.001 | does not hold |")
 
 
 def test_each_kind_of_edit_is_counted_apart(args):
     lines = table.by_attribute(args).splitlines()
-    assert lines[2:] == ["| place | 4 | 50 % | 25 % |", "| held out | 2 | 50 % | 0 % |"]
+    half = " | ".join(["50 %"] * 5)             # edit right, agreement, and the three motions
+    assert lines[2:] == [f"| place | 4 | {half} | 25 % |", f"| held out | 2 | {half} | 0 % |"]
 
 
 def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
@@ -67,6 +68,32 @@ def test_the_official_code_tunes_70_tensors_of_stable_diffusion_for_112():
     with torch.device("meta"):
         net = VideoUNet(UNetConfig(), 8)
     assert {name: len(tensors(net)) for name, tensors in TUNED.items()} == {"the paper's": 112, "official": 70, "all": 686 + 112}
+
+
+def test_holm_corrects_for_the_number_of_claims():
+    assert table.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert table.holm([0.6, 0.5]) == pytest.approx([1, 1])
+
+
+def test_each_claim_is_about_variants_that_are_made_with_three_seeds():
+    made = table.plan(quick=False)
+    for _, better, worse, keys in table.CLAIMS:
+        assert made["user"][better] == made["user"][worse] == table.SEEDS
+        assert set(keys) <= set(table.NAMES)
+    quick = table.plan(quick=True)["user"]
+    for better, worse, key, _ in table.ROBUST:
+        assert better in quick and worse in quick and key in table.NAMES
+
+
+def test_the_chart_puts_a_dot_where_the_mean_is(tmp_path):
+    chart.write(tmp_path / "chart.png", {"a": dict(success=(0.5, 0.25, 0.75)), "b": dict(success=(1.0, 1.0, 1.0))})
+    picture = Image.open(tmp_path / "chart.png")
+    rows = [chart.TOP + chart.ROW * j + chart.ROW // 2 for j in (0, 1)]
+    dot, bar = ImageColor.getrgb(chart.DOT), ImageColor.getrgb(chart.BAR)
+    assert picture.getpixel((chart.LABELS + chart.PANEL // 2, rows[0])) == dot
+    assert picture.getpixel((chart.LABELS + chart.PANEL * 0.3, rows[0])) == bar
+    assert picture.getpixel((chart.LABELS + chart.PANEL * 0.1, rows[0])) == (255, 255, 255)
+    assert picture.getpixel((chart.LABELS + chart.PANEL, rows[1])) == dot
 
 
 def test_a_picture_has_a_named_row_for_each_variant(tmp_path):

@@ -11,7 +11,7 @@ from random import Random
 import torch
 
 from tinytav import pipeline
-from tinytav.claims.experiment import FRAMES, Studio, make_clip
+from tinytav.claims.experiment import FRAMES, Net, Studio, make_clip
 from tinytav.claims.judge import pixels
 from tinytav.files import frames
 from tinytav.inflation import inflate
@@ -78,8 +78,8 @@ def inversion(folder, settings, tuned, clips):
     """A clip inverted and sampled again under its own caption, without guidance: PSNR, and how much x_T is like noise."""
     found = []
     for studio in (Studio(folder, make_clip("choice", i), settings) for i in range(clips)):
-        net = studio.tuned_net(tuned, "sparse-causal", "clip", seed=33)
-        noise = studio.invert(net)
+        net = studio.tuned_net(Net(tuned), seed=33)
+        noise = studio.invert(net, studio.empty)
         latents = pipeline.last(pipeline.sample(net, studio.sd.schedule, noise, studio.own, studio.empty, settings["ddim_steps"], 1))
         between = torch.corrcoef(noise[0].transpose(0, 1).flatten(1)).fill_diagonal_(0).sum() / (FRAMES * (FRAMES - 1))
         found.append((psnr(pipeline.decode(studio.sd.vae, latents), studio.source), noise.mean(), noise.std(), between))

@@ -1,8 +1,10 @@
-"""Says what a clip shows, by comparing it with drawings: nothing in it is learned but the blur of the VAE.
+"""Says what a clip shows, by comparing it with drawings. Nothing in it is learned.
 
-The true answer to an edit is known: the edited scene along the source's motion. Each question is put by drawing
-alternatives that differ in one thing, all else true, and finding for every frame the nearest. All drawings pass through
-the VAE first, so that its blur favours none.
+The true answer to an edit is known: the edited scene along the source's motion. Each question is asked by drawing
+alternatives that differ in one thing, all else true. For every frame the nearest drawing is the answer.
+
+Drawings are compared as they are. What is judged has been through the VAE, which blurs it. The blur hardly changes which
+drawing is nearest: tests/claims/test_judge.py sends true edits through the VAE and finds every word and every motion.
 """
 from collections import Counter
 from dataclasses import replace
@@ -13,12 +15,12 @@ import torch
 
 from tinytav.files import frames
 from tinytav.measure.metrics import psnr
-from tinytav.stable_diffusion.precision import autocast
 from tinytav.toy import draw, world
 
 # Alternatives to a view, by what they add to one part of it: quarters of the limbs' cycle and of the way to the next
 # prop, and steps to either side. The first is the truth.
 MOTIONS = {"phase": (0, 0.25, 0.5, 0.75), "x": (0, -0.08, 0.08), "camera": (0, 0.25, 0.5, 0.75)}
+ALL = tuple(world.ATTRIBUTES)
 
 
 def pixels(pictures):
@@ -26,63 +28,84 @@ def pixels(pictures):
     return frames.to_tensor(np.stack(pictures))
 
 
+def majority(values):
+    """The most frequent value, and the share of the values that are equal to it."""
+    (value, count), = Counter(values).most_common(1)
+    return value, count / len(values)
+
+
 class Judge:
-    """For clips of one motion: `views`, one a frame. `vae` blurs the drawings as it blurs what it is to judge."""
+    """For clips of one motion: `views`, one a frame."""
 
-    def __init__(self, vae, motion, frames=8):
-        self.vae, self.views = vae, world.views(motion, frames)
-        self.draw = lru_cache(maxsize=300)(self._draw)       # 1 GB
+    def __init__(self, motion, frames=8):
+        self.views = world.views(motion, frames)
+        self.pictures = lru_cache(maxsize=1500)(self._pictures)     # 0.6 GB
 
-    def _draw(self, scene, part="phase", offset=0):
-        """The scene with `offset` added to one part of every view: clean and through the VAE, (f, 3, h, w) each."""
+    def _pictures(self, scene, part, offset):
+        """The scene with `offset` added to one part of every view: (f, 3, h, w) uint8."""
         views = [replace(view, **{part: getattr(view, part) + offset}) for view in self.views]
-        clean = pixels([draw.render(scene, view) for view in views])
-        return clean, self.vae_trip(clean)
+        return torch.tensor(np.stack([draw.render(scene, view) for view in views])).permute(0, 3, 1, 2)
 
-    @torch.no_grad()
-    def vae_trip(self, x):
-        with autocast(self.vae):
-            return self.vae.decode(self.vae.encode(x)[0]).float().clamp(-1, 1)
+    def draw(self, scene, part="phase", offset=0):
+        """The scene in this motion, with `offset` added to one part of every view: (f, 3, h, w) in [-1, 1]."""
+        return self.pictures(scene, part, offset) / 127.5 - 1
 
     def nearest(self, x, alternatives):
         """For each frame of x (f, 3, h, w) the index of the nearest drawing.
 
-        Squared distance over the pixels that differ between any two of the clean drawings: where they agree, what x
-        shows says nothing about the question.
+        Squared distance over the pixels that differ between any two of the drawings: where they agree, what x shows says
+        nothing about the question.
         """
-        clean, blurred = (torch.stack(z) for z in zip(*alternatives))                       # (a, f, 3, h, w)
-        asked = (clean.amax(0) > clean.amin(0)).any(1, keepdim=True)                        # (f, 1, h, w)
-        return ((blurred - x).square() * asked).sum((2, 3, 4)).argmin(0).tolist()
+        drawn = torch.stack(alternatives)                                           # (a, f, 3, h, w)
+        asked = (drawn.amax(0) > drawn.amin(0)).any(1, keepdim=True)                # (f, 1, h, w)
+        return ((drawn - x).square() * asked).sum((2, 3, 4)).argmin(0).tolist()
 
-    def look(self, x, scene):
-        """The scene with the look that most frames show, and the share of frames that show it.
+    def attribute(self, x, scene, name):
+        """Which value of an attribute each frame shows, all else as in the scene."""
+        values = world.ATTRIBUTES[name]
+        found = self.nearest(x, [self.draw(replace(scene, **{name: value})) for value in values])
+        return [values[i] for i in found]
 
-        Each part of the look is asked for by itself, and all once more with the others as most frames showed them.
+    def look_part(self, x, scene, part):
+        """Which variant of a part of the look each frame shows, all else as in the scene."""
+        looks = [replace(scene.look, **{part: i}) for i in range(world.LOOKS[part])]
+        return self.nearest(x, [self.draw(replace(scene, look=look)) for look in looks])
+
+    def unsaid(self, x, scene, said=ALL):
+        """What the frames show of all that the caption leaves open: the look, and the attributes not in `said`.
+
+        Returns the scene with what most frames show, and {attribute or part of the look: one value a frame}. Everything
+        is asked for twice, the second time with the rest as most frames showed it the first time.
         """
         for _ in range(2):
-            parts = [self.nearest(x, [self.draw(replace(scene, look=replace(scene.look, **{part: i}))) for i in range(n)])
-                     for part, n in world.LOOKS.items()]
-            (most, count), = Counter(zip(*parts)).most_common(1)
-            scene = replace(scene, look=world.Look(*most))
-        return scene, count / len(x)
+            shown = {name: self.attribute(x, scene, name) for name in ALL if name not in said}
+            parts = {part: self.look_part(x, scene, part) for part in world.LOOKS}
+            look, _ = majority(list(zip(*parts.values())))
+            scene = replace(scene, look=world.Look(*look), **{name: majority(values)[0] for name, values in shown.items()})
+        return scene, shown | parts
 
-    def answers(self, x, scene):
+    def answers(self, x, scene, said=ALL):
         """Clip x (f, 3, h, w), asked whether it is this scene in this motion: {question: share of frames}.
 
-        Each attribute and each part of the motion is right in a frame if no alternative is nearer; unsaid parts of the
-        scene are taken to be as most frames show them, and limbs are asked for where the figure should be. "look" is
-        look()'s agreement; "moves" is 1 if none of the true clip's frames, held still, is nearer to the clip than it.
+        said: the attributes that the caption names. Each attribute and each part of the motion is right in a frame if no
+        alternative is nearer. All that is unsaid is taken to be as most frames show it while the other questions are asked.
+
+        "look": the share of frames with the most frequent look. "agreement": the same of each unsaid attribute and each
+        part of the look by itself, the mean over them. Neither asks whether the value is the source's. "moves" is 1 if
+        none of the true clip's frames, held still, is nearer to the clip than the true clip. Raises ValueError for a clip
+        that is not finite.
         """
         if not x.isfinite().all():
             raise ValueError("A clip that is not finite shows nothing.")    # every comparison with NaN would choose the truth
-        scene, agreement = self.look(x, scene)
-        true = self.draw(scene)[1]
+        wanted = scene
+        scene, shown = self.unsaid(x, wanted, said)
+        true = self.draw(scene)
         still = (true[:, None] - x).square().sum((1, 2, 3, 4)).min()
-        shares = {"look": agreement, "moves": float((true - x).square().sum() < still)}
-        for name, values in world.ATTRIBUTES.items():
-            found = self.nearest(x, [self.draw(replace(scene, **{name: value})) for value in values])
-            shares[name] = found.count(values.index(getattr(scene, name))) / len(x)
+        looks = list(zip(*(shown[part] for part in world.LOOKS)))
+        shares = {"look": majority(looks)[1], "agreement": np.mean([majority(values)[1] for values in shown.values()]),
+                  "moves": float((true - x).square().sum() < still)}
+        for name in ALL:
+            shares[name] = self.attribute(x, scene, name).count(getattr(wanted, name)) / len(x)
         for part, offsets in MOTIONS.items():
             shares[part] = self.nearest(x, [self.draw(scene, part, offset) for offset in offsets]).count(0) / len(x)
-        return shares | {"psnr": psnr(x, self.draw(scene)[0])}
-
+        return shares | {"psnr": psnr(x, self.draw(replace(wanted, look=scene.look)))}

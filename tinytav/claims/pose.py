@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tinytav import cli, pipeline
-from tinytav.claims.experiment import FRAMES, Studio, make_clip
+from tinytav.claims.experiment import FRAMES, Net, Studio, make_clip, said
 from tinytav.claims.judge import Judge
 from tinytav.claims.results import every_clip, labelled, parser, row, write
 from tinytav.claims.table import interval
@@ -64,7 +64,7 @@ class Posing:
 
     def __init__(self, folder, clip, motion, settings):
         self.studio, self.settings, self.scene = Studio(folder, clip, settings), settings, clip.scene
-        self.judge = Judge(self.studio.sd.vae, motion, FRAMES)
+        self.judge = Judge(motion, FRAMES)
         size = self.studio.source.shape[-1]
         hints = skeleton.hint(skeleton.clip(clip.scene.activity, motion, FRAMES, size))
         self.control = Control(load_controlnet(Path(folder) / "controlnet"), hints)
@@ -73,7 +73,7 @@ class Posing:
         """What sampling begins with, (1, 4, f, h, w)."""
         shape = self.studio.mean.shape
         if kind == "inverted":
-            return self.studio.invert(net)
+            return self.studio.invert(net, self.studio.empty)
         if kind == "shared":
             return pipeline.gaussian((1, 4, 1, *shape[3:]), SEED).expand(shape)
         return pipeline.gaussian(shape, SEED)
@@ -81,7 +81,7 @@ class Posing:
     def make(self, variant):
         """The scene in the other motion, by a variant -> frames (1, f, 3, h, w)."""
         studio = self.studio
-        net = studio.tuned_net("the paper's" if variant.tuned else None, "sparse-causal", "clip", SEED)
+        net = studio.tuned_net(Net("the paper's" if variant.tuned else None), SEED)
         latents = pipeline.last(pipeline.sample(
             net, studio.sd.schedule, self.noise(variant.noise, net), studio.own, studio.empty,
             self.settings["ddim_steps"], self.settings["guidance"], self.control if variant.control else None))
@@ -89,14 +89,14 @@ class Posing:
 
     def reference(self, name):
         judge = self.studio.judge if name == "source" else self.judge
-        return judge.draw(self.scene)[1][None]
+        return self.studio.through_vae(judge.draw(self.scene))[None]
 
     def score(self, results):
         """What the judge of the other motion says of clips (n, f, 3, h, w): a dict of numbers for each."""
         return [self.score_one(x) for x in results]
 
     def score_one(self, x):
-        shares = self.judge.answers(x, self.scene)
+        shares = self.judge.answers(x, self.scene, said(self.studio.captions))
         others = [shares[name] for name in world.ATTRIBUTES if name not in APPEARANCE]
         return shares | dict(rest=sum(others) / len(others), success=all(shares[name] > 0.5 for name in WANTED))
 

@@ -1,8 +1,9 @@
-"""How steps, learning rate and guidance were chosen: on four clips of their own, none of them a test clip.
+"""How steps, learning rate and guidance are chosen: on four clips of their own, none of them a test clip.
 
     python -m tinytav sweep --out sweep --processes 2
 
-Writes the table sweep.md and the picture sweep.png, in which an edit goes from ignored to collapsed.
+Captions are short, as users write them. Writes the table sweep.md and the picture sweep.png, in which an edit goes from
+ignored to collapsed. The last rows tune all tensors: the claims table needs a learning rate that suits them.
 """
 import json
 
@@ -14,45 +15,58 @@ from tinytav.claims.experiment import Studio, make_clip
 from tinytav.claims.results import every_clip, labelled, parser, row, write
 from tinytav.stable_diffusion import checkpoint
 
-STEPS, RATES, GUIDANCES = (20, 80), (3e-4, 3e-3), (1., 3., 6., 12.)
+STEPS, GUIDANCES = (20, 80), (1., 3., 6., 12.)
+# Learning rates, for each choice of tensors.
+RATES = {"the paper's": (1e-4, 3e-4, 1e-3), "all": (3e-5, 1e-4)}
+SHOWN = dict(success="success", edited="edit right", agreement="agreement")
 
 
 def work(args, i):
     """Clip i at every setting: a file of frames and one of scores for each, unless they are there."""
     torch.set_num_threads(1)
     studio = Studio(args.weights, make_clip("choice", i), args.settings)
-    for rate in RATES:
-        net = studio.inflated()
-        for step, _ in studio.tune(net, "the paper's", rate, seed=33, steps=max(STEPS)):
-            if step in STEPS:
-                noise = studio.invert(net)
-                for guidance in GUIDANCES:
-                    write(args.out / str(i), name(rate, step, guidance), lambda: studio.sample(net, noise, guidance), studio)
+    for tuned, rates in RATES.items():
+        for rate in rates:
+            net = studio.inflated()
+            for step, _ in studio.tune(net, tuned, rate, seed=33, steps=max(STEPS)):
+                if step in STEPS:
+                    noise = studio.invert(net, studio.empty)
+                    for guidance in GUIDANCES:
+                        write(args.out / str(i), name(tuned, rate, step, guidance),
+                              lambda: studio.sample(net, noise, guidance), studio)
     return i
 
 
-def name(rate, step, guidance):
-    return f"{rate:g}-{step}-{guidance:g}"
+def name(tuned, rate, step, guidance):
+    return f"{'all' if tuned == 'all' else 'few'}-{rate:g}-{step}-{guidance:g}"
+
+
+def settings():
+    """Every (tuned, rate, step)."""
+    return [(tuned, rate, step) for tuned, rates in RATES.items() for rate in rates for step in STEPS]
 
 
 def table(folder, clips):
-    """Success, and after it the share of frames in which the edit is right, over all clips and edits."""
-    lines = [row("learning rate, steps", (f"guidance {guidance:g}" for guidance in GUIDANCES)),
+    """The shares of SHOWN at every setting, over all clips and edits."""
+    lines = [row("tensors, learning rate, steps", (f"guidance {guidance:g}" for guidance in GUIDANCES)),
              "|---|" + "---|" * len(GUIDANCES)]
-    for rate in RATES:
-        for step in STEPS:
-            found = [[s for i in range(clips) for s in json.loads((folder / f"{i}/{name(rate, step, guidance)}.json").read_text())]
-                     for guidance in GUIDANCES]
-            lines.append(row(f"{rate:g}, {step}", (" / ".join(f"{100 * np.mean([s[key] for s in scores]):.0f} %"
-                                                             for key in ("success", "edited")) for scores in found)))
-    return "\n".join(lines)
+    for tuned, rate, step in settings():
+        cells = []
+        for guidance in GUIDANCES:
+            files = [folder / f"{i}/{name(tuned, rate, step, guidance)}.json" for i in range(clips)]
+            found = [scores for file in files for scores in json.loads(file.read_text())]
+            cells.append(" / ".join(f"{100 * np.mean([scores[key] for scores in found]):.0f} %" for key in SHOWN))
+        lines.append(row(f"{tuned}, {rate:g}, {step}", cells))
+    return "\n".join([f"{' / '.join(SHOWN.values())}:", "", *lines])
 
 
 def picture(folder, clip=0, edit=2, frame=4):
     """A frame of one edit: a row for each learning rate and number of steps, a column for each guidance."""
-    labelled(folder / "sweep.png", {f"{rate:g}, {step} steps": torch.stack(
-        [load_file(folder / f"{clip}/{name(rate, step, guidance)}.safetensors")["frames"][edit, frame] for guidance in GUIDANCES])
-        for rate in RATES for step in STEPS})
+    rows = {}
+    for tuned, rate, step in settings():
+        files = [folder / f"{clip}/{name(tuned, rate, step, guidance)}.safetensors" for guidance in GUIDANCES]
+        rows[f"{tuned}, {rate:g}, {step}"] = torch.stack([load_file(file)["frames"][edit, frame] for file in files])
+    labelled(folder / "sweep.png", rows)
 
 
 def main():

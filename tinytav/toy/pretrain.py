@@ -36,6 +36,7 @@ from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig
 from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.precision import cpu_has_bf16
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import BEGIN, END, WORDS, Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -165,6 +166,11 @@ def pixels(pictures, device):
     return frames.to_tensor(pictures.to(device))
 
 
+def half(device):
+    """The context of a forward pass: bf16, unless the CPU would have to emulate it, which is slower than float32."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or cpu_has_bf16())
+
+
 def noise_like(x, generator):
     return torch.randn(x.shape, device=x.device, generator=generator)
 
@@ -217,7 +223,7 @@ class Run:
         rng = Random(f"{self.args.seed}/{self.args.stage}/{self.steps}/{part}")
         generator = torch.Generator(self.args.device).manual_seed(rng.getrandbits(32))
         chosen = torch.tensor([rng.randrange(self.args.pictures) for _ in range(self.batch // self.args.threads)])
-        with torch.autocast(self.args.device, torch.bfloat16):
+        with half(self.args.device):
             loss = loss_of(chosen, rng, generator)
         return loss.detach(), torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
 
@@ -334,7 +340,7 @@ def encode_all(vae, pictures, device):
     """The mean and the std of every picture's latents, (n, 4, 16, 16) each."""
     parts = []
     for part in pictures.split(32):
-        with torch.autocast(device, torch.bfloat16):
+        with half(device):
             mean, std = vae.encode(pixels(part, device))
         parts.append((mean.float(), std.float()))
     return [torch.cat(part).contiguous() for part in zip(*parts)]

@@ -1,0 +1,67 @@
+"""The variants beyond the paper, on a small random net: each gives the clip back where its own theory says so."""
+import pytest
+import torch
+from tiny import UNET, filled
+
+from tinytav import pipeline
+from tinytav.claims import beyond
+from tinytav.inflation import inflate
+from tinytav.measure.metrics import psnr
+from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A video net of 3 frames, a clip's latents, and two contexts."""
+    torch.manual_seed(0)
+    config = UNetConfig.from_json(UNET)
+    net = inflate(filled(UNet(config)), 3)
+    own, empty = torch.randn(2, 1, 5, config.cross_attention_dim)
+    return net, Schedule(), torch.randn(1, 4, 3, 8, 8), own, empty
+
+
+def distance(x, y):
+    return (x - y).square().mean().sqrt().item()
+
+
+def test_fixed_point_inversion_is_taken_back_more_exactly_than_plain_inversion(parts):
+    net, schedule, latents, own, _ = parts
+    errors, steps = {}, 50               # in small steps the iteration converges
+    for name, walk in (("plain", pipeline.invert), ("fixed point", beyond.fixed_point)):
+        noise = pipeline.last(walk(net, schedule, latents, own, steps))
+        back = pipeline.last(pipeline.sample(net, schedule, noise, own, own, steps, guidance=1))
+        errors[name] = distance(back, latents)
+    assert errors["fixed point"] < errors["plain"] / 3
+
+
+def test_edit_friendly_noise_gives_the_clip_back_under_its_own_caption(parts):
+    net, schedule, latents, own, empty = parts
+    back = beyond.edit_friendly(net, schedule, latents, own, own, empty, STEPS, guidance=1, seed=0)
+    assert distance(back, latents) < 1e-4
+    other = beyond.edit_friendly(net, schedule, latents, own, empty, own, STEPS, guidance=3, seed=0)
+    assert distance(other, latents) > 1e-2
+
+
+def test_blending_keeps_the_inverted_clip_outside_the_mask(parts, monkeypatch):
+    net, schedule, latents, own, empty = parts
+    trajectory = [latents, *pipeline.invert(net, schedule, latents, empty, STEPS)]
+    nowhere = torch.zeros(3, 8, 8, dtype=torch.bool)
+    left = nowhere.clone()
+    left[:, :, :4] = True
+    monkeypatch.setattr(beyond, "mask", lambda maps: nowhere)
+    assert torch.equal(beyond.blended(net, schedule, trajectory, own, empty, [1], 3), latents)
+    monkeypatch.setattr(beyond, "mask", lambda maps: left)
+    half = beyond.blended(net, schedule, trajectory, own, empty, [1], 3)
+    assert torch.equal(half[..., 4:], latents[..., 4:]) and distance(half[..., :4], latents[..., :4]) > 1e-2
+
+
+def test_the_mask_is_where_attention_is_large_and_one_latent_around():
+    maps = torch.zeros(2, 5, 5)
+    maps[0, 2, 2], maps[0, 0, 4] = 1, 0.2
+    maps[1, 0, 0] = 1e-3                # each frame by its own maximum
+    found = beyond.mask(maps)
+    assert found[0].sum() == 9 and found[0, 1:4, 1:4].all()
+    assert found[1].sum() == 4 and found[1, :2, :2].all()

@@ -1,0 +1,43 @@
+"""Draws a chart of shares with their intervals: one panel a score, one row a variant."""
+from PIL import Image, ImageDraw, ImageFont
+
+import numpy as np
+
+from tinytav.files import frames
+
+ROW, TOP = 22, 46                       # pixels: of a row, and above the first
+LABELS, PANEL, GAP = 250, 170, 26       # pixels: of the names, of a panel's width, between panels
+GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"
+TICKS = (0, 50, 100)                    # per cent
+
+
+def write(path, found):
+    """found: {row: {panel: (mean, low, high)}}, shares from 0 to 1 -> PNG."""
+    panels = list(next(iter(found.values())))
+    size = LABELS + len(panels) * (PANEL + GAP), TOP + ROW * len(found) + 10
+    image = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for j, name in enumerate(found):
+        draw.text((8, TOP + j * ROW + 3), name, "black", font)
+    for i, panel in enumerate(panels):
+        left = LABELS + i * (PANEL + GAP)
+        axis(draw, font, left, panel, len(found))
+        for j, shares in enumerate(found.values()):
+            mark(draw, left, TOP + j * ROW + ROW // 2, *shares[panel])
+    frames.write_picture(path, np.asarray(image))
+
+
+def axis(draw, font, left, title, rows):
+    """A panel's title, its ticks and its grid."""
+    draw.text((left, 4), title, "black", font)
+    for tick in TICKS:
+        x = left + PANEL * tick / 100
+        draw.line([x, TOP - 4, x, TOP + rows * ROW], GRID)
+        draw.text((x, TOP - 22), f"{tick} %" if tick == TICKS[-1] else str(tick), "#777777", font, anchor="ma")
+
+
+def mark(draw, left, y, mean, low, high):
+    """A bar over the interval, and a dot at the mean."""
+    x_mean, x_low, x_high = (left + PANEL * share for share in (mean, low, high))
+    draw.rectangle([x_low, y - 4, x_high, y + 4], BAR)
+    draw.ellipse([x_mean - 4, y - 4, x_mean + 4, y + 4], DOT)
