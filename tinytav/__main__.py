@@ -19,13 +19,14 @@ COMMANDS = {
     "pose": ("tinytav.claims.pose", "how well a ControlNet moves a tuned subject, and from which noise"),
     "card": ("tinytav.claims.card", "the numbers and pictures of the toy's model card"),
     "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
+    "lora-example": ("tinytav.toy.lora_example", "train a LoRA on the toy: white stripes on jackets"),
     "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),
 }
 
 
 def usage():
     """The list of commands, one a line."""
-    lines = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:14}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: python -m tinytav COMMAND [OPTIONS]", "", *lines, "",
                       "python -m tinytav COMMAND --help lists the options of one."])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinytav.claims.experiment import Clip, Edit, Studio, Variant
+from tinytav.claims.experiment import Edit, KnownClip, Studio, Variant
 from tinytav.claims.judge import MOTIONS
 from tinytav.measure.metrics import psnr
 from tinytav.stable_diffusion import checkpoint
@@ -16,7 +16,7 @@ TOY = Path(__file__).parents[2] / "weights/toy"
 EDITS = [Edit("subject", replace(SCENE, subject="panda")), Edit("place", replace(SCENE, place="beach"))]
 
 
-CLIP = Clip(SCENE, MOTION, EDITS)
+CLIP = KnownClip(SCENE, MOTION, EDITS)
 
 
 @pytest.fixture(scope="module")

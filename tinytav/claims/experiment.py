@@ -48,7 +48,7 @@ class Edit(NamedTuple):
     scene: Scene        # the true answer
 
 
-class Clip(NamedTuple):
+class KnownClip(NamedTuple):
     scene: Scene
     motion: Motion
     edits: list[Edit]
@@ -69,7 +69,7 @@ def make_clip(kind, i):
         scene = world.random_scene(rng)
         edits = [change(scene, name, rng) for name in names]
         if [world.is_held_out(edit.scene) for edit in edits[:2]] == [i % 3 == 2] * 2:
-            return Clip(scene, motion, edits)
+            return KnownClip(scene, motion, edits)
 
 
 def said(captions, edited=()):

@@ -1,4 +1,4 @@
-"""Trains a LoRA on the toy: python -m tinytav.toy.lora_example --minutes 10 --out stripes.safetensors.
+"""Trains a LoRA on the toy: python -m tinytav lora-example --minutes 10 --out stripes.safetensors.
 
 The toy knows jackets of one colour. This LoRA, on the projections of all attentions, teaches it white stripes on them.
 """
