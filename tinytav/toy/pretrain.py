@@ -80,6 +80,7 @@ PREPROCESSOR_JSON = dict(       # pictures in [-1, 1], as the VAE has them
     do_resize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LATENTS = "latents.safetensors"
+FIGURE = 8          # how much more the ControlNet's loss counts at the stick figure
 
 
 class Recipe(NamedTuple):
@@ -403,10 +404,17 @@ def begin_as_unet(control, unet):
         nn.init.zeros_(convolution.bias)
 
 
+def around(hints, size):
+    """1 where a hint (n, 3, h, w) has a stick, and one latent around it, 0 elsewhere: (n, 1, *size)."""
+    sticks = F.adaptive_max_pool2d(hints.amax(1, keepdim=True), size)
+    return (F.max_pool2d(sticks, 3, stride=1, padding=1) > 0).float()
+
+
 def train_control(args):
     """Learns what a stick figure says, beside the frozen U-Net. Zhang et al., arXiv 2302.05543, equation 5.
 
-    Every other caption is empty (section 3.3): then the stick figure alone tells the pose.
+    Every other caption is empty (section 3.3): then the stick figure alone tells the pose. The loss counts more where the
+    stick figure is, because limbs are a small part of the picture.
     """
     tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
     encoder = finished(TextEncoder, TextEncoderConfig, args.out / "text_encoder", args.device)
@@ -427,8 +435,10 @@ def train_control(args):
         noise = noise_like(x0, generator)
         t = torch.randint(schedule.num_train_timesteps, chosen.shape, device=args.device, generator=generator)
         noisy = schedule.add_noise(x0, noise, t)
-        residuals = model(noisy, t, context, skeleton.hint(hints).to(args.device))
-        return F.mse_loss(unet(noisy, t, context, residuals).float(), noise)
+        hints = skeleton.hint(hints).to(args.device)
+        error = unet(noisy, t, context, model(noisy, t, context, hints)).float() - noise
+        weight = 1 + FIGURE * around(hints, x0.shape[2:])
+        return (weight * error ** 2).mean() / weight.mean()
 
     weights = train(args, model, args.start and args.start / f"controlnet/{WEIGHTS}", loss_of)
     write(args.out / "controlnet" / WEIGHTS, CONTROL_JSON, weights)
