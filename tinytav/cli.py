@@ -13,7 +13,7 @@ from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
 
-SOURCE = ("weights", "tokenizer", "prediction")         # the flags that tell where the weights come from
+SOURCE = ("weights", "tokenizer", "prediction")         # the flags that say where the weights come from
 KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words
 # How torch says that a CPU's memory is too small. There is no class for it.
 CPU_ALLOCATOR = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")

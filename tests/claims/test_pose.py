@@ -51,3 +51,15 @@ def test_hints_and_noise_change_what_is_made(posing):
     names = list(made)
     for i, name in enumerate(names):
         assert not any(torch.equal(made[name], made[other]) for other in names[:i])
+
+
+def test_the_shipped_controlnet_puts_the_figure_where_the_hints_say():
+    """By the untuned net from random noise: only the hints say where the figure stands."""
+    clip = make_clip("pose", 0)
+    settings = vars(checkpoint.load(TOY).defaults) | dict(ddim_steps=10)
+    posing = pose.Posing(TOY, clip, pose.other_motion(clip.motion, Random(0)), settings)
+    found = {}
+    for control in (True, False):
+        x = posing.make(pose.Variant("random", tuned=False, control=control))
+        found[control] = posing.score(x)[0]["x"]
+    assert found[True] >= 0.875 and found[False] <= 0.75            # guessing gives 0.33

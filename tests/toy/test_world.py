@@ -159,7 +159,7 @@ def test_silence_means_the_usual():
     rng, silent, unusual = Random(4), Counter(), Counter()
     for _ in range(4000):
         scene = world.random_scene(rng)
-        names = world.told(scene, rng)
+        names = world.named(scene, rng)
         for name in set(USUAL) - set(names):
             silent[name] += 1
             unusual[name] += getattr(scene, name) != USUAL[name]
@@ -170,7 +170,7 @@ def test_silence_about_clothes_means_any_colour():
     rng, colours = Random(5), Counter()
     for _ in range(4000):
         scene = world.random_scene(rng)
-        if "clothes" not in world.told(scene, rng):
+        if "clothes" not in world.named(scene, rng):
             colours[scene.clothes] += 1
     assert set(colours) == set(ATTRIBUTES["clothes"])
     assert max(colours.values()) < 1.4 * min(colours.values())
@@ -178,7 +178,7 @@ def test_silence_about_clothes_means_any_colour():
 
 def test_captions_are_often_as_short_as_a_users_prompt():
     rng, draws = Random(6), 4000
-    named = [world.told(world.random_scene(rng), rng) for _ in range(draws)]
+    named = [world.named(world.random_scene(rng), rng) for _ in range(draws)]
     assert sum(names == GIST for names in named) > 0.05 * draws
     assert sum(set(GIST) <= set(names) and len(names) <= 4 for names in named) > 0.25 * draws
     assert sum(names == tuple(ATTRIBUTES) for names in named) > 0.15 * draws
@@ -196,7 +196,7 @@ def test_random_captions_are_well_formed():
     assert 0.1 < dropped / draws < 0.4
 
 
-def test_caption_keeps_what_it_is_told():
+def test_caption_keeps_what_it_is_asked_for():
     assert caption(SCENE, keep=("subject", "activity", "place")) == "a man is skiing on the snow"
     assert caption(SCENE, keep=("subject", "place")) == "a man on the snow"
     assert caption(SCENE, keep=("hat", "activity", "time")) == "someone wearing no hat is skiing by day"

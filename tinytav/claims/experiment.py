@@ -62,7 +62,7 @@ def make_clip(kind, i):
     """Clip i of a kind ("test" or "choice"). In every third the object and place edits were never seen in training."""
     rng = Random(f"{kind}/{i}")
     motion = world.random_motion(rng)
-    drift = rng.choice((-0.16, 0.16))       # so that a figure that stays where it is can be told
+    drift = rng.choice((-0.16, 0.16))       # so that a figure that stays where it is can be detected
     motion = replace(motion, drift=drift, start=replace(motion.start, x=0.5 - drift / 2))
     names = ("subject", "place", ("clothes", "hat")[i % 2], ("time", "style")[i // 2 % 2])
     while True:

@@ -3,7 +3,7 @@
     python -m tinytav pose --out pose --processes 2
 
 A net is tuned on a clip. Then it is asked, under the clip's own caption, for the same scene in another motion. Only the
-stick figures tell of that motion. The judge says whether limbs and position are those of the new motion, and whether the
+stick figures show that motion. The judge says whether limbs and position are those of the new motion, and whether the
 appearance is the clip's. It looks for the figure where the figure should now be. Each noise to begin with is tried.
 Writes the table pose.md, and a picture of each clip.
 """

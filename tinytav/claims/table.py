@@ -21,7 +21,7 @@ from tinytav.measure import metrics
 from tinytav.stable_diffusion import checkpoint
 from tinytav.toy.world import ATTRIBUTES
 
-OWN_RATE = 0.1          # times the weights' learning rate: what suits tuning all tensors, chosen by `python -m tinytav sweep`
+OWN_RATE = 0.1          # times the weights' learning rate, for all tensors. A first guess: the last rows of `python -m tinytav sweep` try others
 IMAGE_NET = Net(tuned=None, attention="spatial", norm="frame")
 VARIANTS = {
     "full method": Variant(),

@@ -135,9 +135,9 @@ def flags(values):
 
 
 def write_record(folder, name, prompt, settings, repeat):
-    """NAME.sample.json: what a sample was told, and the command that repeats it. No sample's own file has this name."""
-    told = dict(prompt=prompt, settings=settings, command=repeat)
-    replace_text(Path(folder) / f"{name}.sample.json", json.dumps(told, indent=2) + "\n")
+    """NAME.sample.json: the settings of a sample, and the command that repeats it. No sample's own file has this name."""
+    details = dict(prompt=prompt, settings=settings, command=repeat)
+    replace_text(Path(folder) / f"{name}.sample.json", json.dumps(details, indent=2) + "\n")
 
 
 # ---- what the folder holds -------------------------------------------------------------------------------------------
@@ -157,12 +157,12 @@ def read_samples(folder):
     for path in [*folder.glob("*.mp4"), *(folder / f"{name}.png" for name in files)]:
         if path.suffix == ".png" and (path.with_suffix(".mp4").exists() or not path.exists()):
             continue                                        # a clip's strip, or a sample whose picture was removed
-        told = record(files[path.stem]) if path.stem in files else {}
-        if not isinstance(told.get("prompt"), str):
-            told["prompt"] = title(path) or path.stem
-        found.append((path.name, told, path.stat().st_mtime))
+        details = record(files[path.stem]) if path.stem in files else {}
+        if not isinstance(details.get("prompt"), str):
+            details["prompt"] = title(path) or path.stem
+        found.append((path.name, details, path.stat().st_mtime))
     found.sort(key=order)
-    return [(name, told) for name, told, _ in found]
+    return [(name, details) for name, details, _ in found]
 
 
 def order(sample):
@@ -214,7 +214,7 @@ def clips(folder, settings, samples):
         return []
     metrics = record(folder / "metrics.json")
     values = metrics.get("values") if isinstance(metrics.get("values"), dict) else {}
-    figures = [figure(name, told, settings, values.get(name)) for name, told in samples]
+    figures = [figure(name, details, settings, values.get(name)) for name, details in samples]
     content = [player(settings.get("fps", "8")), element("div", {"class": "clips"}, *figures)]
     if len(samples) == 1 and settings.get("finished"):
         edit = command("python", "sample.py", "--run", folder, "--prompt", "...")
@@ -235,20 +235,20 @@ def player(fps):
                    element("button", {"type": "button"}, "Play"), element("input", scrubber), element("output", {}))
 
 
-def figure(name, told, settings, values):
+def figure(name, details, settings, values):
     """The clip `name` with its prompt, its metrics, and what repeats it."""
     is_source = name == "source.mp4"
-    label = {"src": address(name), "aria-label": told["prompt"]}
+    label = {"src": address(name), "aria-label": details["prompt"]}
     if name.endswith(".mp4"):
         media = element("video", {**label, "muted": "", "playsinline": "", "preload": "auto"})
     else:
-        media = element("img", {"src": address(name), "alt": told["prompt"]})
+        media = element("img", {"src": address(name), "alt": details["prompt"]})
     text = [element("span", {"class": "tag"}, "source")] if is_source else []
-    text.append(prompt_text(shown(settings.get("prompt", told["prompt"])) if is_source else told["prompt"]))
+    text.append(prompt_text(shown(settings.get("prompt", details["prompt"])) if is_source else details["prompt"]))
     if isinstance(values, dict):
         text.append(definitions("numbers", measured(values)))
-    if told.get("command") or isinstance(told.get("settings"), dict):
-        text.append(repeat(told))
+    if details.get("command") or isinstance(details.get("settings"), dict):
+        text.append(repeat(details))
     return element("figure", {"class": "source" if is_source else "sample"}, media, element("figcaption", {}, *text))
 
 
@@ -257,14 +257,14 @@ def measured(values):
     return [(name, number(values.get(key))) for key, name in NUMBERS.items() if number(values.get(key)) != "-"]
 
 
-def repeat(told):
+def repeat(details):
     """Settings and command of a sample, folded away."""
     content = [element("summary", {}, "how to repeat it")]
-    if isinstance(told.get("settings"), dict):
-        pairs = [(words(key), shown(value)) for key, value in told["settings"].items() if value is not None]
+    if isinstance(details.get("settings"), dict):
+        pairs = [(words(key), shown(value)) for key, value in details["settings"].items() if value is not None]
         content.append(definitions("settings", pairs))
-    if told.get("command"):
-        content.append(element("pre", {}, shown(told["command"])))
+    if details.get("command"):
+        content.append(element("pre", {}, shown(details["command"])))
     return element("details", {}, *content)
 
 
@@ -278,11 +278,11 @@ def attention(folder):
     """The pictures that `python -m tinytav attention` made."""
     found = []
     for file in sorted(folder.glob("*.attention.png"), key=lambda file: (file.stat().st_mtime, file.name)):
-        told = record(file.with_suffix(".json"))
-        caption = shown(told.get("caption", file.name))
+        details = record(file.with_suffix(".json"))
+        caption = shown(details.get("caption", file.name))
         picture = element("img", {"src": address(file.name), "alt": caption})
         link = element("a", {"href": address(file.name)}, picture)
-        found.append(element("figure", {}, link, element("figcaption", {}, prompt_text(caption), repeat(told))))
+        found.append(element("figure", {}, link, element("figcaption", {}, prompt_text(caption), repeat(details))))
     if not found:
         return []
     return [element("h2", {}, "Attention"), element("div", {"class": "pictures"}, *found)]
@@ -352,8 +352,8 @@ def run_settings(folder, settings):
     """The run's settings, and the command that tunes as it did."""
     if not settings:
         return []
-    told = {key: value for key, value in settings.items() if key not in NOT_SHOWN and value is not None}
-    pairs = [(words(key), shown(value)) for key, value in told.items()]
+    details = {key: value for key, value in settings.items() if key not in NOT_SHOWN and value is not None}
+    pairs = [(words(key), shown(value)) for key, value in details.items()]
     versions = settings.get("versions")
     if isinstance(versions, dict):
         pairs += [(f"{name} version", shown(version)) for name, version in versions.items()]

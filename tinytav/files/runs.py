@@ -39,7 +39,7 @@ FPS = r"[1-9]\d{0,19}(/[1-9]\d{0,19})?"     # a Fraction as text
 
 @dataclass(frozen=True)
 class Settings(Config):
-    """run.json: what train.py was told, and what it needs to know again."""
+    """run.json: the settings that train.py was given, and what it needs to know again."""
     clip: str                       # path of the source
     prompt: str                     # its caption
     weights: str                    # path of the Stable Diffusion

@@ -275,7 +275,7 @@ def arguments():
 
 def prompt_with(run, word):
     """The newest sample's prompt that holds the word; the run's own if no sample's does."""
-    prompts = [told["prompt"] for name, told in page.read_samples(run.path) if name != "source.mp4"]
+    prompts = [details["prompt"] for name, details in page.read_samples(run.path) if name != "source.mp4"]
     holding = [prompt for prompt in prompts if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
     return holding[-1] if holding else run.settings.prompt
 

@@ -165,12 +165,12 @@ def deal(clips, finished, rank, size):
 class Judges:
     """What measures: a CLIP, and perhaps PickScore's. side: frames are squashed to it first, or None.
 
-    `told`: what it was made of; results of other judges do not count.
+    `settings`: what it was made of; results of other judges do not count.
     """
 
     def __init__(self, clip, pick, side, device):
         self.name, self.side = str(clip), side
-        self.told = dict(clip=str(clip), pick=pick, side=side)
+        self.settings = dict(clip=str(clip), pick=pick, side=side)
         self.clip = metrics.Features(clip, device)
         self.pick = metrics.Features(pick, device) if pick else None
 
@@ -325,7 +325,7 @@ def save_results(path, rows, judges):
         values[file] = {key: row[key] for key in page.NUMBERS if key in row}
     metrics.save(path, judges.name, values)
     page.write(path)
-    replace_text(path / "results.json", json.dumps(dict(measured=judges.told, rows=rows), indent=2) + "\n")
+    replace_text(path / "results.json", json.dumps(dict(measured=judges.settings, rows=rows), indent=2) + "\n")
 
 
 def read_results(path, clip, measured):
@@ -431,13 +431,13 @@ def main():
     job = Job(sd, args, judges, free, cli.progress if rank == 0 else editing.no_progress)
     hold_settings(out, dict(fingerprint=sd.fingerprint, precision=name_of(sd.dtype), size=args.size or sd.defaults.size,
                             frames=args.frames or sd.defaults.frames, **numbers(args, sd)))
-    before = exchange(all_results(out, clips, judges.told))
+    before = exchange(all_results(out, clips, judges.settings))
     finished = set().union(*before)
     mine = deal(clips, finished, rank, size)
     print(f"rank {rank} of {size}: {len(clips)} clips, {len(finished)} finished before, {len(mine)} to do", flush=True)
     failures = work(job, mine, out, rank)
     results, all_failures = {}, {}
-    for part in exchange(dict(results=all_results(out, clips, judges.told), failures=failures)):
+    for part in exchange(dict(results=all_results(out, clips, judges.settings), failures=failures)):
         results |= part["results"]
         all_failures |= part["failures"]
     if rank == 0:

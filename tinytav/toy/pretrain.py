@@ -245,15 +245,15 @@ class Run:
     def train(self, loss_of):
         """Updates until the time is up; returns the averaged weights. `loss_of`: (indices, rng, generator) -> loss."""
         budget, first, started, losses = 60 * self.args.minutes, self.steps, time.time() - self.elapsed, []
-        told, saved, resumed = self.elapsed, self.elapsed, self.elapsed
+        printed, saved, resumed = self.elapsed, self.elapsed, self.elapsed
         while self.elapsed < budget:
             losses.append(self.step(loss_of, self.elapsed / budget))
             self.elapsed = time.time() - started
-            if self.elapsed - told > 5 or self.elapsed >= budget:
+            if self.elapsed - printed > 5 or self.elapsed >= budget:
                 pace = (self.steps - first) * self.batch / (self.elapsed - resumed)
                 print(f"{self.args.stage}: {self.steps * self.batch} samples, {pace:.1f} a second, "
                       f"loss {torch.stack(losses).mean():.4f}, {max(0, budget - self.elapsed):.0f} s left", flush=True)
-                told, losses = self.elapsed, []
+                printed, losses = self.elapsed, []
             if self.elapsed - saved > min(90, budget / 10):
                 self.save()
                 saved = self.elapsed
@@ -297,7 +297,7 @@ def train_clip(args):
     model.text_model.requires_grad_(not args.keep_text)
 
     def loss_of(chosen, rng, generator):
-        names = [world.told(scenes[i], rng) for i in chosen]
+        names = [world.named(scenes[i], rng) for i in chosen]
         right = [world.caption(scenes[i], rng, keep) for i, keep in zip(chosen, names)]
         wrong = [world.caption(mistaken(scenes[i], keep, rng), rng, keep) for i, keep in zip(chosen, names)]
         logits = model(pixels(pictures[chosen], args.device), tokenizer(right + wrong).to(args.device)).float()
@@ -413,7 +413,7 @@ def around(hints, size):
 def train_control(args):
     """Learns what a stick figure says, beside the frozen U-Net. Zhang et al., arXiv 2302.05543, equation 5.
 
-    Every other caption is empty (section 3.3): then the stick figure alone tells the pose. The loss counts more where the
+    Every other caption is empty (section 3.3): then the stick figure alone gives the pose. The loss counts more where the
     stick figure is, because limbs are a small part of the picture.
     """
     tokenizer = Tokenizer.from_folder(args.out / "tokenizer")

@@ -1,6 +1,6 @@
 """The figure's pose as a stick figure: the hint that the toy's ControlNet understands, as OpenPose draws them.
 
-It tells the joints and nothing else: neither subject, clothes, gear nor place. Each limb has a colour of its own; of two
+It shows the joints and nothing else: neither subject, clothes, gear nor place. Each limb has a colour of its own; of two
 limbs the near one is the brighter.
 """
 import numpy as np

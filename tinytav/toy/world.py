@@ -16,13 +16,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "time": ("day", "sunset", "night"),
     "style": ("plain", "comic", "sketch"),
 }
-# What no caption tells: for each part of a look, how many variants of it can be drawn.
+# What no caption names: for each part of a look, how many variants of it can be drawn.
 LOOKS: dict[str, int] = {"fur": 3, "gear": 3, "shoes": 2, "prop": 2, "sky": 3}
 
 # What a picture shows when its caption does not say otherwise.  Real captions are like that: nobody writes "by day".
 USUAL = {"hat": "no hat", "time": "day", "style": "plain"}
 USUALLY = 0.6   # share of the scenes in which such an attribute has its usual value
-GIST = ("subject", "activity", "place")   # what the shortest captions tell
+GIST = ("subject", "activity", "place")   # what the shortest captions name
 
 TEMPLATES = {"subject": "a {}", "clothes": "{} clothes", "hat": "a {}", "activity": "{}", "place": "on the {}",
              "time": "at {}", "style": "{} style"}
@@ -116,7 +116,7 @@ def views(motion: Motion, frames: int) -> list[View]:
             for t in (frame / frames for frame in range(frames))]
 
 
-def told(scene: Scene, rng: Random) -> tuple[str, ...]:
+def named(scene: Scene, rng: Random) -> tuple[str, ...]:
     """Which attributes a caption names: all of them, most of them, or, every second time, little but the gist.
 
     Unless it names all, it leaves out most of what is usual and hardly ever leaves out what is not.  So silence about
@@ -139,13 +139,13 @@ def told(scene: Scene, rng: Random) -> tuple[str, ...]:
 
 
 def caption(scene: Scene, rng: Random | None = None, keep: tuple[str, ...] | None = None) -> str:
-    """The scene in words: all of it, only the attributes in `keep`, or, with rng, those that a caption tells.
+    """The scene in words: all of it, only the attributes in `keep`, or, with rng, those that a caption names.
 
     Every value has its words, also "no hat", "by day" and "plain style", so that a caption can insist on what is usual.
     With rng, "is" too is dropped now and then.
     """
     if keep is None:
-        keep = tuple(ATTRIBUTES) if rng is None else told(scene, rng)
+        keep = tuple(ATTRIBUTES) if rng is None else named(scene, rng)
     values = {name: value for name, value in asdict(scene).items() if name in keep}
     said = {name: EXCEPTIONS.get(value) or TEMPLATES[name].format(value) for name, value in values.items()}
     if "activity" in said and (rng is None or rng.random() < 0.75):
