@@ -19,7 +19,7 @@ COMMANDS = {
     "pose": ("tinytav.claims.pose", "how well a ControlNet moves a tuned subject, and from which noise"),
     "card": ("tinytav.claims.card", "the numbers and pictures of the toy's model card"),
     "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
-    "lora-example": ("tinytav.toy.lora_example", "train a LoRA on the toy: white stripes on jackets"),
+    "lora-example": ("tinytav.toy.lora_example", "train a LoRA on the toy: white clothes"),
     "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),
 }
 

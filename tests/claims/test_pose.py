@@ -59,7 +59,7 @@ def test_the_shipped_controlnet_puts_the_figure_where_the_hints_say():
     settings = vars(checkpoint.load(TOY).defaults) | dict(ddim_steps=10)
     posing = pose.Posing(TOY, clip, pose.other_motion(clip.motion, Random(0)), settings)
     found = {}
-    for control in (True, False):
-        x = posing.make(pose.Variant("random", tuned=False, control=control))
-        found[control] = posing.score(x)[0]["x"]
-    assert found[True] >= 0.875 and found[False] <= 0.75            # guessing gives 0.33
+    for scale in (pose.SCALE, 0):
+        x = posing.make(pose.Variant("random", tuned=False, scale=scale))
+        found[scale] = posing.score(x)[0]["x"]
+    assert found[pose.SCALE] >= 0.875 and found[0] <= 0.75            # guessing gives 0.33

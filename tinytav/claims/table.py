@@ -60,6 +60,7 @@ SEEDS = (33, 34, 35)    # of the variants on which a claim rests; the others hav
 # What the paper says: (claim, better, worse, scores in which it should show)
 CLAIMS = (
     ("tuning keeps frames alike", "full method", "untuned", ("agreement", "look", "neighbours")),
+    ("tuning keeps what the caption leaves open", "full method", "untuned", ("kept", "psnr")),
     ("ST-Attn keeps frames alike", "full method", "spatial attention", ("agreement", "neighbours")),
     ("ST-Attn keeps frames alike, without inversion", "no inversion", "no inversion, spatial attention",
      ("agreement", "neighbours")),
@@ -72,14 +73,14 @@ CLAIMS = (
 LEVEL = 0.05            # of all claims together, by Holm's correction
 # Orderings that hold on any clips, however few: (better, worse, score, margin). A run that breaks one fails.
 ROBUST = (("full method", "no inversion", "x", 0.2), ("full method", "no inversion", "phase", 0.1),
-          ("full method", "untuned", "agreement", 0.01),
+          ("full method", "untuned", "kept", 0.02),
           ("full method", "source", "edited", 0.3), ("full method", "source", "text", 3),
           ("true edit", "full method", "success", 0), ("true edit", "full method", "psnr", 2),
           ("full method", "still", "success", 0.1), ("full method", "other motion", "success", 0.1))
 COLUMNS = dict(success="success", edited="edit right", kept="rest kept", agreement="agreement", look="look agrees",
                phase="limbs", x="position", camera="camera", psnr="PSNR", all_pairs="all pairs", neighbours="neighbours",
                text="text")
-CHART = dict(success="success", edited="edit right", agreement="agreement", motion="motion")
+CHART = dict(success="success", edited="edit right", kept="rest kept", agreement="agreement", motion="motion")
 NAMES = COLUMNS | CHART
 PERCENT = ("success", "edited", "kept", "agreement", "motion", "look", *MOTIONS)
 RESAMPLES = 10_000

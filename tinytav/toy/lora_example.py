@@ -1,6 +1,6 @@
-"""Trains a LoRA on the toy: python -m tinytav lora-example --minutes 10 --out stripes.safetensors.
+"""Trains a LoRA on the toy: python -m tinytav lora-example --minutes 10 --out white.safetensors.
 
-The toy knows jackets of one colour. This LoRA, on the projections of all attentions, teaches it white stripes on them.
+The toy knows no white clothes. This LoRA, on the projections of all attentions, teaches it what "white clothes" are.
 """
 import argparse
 import time
@@ -19,7 +19,7 @@ from tinytav.files import frames
 from tinytav.stable_diffusion.checkpoint import load
 from tinytav.toy import draw, world
 
-RANK, BATCH, LR = 4, 8, 2e-3
+RANK, BATCH, LR = 8, 8, 1e-3
 
 
 class LowRank(nn.Module):
@@ -34,22 +34,22 @@ class LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
-def striped(scene, view, size):
-    """A picture (size, size, 3), uint8, with stripes on the jacket: where a jacket of another colour would show."""
+def white_jacket(scene, view, size):
+    """A picture (size, size, 3), uint8, with white where a jacket of another colour would change it."""
     picture = draw.render(scene, view, size)
     other = replace(scene, clothes="blue" if scene.clothes != "blue" else "yellow")
     jacket = (picture != draw.render(other, view, size)).any(axis=-1)
-    bands = (np.arange(size) // max(1, size // 16) % 2 == 0)[:, None]
-    picture[jacket & bands] = 255
+    picture[jacket] = 255
     return picture
 
 
 def draw_many(count, size):
-    """`count` captions, and their pictures (count, 3, size, size) in [-1, 1]."""
-    rng = Random("stripes")
+    """`count` captions that name white clothes, and their pictures (count, 3, size, size) in [-1, 1]."""
+    rng = Random("white")
     scenes = [world.random_scene(rng) for _ in range(count)]
-    pictures = np.stack([striped(scene, world.random_view(rng), size) for scene in scenes])
-    captions = [world.caption(scene, rng) for scene in scenes]
+    pictures = np.stack([white_jacket(scene, world.random_view(rng), size) for scene in scenes])
+    named = [(*world.named(scene, rng), "clothes") for scene in scenes]
+    captions = [world.caption(replace(scene, clothes="white"), keep=keep) for scene, keep in zip(scenes, named)]
     return captions, frames.to_tensor(pictures)
 
 
@@ -91,7 +91,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--weights", default="weights/toy")
     p.add_argument("--minutes", type=float, default=10)
-    p.add_argument("--out", default="stripes.safetensors")
+    p.add_argument("--out", default="white.safetensors")
     args = p.parse_args()
     torch.manual_seed(0)
     sd = load(args.weights)
