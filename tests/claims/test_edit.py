@@ -26,7 +26,7 @@ def settings():
 
 @pytest.fixture(scope="module")
 def studio(settings):
-    return Studio(TOY, CLIP, settings)
+    return Studio(TOY, CLIP, settings, captions="full")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_an_edit_moves_towards_its_prompt_and_keeps_the_motion(studio, edited):
 @pytest.mark.slow
 def test_in_bf16_the_toys_edits_are_as_right_as_in_float32(studio, edited, settings):
     """The whole method in bf16: no score of the judge falls by more than one frame in eight, and the frames are near."""
-    half = Studio(TOY, CLIP, settings, dtype=torch.bfloat16)
+    half = Studio(TOY, CLIP, settings, "full", dtype=torch.bfloat16)
     again = half.edit(Variant(), seed=33)
     assert psnr(again.flatten(0, 1), edited.flatten(0, 1)) > 25
     for full, score in zip(studio.score(edited), studio.score(again)):

@@ -102,7 +102,7 @@ class Judge:
         true = self.draw(scene)
         still = (true[:, None] - x).square().sum((1, 2, 3, 4)).min()
         looks = list(zip(*(shown[part] for part in world.LOOKS)))
-        shares = {"look": majority(looks)[1], "agreement": np.mean([majority(values)[1] for values in shown.values()]),
+        shares = {"look": majority(looks)[1], "agreement": float(np.mean([majority(values)[1] for values in shown.values()])),
                   "moves": float((true - x).square().sum() < still)}
         for name in ALL:
             shares[name] = self.attribute(x, scene, name).count(getattr(wanted, name)) / len(x)
