@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinytav.claims.experiment import Edit, KnownClip, Studio, Variant
+from tinytav.claims import table
+from tinytav.claims.experiment import Edit, KnownClip, Studio, Variant, said
 from tinytav.claims.judge import MOTIONS
 from tinytav.measure.metrics import psnr
 from tinytav.stable_diffusion import checkpoint
+from tinytav.toy import world
 from tinytav.toy.examples import CLIPS, MOTION
 
 SCENE = CLIPS["skiing"]
@@ -60,3 +62,22 @@ def test_in_bf16_the_toys_edits_are_as_right_as_in_float32(studio, edited, setti
     for full, score in zip(studio.score(edited), studio.score(again)):
         for question in ("edited", "kept", *MOTIONS):
             assert score[question] >= full[question] - 0.13, question
+
+
+def test_captions_name_the_gist_and_what_is_edited_or_everything(settings):
+    assert said("user") == ("subject", "activity", "place")
+    assert said("user", ("hat",)) == ("subject", "hat", "activity", "place")
+    assert said("full") == tuple(world.ATTRIBUTES)
+    clip = CLIP._replace(edits=[Edit("hat", replace(SCENE, hat="crown"))])
+    assert Studio(TOY, clip, settings).prompts == ["a man wearing a crown is skiing on the snow"]
+
+
+def test_each_variant_of_noise_and_guidance_makes_something_of_its_own(settings):
+    quick = Studio(TOY, CLIP._replace(edits=EDITS[:1]), settings | dict(steps=1, ddim_steps=3))
+    made = {}
+    for name, variant in (table.BEYOND | {name: table.VARIANTS[name] for name in ("full method", "no inversion")}).items():
+        made[name] = quick.edit(variant, seed=33)
+        assert made[name].isfinite().all()
+    names = list(made)
+    for i, name in enumerate(names):
+        assert not any(torch.equal(made[name], made[other]) for other in names[:i]), name

@@ -86,6 +86,13 @@ def test_each_claim_is_about_variants_that_are_made_with_three_seeds():
         assert better in quick and worse in quick and key in table.NAMES
 
 
+def test_rows_chosen_by_name_need_neither_the_full_method_nor_a_claim(args):
+    args.plan, args.quick = {"user": {"source": (33,)}}, False
+    text, = table.parts(args, sd=None)
+    assert "| source |" in text
+    assert not list(table.broken_orderings(args))
+
+
 def test_the_chart_puts_a_dot_where_the_mean_is(tmp_path):
     chart.write(tmp_path / "chart.png", {"a": dict(success=(0.5, 0.25, 0.75)), "b": dict(success=(1.0, 1.0, 1.0))})
     picture = Image.open(tmp_path / "chart.png")

@@ -34,6 +34,14 @@ def folder(tmp_path_factory):
     return out
 
 
+def test_the_controlnets_loss_counts_more_around_the_stick_figure():
+    hints = torch.zeros(1, 3, 32, 32)
+    hints[0, 1, 9, 17] = 0.5                    # in latent (2, 4) of 8x8
+    expected = torch.zeros(1, 1, 8, 8)
+    expected[..., 1:4, 3:6] = 1
+    assert torch.equal(pretrain.around(hints, (8, 8)), expected)
+
+
 def test_every_word_of_a_caption_is_one_token_and_comes_back(folder):
     tokenizer, rng = Tokenizer.from_folder(folder / "tokenizer"), Random(1)
     for caption in (world.caption(world.random_scene(rng, held_out=i % 2 == 1), rng) for i in range(300)):

@@ -1,7 +1,6 @@
 """Draws a chart of shares with their intervals: one panel a score, one row a variant."""
-from PIL import Image, ImageDraw, ImageFont
-
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from tinytav.files import frames
 

@@ -46,7 +46,7 @@ def same_settings(file, settings):
 
 
 def write(folder, name, make, studio):
-    """make() -> frames (edits, f, 3, 64, 64), kept in name.safetensors, and what is said of them in name.json.
+    """make() -> frames (edits, f, 3, h, w), kept in name.safetensors, and what is said of them in name.json.
 
     What is there is not made again; a .json that is deleted is written anew.
     """
