@@ -6,7 +6,6 @@ from tiny import UNET, filled
 from tinytav import pipeline
 from tinytav.claims import beyond
 from tinytav.inflation import inflate
-from tinytav.measure.metrics import psnr
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 
