@@ -148,4 +148,4 @@ def test_tuning_is_the_official_recipe():
         assert torch.nn.utils.clip_grad_norm_(parameters, 1.0) > 1          # or clipping would not be seen
         optimizer.step()
     for name, p in plain.tuned().items():
-        torch.testing.assert_close(net.tuned()[name], p, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(net.tuned()[name], p, atol=5e-6, rtol=1e-5)     # AdamW divides by small numbers

@@ -3,6 +3,7 @@
 Run as a process of its own by test_memory.py. A case's bytes are what it adds to the process. Linux only: there a process
 may forget its highest memory so far.
 """
+import ctypes
 import gc
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ for part in sys.argv[1:]:
     dtype, frames = getattr(torch, precision), int(frames)
     run(part, dtype, 1)                                     # loads the code that the part needs
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)                        # or the case would fill what the one before has left
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     run(part, dtype, frames)
