@@ -17,6 +17,7 @@ COMMANDS = {
     "claims": ("tinytav.claims.table", "the paper's claims, measured in the toy world"),
     "sweep": ("tinytav.claims.sweep", "steps, learning rate and guidance, tried on clips of their own"),
     "pose": ("tinytav.claims.pose", "how well a ControlNet moves a tuned subject, and from which noise"),
+    "place": ("tinytav.claims.place", "why the background may move wrongly after a change of place"),
     "card": ("tinytav.claims.card", "the numbers and pictures of the toy's model card"),
     "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
     "lora-example": ("tinytav.toy.lora_example", "train a LoRA on the toy: white clothes"),

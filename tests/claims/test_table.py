@@ -28,9 +28,9 @@ def args(tmp_path):
 
 
 def test_a_mean_is_over_clips_and_its_interval_spans_them(args):
-    mean, low, high = table.interval(table.read(args, "full method"), "success")
+    mean, low, high = results.interval(table.read(args, "full method"), "success")
     assert (mean, low, high) == (0.25, 0, 0.5)
-    assert table.interval(table.read(args, "full method"), "psnr") == (0.5, 0.5, 0.5)
+    assert results.interval(table.read(args, "full method"), "psnr") == (0.5, 0.5, 0.5)
 
 
 def test_the_table_has_a_row_a_variant_and_the_level_of_chance(args):

@@ -8,7 +8,6 @@ stick figures show that motion. The judge says whether limbs and position are th
 appearance is the clip's. It looks for the figure where the figure should now be. Each noise to begin with is tried.
 Writes the table pose.md, and a picture of each clip.
 """
-import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -20,8 +19,7 @@ from safetensors.torch import load_file
 from tinytav import cli, pipeline
 from tinytav.claims.experiment import FRAMES, Net, Studio, make_clip, said
 from tinytav.claims.judge import Judge
-from tinytav.claims.results import every_clip, labelled, parser, row, write
-from tinytav.claims.table import interval
+from tinytav.claims.results import every_clip, labelled, parser, table_of, write
 from tinytav.control import Control
 from tinytav.files import frames
 from tinytav.stable_diffusion import checkpoint
@@ -126,26 +124,13 @@ def picture(folder, hints):
     labelled(folder / "pose.png", {"source": rows["source"], "hints": drawn, **rows})
 
 
-def table(folder, clips):
-    """One row a variant: means over clips, shares with their 95 % intervals."""
-    lines = [row("", COLUMNS.values()), "|---|" + "---|" * len(COLUMNS)]
-    for name in (*REFERENCES, *VARIANTS):
-        found = [json.loads((folder / f"{i}/{name}.json").read_text()) for i in range(clips)]
-        cells = []
-        for key in COLUMNS:
-            mean, low, high = interval(found, key)
-            cells.append(f"{mean:.2f}" if key == "psnr" else f"{100 * mean:.0f} % ({100 * low:.0f}–{100 * high:.0f})")
-        lines.append(row(name, cells))
-    return "\n".join(lines)
-
-
 def main():
     p = parser(__doc__.partition("\n")[0], "pose", 6)
     p.add_argument("--captions", choices=("user", "full"), default="user",
                    help="user: subject, activity and place, so that nothing but the tuned net holds the clothes; full: everything")
     args = p.parse_args()
     every_clip(work, args, checkpoint.load(args.weights))
-    text = table(args.out, args.clips)
+    text = table_of(args.out, args.clips, (*REFERENCES, *VARIANTS), COLUMNS)
     (args.out / "pose.md").write_text(text + "\n")
     print(text)
     return 0

@@ -16,6 +16,7 @@ from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.config import InputError
 
 MARGIN = 150        # pixels before a picture's rows, for their names
+RESAMPLES = 10_000
 
 
 def parser(description, out, clips):
@@ -62,6 +63,38 @@ def write(folder, name, make, studio):
 
 def row(name, values):
     return f"| {name} | " + " | ".join(values) + " |"
+
+
+def interval(clips, key):
+    """Mean over edits, and its 95 % bootstrap interval over clips: (mean, low, high)."""
+    resampled = bootstrap(means(clips, key))
+    return means(clips, key).mean(), *np.percentile(resampled, (2.5, 97.5))
+
+
+def means(clips, key):
+    """The mean over a clip's edits and seeds, for each clip."""
+    return np.array([np.mean([scores[key] for scores in clip]) for clip in clips])
+
+
+def bootstrap(means):
+    """The means of clips drawn again and again, with replacement."""
+    return means[np.random.default_rng(0).integers(len(means), size=(RESAMPLES, len(means)))].mean(1)
+
+
+def table_of(folder, clips, names, columns):
+    """One row a name: means of folder/i/name.json over clips, with their 95 % intervals. columns: {key: what it is called}.
+
+    All scores are shares, but PSNR.
+    """
+    lines = [row("", columns.values()), "|---|" + "---|" * len(columns)]
+    for name in names:
+        found = [json.loads((folder / f"{i}/{name}.json").read_text()) for i in range(clips)]
+        cells = []
+        for key in columns:
+            mean, low, high = interval(found, key)
+            cells.append(f"{mean:.2f}" if key == "psnr" else f"{100 * mean:.0f} % ({100 * low:.0f}–{100 * high:.0f})")
+        lines.append(row(name, cells))
+    return "\n".join(lines)
 
 
 def labelled(path, rows):

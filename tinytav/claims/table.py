@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tinytav.claims import card, chart, cost
 from tinytav.claims.experiment import FRAMES, Net, Studio, Variant, make_clip
 from tinytav.claims.judge import MOTIONS, Judge
-from tinytav.claims.results import every_clip, labelled, parser, row, write
+from tinytav.claims.results import RESAMPLES, bootstrap, every_clip, interval, labelled, means, parser, row, write
 from tinytav.measure import metrics
 from tinytav.stable_diffusion import checkpoint
 from tinytav.toy.world import ATTRIBUTES
@@ -83,7 +83,6 @@ COLUMNS = dict(success="success", edited="edit right", kept="rest kept", agreeme
 CHART = dict(success="success", edited="edit right", kept="rest kept", agreement="agreement", motion="motion")
 NAMES = COLUMNS | CHART
 PERCENT = ("success", "edited", "kept", "agreement", "motion", "look", *MOTIONS)
-RESAMPLES = 10_000
 
 
 def plan(quick=False, only=None):
@@ -136,22 +135,6 @@ def read(args, name, captions="user"):
     return [[scores for seed in args.plan[captions][name]
              for scores in json.loads((args.out / captions / f"{i}/{name}-{seed}.json").read_text())]
             for i in range(args.clips)]
-
-
-def interval(clips, key):
-    """Mean over edits, and its 95 % bootstrap interval over clips: (mean, low, high)."""
-    resampled = bootstrap(means(clips, key))
-    return means(clips, key).mean(), *np.percentile(resampled, (2.5, 97.5))
-
-
-def means(clips, key):
-    """The mean over a clip's edits and seeds, for each clip."""
-    return np.array([np.mean([scores[key] for scores in clip]) for clip in clips])
-
-
-def bootstrap(means):
-    """The means of clips drawn again and again, with replacement."""
-    return means[np.random.default_rng(0).integers(len(means), size=(RESAMPLES, len(means)))].mean(1)
 
 
 def table(args, captions="user"):
