@@ -51,6 +51,16 @@ def test_a_claim_holds_where_the_difference_on_the_same_clips_is_above_chance(ar
     assert psnr.endswith("| PSNR | -0.2 (-0.2 to -0.2) | 0.001 | does not hold |")
 
 
+def test_what_is_not_in_the_paper_is_compared_with_the_full_method_on_the_same_clips(args):
+    for i, values in enumerate([(0.5, 0.25), (0.75, 0.5)]):
+        (args.out / f"user/{i}/full method-33.json").write_text(json.dumps([SCORE | dict(kept=value) for value in values]))
+        (args.out / f"user/{i}/edit-friendly noise-33.json").write_text(json.dumps([SCORE | dict(kept=value + 0.25) for value in values]))
+    args.plan["user"]["edit-friendly noise"] = (33,)
+    heads, _, line = table.against_the_paper(args).splitlines()
+    assert heads.split(" | ")[3] == "rest kept"
+    assert line.split(" | ")[0] == "| edit-friendly noise" and line.split(" | ")[3] == "+25.0 (+25.0 to +25.0)"
+
+
 def test_each_kind_of_edit_is_counted_apart(args):
     lines = table.by_attribute(args).splitlines()
     half = " | ".join(["50 %"] * 5)             # edit right, agreement, and the three motions
