@@ -147,6 +147,27 @@ def test_a_killed_stage_goes_on(tmp_path, capsys):
     assert (tmp_path / "vae" / pretrain.WEIGHTS).exists() and not checkpoint.exists()
 
 
+@pytest.mark.parametrize("name", ["vae", "unet"])       # Muon, and AdamW alone
+def test_a_resumed_stage_takes_the_same_steps(tmp_path, name):
+    args = SimpleNamespace(stage=name, lr=None, batch=None, threads=1, work=tmp_path, seed=0, pictures=8, device="cpu")
+
+    def begin():
+        model = filled(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 3, 3)))
+        run = pretrain.Run(args, model)
+        return run, lambda chosen, rng, generator: model(torch.randn(2, 3, 8, 8, generator=generator)).square().mean()
+
+    first, loss_of = begin()
+    start = {key: p.detach().clone() for key, p in first.parameters.items()}
+    first.step(loss_of, 0.5)
+    first.save()
+    resumed, its_loss_of = begin()
+    first.step(loss_of, 0.6)
+    resumed.step(its_loss_of, 0.6)
+    for key, p in first.parameters.items():
+        assert torch.equal(p, resumed.parameters[key]) and not torch.equal(p, start[key])
+    assert len(resumed.optimizers) == (2 if name == "vae" else 1)
+
+
 def test_a_killed_unet_finds_its_latents_again(folder, tmp_path):
     args = SimpleNamespace(out=folder, work=tmp_path, seed=0, pictures=6, device="cpu")
     scenes, mean, std = pretrain.draw_and_encode(args)
