@@ -189,12 +189,12 @@ def choose_optimizers(parameters, recipe, lr):
     """{name: (the optimizer that updates it, the tensor it updates)} for parameters {name: tensor}.
 
     With recipe.muon, Muon (torch.optim.Muon, scaled as in arXiv 2502.16982) updates matrices and kernels, and AdamW the
-    rest. Muon takes matrices only. So it gets a kernel (out, in, h, w) as (out, in*h*w), in the same memory.
+    rest. Muon takes matrices only. So it gets a view of each kernel (out, in, h, w) as (out, in*h*w).
     """
     vectors = {name: p for name, p in parameters.items() if p.ndim < 2}
     matrices = {name: p for name, p in parameters.items() if p.ndim > 1}
     if recipe.muon:
-        matrices = {name: nn.Parameter(p.detach().flatten(1)) for name, p in matrices.items()}
+        matrices = {name: nn.Parameter(p.detach().view(len(p), -1)) for name, p in matrices.items()}
         adam = torch.optim.AdamW(vectors.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw")
         return {name: (adam, p) for name, p in vectors.items()} | {name: (muon, p) for name, p in matrices.items()}
@@ -253,8 +253,9 @@ class Run:
 
     def step(self, loss_of, share):
         """One update, by as many threads as were asked for: small convolutions use cores better that way."""
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = self.lr * min(1, share / 0.03) * (1 + math.cos(math.pi * share)) / 2
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * min(1, share / 0.03) * (1 + math.cos(math.pi * share)) / 2
         losses, gradients = zip(*self.pool.map(partial(self.gradients, loss_of), range(self.args.threads)))
         for p, *parts in zip(self.parameters.values(), *gradients):
             p.grad = None if parts[0] is None else torch.stack(parts).mean(0)
