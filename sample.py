@@ -16,7 +16,8 @@ from tinytav.stable_diffusion.precision import name_of
 
 SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")
 # With which noise sampling begins, and what the name of an edited run's result then ends in.
-NOISES = {"inverted": "", "random": "-no-inversion", "shared": "-shared-noise"}
+NOISES = {"inverted": "", "edit-friendly": "-edit-friendly", "random": "-no-inversion", "shared": "-shared-noise"}
+FROM_THE_CLIP = ("inverted", "edit-friendly")
 
 
 def arguments():
@@ -30,8 +31,9 @@ def arguments():
     noise = p.add_mutually_exclusive_group()
     noise.add_argument("--no-inversion", action="store_true", help="begin with random noise")
     noise.add_argument("--noise", choices=NOISES,
-                       help="begin with the clip's inverted noise (default where there is a run), with random noise, "
-                            "or with random noise that all frames share")
+                       help="begin with the clip's inverted noise (default where there is a run), with edit-friendly "
+                            "noise, which keeps more of the clip, with random noise, or with random noise that all "
+                            "frames share")
     p.add_argument("--control", metavar="PATH", help="a ControlNet: its folder or .safetensors file; needs --hint")
     p.add_argument("--hint", metavar="PATH",
                    help="what the ControlNet understands (skeletons, depth, edges): a video or a folder of pictures, "
@@ -64,12 +66,15 @@ def choose_noise(args, run):
 
 def refuse_what_does_not_go_together(args, run):
     """Raises InputError for flags that ask for two different things."""
-    inverted = choose_noise(args, run) == "inverted"
-    if inverted and run is None:
-        raise InputError("--noise inverted needs a run, whose clip is inverted: name it with --run.")
-    if inverted and (args.frames or args.size or args.seed is not None):
-        raise InputError("Inverted noise has the run's own size and frames, and nothing random: leave out --frames, --size "
-                         "and --seed, or begin with random noise by --no-inversion.")
+    kind = choose_noise(args, run)
+    if kind in FROM_THE_CLIP and run is None:
+        raise InputError(f"--noise {kind} needs a run, whose clip is inverted: name it with --run.")
+    if kind in FROM_THE_CLIP and (args.frames or args.size):
+        raise InputError("The noise of a clip has the clip's own size and frames: leave out --frames and --size, or begin "
+                         "with random noise by --no-inversion.")
+    if kind == "inverted" and args.seed is not None:
+        raise InputError("Inverted noise has nothing random: leave out --seed, or begin with random noise by "
+                         "--no-inversion.")
     if (args.control is None) != (args.hint is None):
         raise InputError("--control and --hint belong together: the ControlNet's weights, and what it is to follow.")
     if args.control_scale is not None and args.control is None:
@@ -140,13 +145,16 @@ def make_control(args, sd, shape):
     return load_control(sd, args.control, args.hint, shape, scale)
 
 
+def seed_of(args):
+    return 33 if args.seed is None else args.seed
+
+
 def gaussian_noise(args, sd, shape, shared):
     """White noise from the seed: one for each frame, or one that all frames share."""
-    seed = 33 if args.seed is None else args.seed
     if shared:
         b, c, count, h, w = shape
-        return pipeline.gaussian((b, c, 1, h, w), seed).repeat(1, 1, count, 1, 1).to(sd.device)
-    return pipeline.gaussian(shape, seed).to(sd.device)
+        return pipeline.gaussian((b, c, 1, h, w), seed_of(args)).repeat(1, 1, count, 1, 1).to(sd.device)
+    return pipeline.gaussian(shape, seed_of(args)).to(sd.device)
 
 
 def source_strip(sd, clip):
@@ -187,12 +195,12 @@ def command_for(args, run, prompt, steps, guidance):
     return page.command("python", "sample.py", *page.flags(vars(args) | named))
 
 
-def warn_if_tight(sd, net, control, noise, guidance, free):
-    """A warning where sampling such noise may not fit into `free` bytes. Of a ControlNet it counts only the weights."""
+def warn_if_tight(sd, net, control, shape, guidance, free):
+    """Warns where sampling latents of this shape may not fit into `free` bytes. Of a ControlNet it counts the weights only."""
     others = fit.weight_bytes(sd.vae) + fit.weight_bytes(sd.text_encoder)
     if control is not None:
         others += fit.weight_bytes(control.controlnet)
-    plan = fit.plan_sampling(memory.work_on(sd, net, noise), free, guidance, others)
+    plan = fit.plan_sampling(memory.work_on(sd, net, shape), free, guidance, others)
     if plan.warning:
         warnings.warn(plan.warning)
 
@@ -215,15 +223,18 @@ def main():
     control = make_control(args, sd, shape)
     kind = choose_noise(args, run)
     above = []                                                  # rows of the strips
-    if kind == "inverted":
+    if kind in FROM_THE_CLIP:
         clip = editing.clip_of(run, sd)
         above.append(source_strip(sd, clip))
+    if kind == "inverted":
         noise = inverted_noise(run, sd, net, clip, steps, anew=not lora.same(loras, tuned_with))
+    elif kind == "edit-friendly":
+        noise = editing.invert_edit_friendly(sd, net, clip, steps, seed_of(args), cli.progress)
     else:
         noise = gaussian_noise(args, sd, shape, shared=kind == "shared")
     if control is not None:
         above.append(hint_strip(control))
-    warn_if_tight(sd, net, control, noise, guidance, free)
+    warn_if_tight(sd, net, control, shape, guidance, free)
     suffix = (NOISES[kind] if run else "") + ("-control" if control else "")
     settings = dict(ddim_steps=steps, guidance=guidance, attention=net.attention, frames=net.frames, noise=kind,
                     precision=name_of(sd.dtype))

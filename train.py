@@ -245,7 +245,7 @@ def report(sd, net):
 def plan_memory(args, run, sd, net, clip, free):
     """Chooses the blocks that are computed again, so that a step fits into `free` bytes. Prints and warns."""
     stay = 0 if run.settings.preview is None else fit.weight_bytes(sd.vae) + fit.weight_bytes(sd.text_encoder)
-    plan = fit.plan_tuning(memory.work_on(sd, net, clip.mean), free - stay, args.checkpointing or "auto")
+    plan = fit.plan_tuning(memory.work_on(sd, net, clip.mean.shape), free - stay, args.checkpointing or "auto")
     if plan.note:
         print(plan.note)
     if plan.warning:

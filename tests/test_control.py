@@ -184,7 +184,8 @@ def test_a_run_follows_hints_from_its_inverted_noise(place):
 
 
 def test_the_noise_can_be_chosen(place):
-    for noise, name in (("random", "a-dog-no-inversion"), ("shared", "a-dog-shared-noise")):
+    for noise, name in (("random", "a-dog-no-inversion"), ("shared", "a-dog-shared-noise"),
+                        ("edit-friendly", "a-dog-edit-friendly")):
         sample(place, "--noise", noise, "--out", "noises")
         sample(place, "--noise", noise, "--control", "c", "--hint", "hints", "--out", "noises")
         assert result(place, f"noises/{name}.gif") != result(place, f"noises/{name}-control.gif")
@@ -215,7 +216,10 @@ def test_without_a_run_hints_guide_the_untuned_net(place, precision):
     (["--control", "other", "--hint", "hints"], "its text context is 32 wide, not 24"),
     (["--control", "pose.pth", "--hint", "hints"], "python -m tinytav convert pose.pth pose.safetensors"),
     (["--weights", "w", "--noise", "inverted"], "--noise inverted needs a run"),
-    (["--noise", "inverted", "--frames", 2], "Inverted noise has the run's own size"),
+    (["--noise", "inverted", "--frames", 2], "The noise of a clip has the clip's own size"),
+    (["--noise", "edit-friendly", "--size", 24], "The noise of a clip has the clip's own size"),
+    (["--noise", "inverted", "--seed", 3], "Inverted noise has nothing random"),
+    (["--weights", "w", "--noise", "edit-friendly"], "--noise edit-friendly needs a run"),
     (["--noise", "shared", "--no-inversion"], "not allowed with")])
 def test_what_does_not_fit_is_an_error_before_anything_is_sampled(place, args, message):
     if not (place / "square").exists():

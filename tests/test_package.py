@@ -14,7 +14,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 FLOORS = [
     ["tinytav.stable_diffusion"],
     ["tinytav.inflation", "tinytav.tuning", "tinytav.pipeline", "tinytav.files", "tinytav.cli"],
-    ["tinytav.editing", "tinytav.control"],
+    ["tinytav.editing", "tinytav.control", "tinytav.edit_friendly"],
     ["tinytav.measure", "train", "sample"],
     ["tinytav.toy"],
     ["tinytav.claims"],

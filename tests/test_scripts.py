@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from hardening.warm import Warm
 from tinytav import editing, pipeline
+from tinytav.files import frames
 from tinytav.files.runs import Run
 from tinytav.stable_diffusion.checkpoint import load
 
@@ -68,7 +70,6 @@ def test_sampling_several_prompts_writes_a_clip_a_gif_and_a_strip_each(place):
     stems = ("a-panda-is-skiing", "etc-x", "empty")
     ends = (".mp4", ".gif", ".png", ".sample.json")
     assert {p.name for p in (place / "out").iterdir()} == {f"{stem}{end}" for stem in stems for end in ends} | {"index.html"}
-    from tinytav.files import frames
     assert frames.title(place / "out/etc-x.mp4") == "../../etc/x" and frames.title(place / "out/empty.mp4") == ""
     call(place, "sample.py", "--prompt", "a panda is skiing", "--out", "out")
     assert (place / "out/a-panda-is-skiing-2.mp4").exists()                 # nothing is overwritten
@@ -118,9 +119,23 @@ def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(plac
     torch.testing.assert_close(run.read("inversion")["noise"], noise, atol=1e-5, rtol=1e-5)
 
 
+def test_edit_friendly_noise_comes_from_the_clip_its_caption_and_the_seed(place):
+    for out, seed in (("friendly", 33), ("friendly", 34), ("plain", None)):
+        flags = ["--noise", "edit-friendly"] + (["--seed", seed] if seed else [])
+        call(place, "sample.py", "--prompt", "a dog", "--out", out, *flags)
+    first, second, default = (place / f"{name}.gif" for name in (
+        "friendly/a-dog-edit-friendly", "friendly/a-dog-edit-friendly-2", "plain/a-dog-edit-friendly"))
+    assert first.read_bytes() == default.read_bytes() != second.read_bytes()
+    run, sd = Run.open(place / "runs/clip"), load(place / "w")
+    net, clip, settings = editing.net_of(run, sd), editing.clip_of(run, sd), run.settings
+    noise = editing.invert_edit_friendly(sd, net, clip, settings.ddim_steps)
+    x = editing.sample_clip(sd, net, noise, "a dog", guidance=settings.guidance)
+    frames.write_gif(place / "plain/expected.gif", x, Fraction(settings.fps))
+    assert (place / "plain/expected.gif").read_bytes() == default.read_bytes()
+
+
 def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
     call(place, "sample.py", "--prompt", "a dog", "--no-inversion", "--frames", 5, "--size", 16, "--out", "free")
-    from tinytav.files import frames
     assert frames.read(place / "free/a-dog-no-inversion.mp4", 16, 4, 5).x.shape == (5, 3, 16, 16)
     call(place, "sample.py", "--prompt", "a dog", "--frames", 5, status=2)
 

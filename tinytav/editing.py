@@ -9,11 +9,15 @@ from fractions import Fraction
 
 import torch
 
+from tinytav import edit_friendly
 from tinytav.files.frames import read
 from tinytav.inflation import inflate
 from tinytav.pipeline import decode, encode, invert, last, sample
 from tinytav.stable_diffusion.config import InputError
 from tinytav.tuning import Tuner
+
+NOT_FINITE = ("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or use --precision "
+              "fp32.")
 
 
 @dataclass
@@ -91,22 +95,38 @@ def invert_clip(sd, net, clip, steps=None, progress=no_progress):
     steps = chosen(steps, sd.defaults.ddim_steps)
     noise = last(progress(invert(net, sd.schedule, clip.mean, clip.empty, steps), steps, "inverting"))
     if not noise.isfinite().all():
-        raise InputError("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or use "
-                         "--precision fp32.")
+        raise InputError(NOT_FINITE)
     return noise
 
 
-def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_progress, control=None):
-    """Samples from noise x_T (1, 4, f, h/8, w/8) under a prompt -> frames (f, 3, h, w) in [-1, 1].
+def invert_edit_friendly(sd, net, clip, steps=None, seed=33, progress=no_progress):
+    """The clip's edit-friendly noise under `net`, a list of edit_friendly.Step, for sample_clip.
 
-    Without steps (of DDIM) or guidance the weights' defaults hold. control: a control.Control. Raises InputError if the
-    result is not finite.
+    Without steps (of sampling) the weights' default holds. Raises InputError if the noise is not finite.
     """
     steps = chosen(steps, sd.defaults.ddim_steps)
+    walk = edit_friendly.invert(net, sd.schedule, clip.mean, clip.context, steps, seed)
+    inverted = list(progress(walk, edit_friendly.count(steps), "inverting"))
+    if not all(step.noise.isfinite().all() for step in inverted):
+        raise InputError(NOT_FINITE)
+    return inverted
+
+
+def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_progress, control=None):
+    """Samples from noise under a prompt -> frames (f, 3, h, w) in [-1, 1].
+
+    noise: x_T (1, 4, f, h/8, w/8), or what invert_edit_friendly returns, which has its own steps. Without steps (of DDIM)
+    or guidance the weights' defaults hold. control: a control.Control. Raises InputError if the result is not finite.
+    """
     guidance = chosen(guidance, sd.defaults.guidance)
     context, empty = sd.encode_prompts([prompt, ""]).split(1)
-    latents = last(progress(sample(net, sd.schedule, noise, context, empty, steps, guidance, control), steps, prompt))
-    x = decode(sd.vae, latents)
+    if isinstance(noise, list):
+        steps = len(noise)
+        walk = edit_friendly.sample(net, sd.schedule, noise, context, empty, guidance, control)
+    else:
+        steps = chosen(steps, sd.defaults.ddim_steps)
+        walk = sample(net, sd.schedule, noise, context, empty, steps, guidance, control)
+    x = decode(sd.vae, last(progress(walk, steps, prompt)))
     if not x.isfinite().all():
         raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
     return x

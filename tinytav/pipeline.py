@@ -61,21 +61,28 @@ def invert(net, schedule, latents, empty, steps=50):
 def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, control=None):
     """DDIM sampling from x_T `noise`: yields the latents (b, 4, f, h, w), cleaner after each step.
 
-    context, empty (b, m, d): of the prompts and of the empty prompt. Classifier-free guidance, arXiv 2207.12598, equation
-    6 with guidance = 1 + w: eps = eps(empty) + guidance (eps(prompt) - eps(empty)). At guidance 1 the net runs for the
-    prompt alone, otherwise for both in one batch. control: a control.Control, which acts on both halves of guidance.
+    context, empty (b, m, d): of the prompts and of the empty prompt. control: a control.Control, which acts on both halves
+    of guidance.
     """
     x = noise
     for t, t_next in schedule.pairs(steps):
-        if guidance == 1:
-            output = predict(net, x, t, context, control)
-        else:
-            both = predict(net, torch.cat([x, x]), t, torch.cat([empty, context]), control)
-            unconditional, conditional = both.chunk(2)
-            output = unconditional + guidance * (conditional - unconditional)
+        output = guided(net, x, t, context, empty, guidance, control)
         eps = schedule.epsilon(output, x, schedule.abar(t))
         x = move(x, eps, schedule.abar(t), schedule.abar(t_next))
         yield x
+
+
+def guided(net, x, t, context, empty, guidance, control=None):
+    """The net's prediction by classifier-free guidance: empty + guidance (prompt - empty).
+
+    arXiv 2207.12598, equation 6 with guidance = 1 + w. At guidance 1 the net runs for the prompt alone, otherwise for both
+    in one batch.
+    """
+    if guidance == 1:
+        return predict(net, x, t, context, control)
+    both = predict(net, torch.cat([x, x]), t, torch.cat([empty, context]), control)
+    unconditional, conditional = both.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 def predict(net, x, t, context, control=None):

@@ -6,6 +6,7 @@ may forget its highest memory so far.
 import ctypes
 import gc
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -60,13 +61,20 @@ def simulate(part, dtype, frames):
 
 
 ALL = [block.name for block in memory.tuning(memory.Work(1, 8, 8, unet=UNET)).blocks]
-for part in sys.argv[1:]:
-    part, precision, frames = part.split(",")
+
+
+def measure(part, precision, frames):
     dtype, frames = getattr(torch, precision), int(frames)
     run(part, dtype, 1)                                     # loads the code that the part needs
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)                        # or the case would fill what the one before has left
+    ctypes.CDLL(None).malloc_trim(0)                        # or the case would fill what the run before has left
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     run(part, dtype, frames)
     print(part, precision, frames, status("VmHWM") - before, simulate(part, dtype, frames).peak, flush=True)
+
+
+for case in sys.argv[1:]:
+    process = get_context("fork").Process(target=measure, args=case.split(","))     # no case sees another's memory
+    process.start()
+    process.join()

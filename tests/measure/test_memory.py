@@ -15,7 +15,8 @@ from tinytav.stable_diffusion.vae import VAEConfig
 
 UNET, VAE = UNetConfig.from_json(tiny.UNET), VAEConfig.from_json(tiny.VAE)
 KILO = 1024
-CASES = ["tuning,float32,4", "tuning,float32,8", "tuning,bfloat16,4", "tuning,bfloat16,8", "recomputing,bfloat16,8",
+# In bf16 oneDNN keeps about 20 MB of its own, whatever the number of frames. They must not be a large part of the peak.
+CASES = ["tuning,float32,4", "tuning,float32,8", "tuning,bfloat16,12", "tuning,bfloat16,20", "recomputing,bfloat16,24",
          "sampling,float32,8", "decoding,float32,2"]
 
 
@@ -94,7 +95,7 @@ def test_stable_diffusion_at_24_frames_of_512_pixels_in_bf16_needs_at_most_6_5_g
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a process's peak can be read on Linux only")
 def test_simulated_peaks_are_measured_ones_within_25_per_cent():
-    """In a process whose small tensors, too, go back to the system when they are freed."""
+    """Each in a process of its own, whose small tensors, too, go back to the system when they are freed."""
     script = Path(__file__).parent / "peaks.py"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, script, *CASES], capture_output=True, text=True, env=environment)

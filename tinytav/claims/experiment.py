@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from tinytav import pipeline
+from tinytav import edit_friendly, pipeline
 from tinytav.claims import beyond
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.inflation import inflate
@@ -118,11 +118,16 @@ class Studio:
         """All edits by a variant -> frames (edits, f, 3, h, w)."""
         net = self.tuned_net(variant.net, seed)
         if variant.noise == "edit-friendly":
-            return self.decode(beyond.edit_friendly(net, self.sd.schedule, self.mean, self.own, self.wanted, self.empty,
-                                                    self.settings["ddim_steps"], self.settings["guidance"], seed))
+            return self.decode(self.edit_friendly(net, seed))
         if variant.blend:
             return self.decode(self.blended(net))
         return self.sample(net, self.noise(variant.noise, net, seed), self.settings["guidance"], variant.guide_from)
+
+    def edit_friendly(self, net, seed):
+        """The edits by edit-friendly noise: latents (edits, 4, f, h, w)."""
+        inverted = list(edit_friendly.invert(net, self.sd.schedule, self.mean, self.own, self.settings["ddim_steps"], seed))
+        return pipeline.last(edit_friendly.sample(net, self.sd.schedule, inverted, self.wanted,
+                                                  self.empty.expand_as(self.wanted), self.settings["guidance"]))
 
     def blended(self, net):
         """The edits, blended with the inverted clip: latents (edits, 4, f, h, w)."""

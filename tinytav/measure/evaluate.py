@@ -284,7 +284,7 @@ def tune(job, run):
     """Tunes from where the run's saved state stands, saving it now and then; then inverts the clip."""
     sd, settings, clip = job.sd, run.settings, editing.clip_of(run, job.sd)
     net = editing.new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
-    plan = fit.plan_tuning(memory.work_on(sd, net, clip.mean), job.free)
+    plan = fit.plan_tuning(memory.work_on(sd, net, clip.mean.shape), job.free)
     if plan.warning:
         warnings.warn(plan.warning)
     recompute.switch(net, plan.recomputed)

@@ -67,9 +67,9 @@ class Cost:
     peaks: tuple[int, ...] = ()                     # of tuning without recomputing, by place: see Meter.watch
 
 
-def work_on(sd, net, latents):
-    """The Work of tuning `net` on a clip of these latents (1, 4, f, h, w), or of sampling such a clip from it."""
-    return Work(*latents.shape[2:], sd.dtype, sd.device.type, net.cfg, sd.vae.cfg, net.attention, net.norm)
+def work_on(sd, net, shape):
+    """The Work of tuning `net` on a clip whose latents have this shape (1, 4, f, h, w), or of sampling such a clip from it."""
+    return Work(*shape[2:], sd.dtype, sd.device.type, net.cfg, sd.vae.cfg, net.attention, net.norm)
 
 
 # ---- The simulation ----------------------------------------------------------------------------------------------------
