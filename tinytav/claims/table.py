@@ -30,6 +30,7 @@ VARIANTS = {
     "frame by frame": Variant(Net(None, "spatial", "frame")),
     "no inversion": Variant(noise="random"),
     "no inversion, spatial attention": Variant(Net(attention="spatial"), noise="random"),
+    "no inversion, untuned": Variant(Net(tuned=None), noise="random"),
     **{f"no inversion, untuned, {attention}": Variant(Net(None, attention, "frame"), noise="random")
        for attention in ("spatial", "first", "sparse-causal", "full")},
     "all tensors": Variant(Net(tuned="all")),
@@ -41,7 +42,7 @@ VARIANTS = {
     "a quarter of the steps": Variant(Net(steps=0.25)),
     "twice the steps": Variant(Net(steps=2)),
 }
-# Not in the paper; claims/beyond.py has the code.
+# Not in the paper. claims/beyond.py has the code, edit_friendly.py that of one of them.
 BEYOND = {
     "inverted with the source's caption": Variant(noise="source caption"),
     "guided from the source's caption": Variant(noise="source caption", guide_from="source"),
@@ -61,6 +62,7 @@ SEEDS = (33, 34, 35)    # of the variants on which a claim rests; the others hav
 CLAIMS = (
     ("tuning keeps frames alike", "full method", "untuned", ("agreement", "look", "neighbours")),
     ("tuning keeps what the caption leaves open", "full method", "untuned", ("kept", "psnr")),
+    ("tuning keeps frames alike, without inversion", "no inversion", "no inversion, untuned", ("agreement", "look", "neighbours")),
     ("ST-Attn keeps frames alike", "full method", "spatial attention", ("agreement", "neighbours")),
     ("ST-Attn keeps frames alike, without inversion", "no inversion", "no inversion, spatial attention",
      ("agreement", "neighbours")),
