@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import tinytav
 from tiny import filled
@@ -17,7 +19,7 @@ from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, check_fits, load_controlnet
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
-from tinytav.toy import pretrain, skeleton, world
+from tinytav.toy import pretrain, skeleton, training, world
 
 
 def stage(name, out, minutes, *more):
@@ -119,16 +121,30 @@ def test_before_training_a_stick_figure_already_reaches_the_controlnet(folder):
 
 def test_more_training_starts_from_the_finished_weights(folder, tmp_path):
     pretrain.main(stage("vae", tmp_path, 1e-9, "--from", str(folder)))       # no time for a change worth the name
-    before, after = (pretrain.load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
+    before, after = (load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
     assert all(torch.allclose(before[name], after[name], atol=2e-3) for name in before)
 
 
 def test_the_decoder_trains_alone(folder, tmp_path):
     pretrain.main(stage("vae", tmp_path, 0.1, "--keep-encoder", "--from", str(folder)))
-    before, after = (pretrain.load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
+    before, after = (load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any(name.startswith(("encoder.", "quant_conv.")) for name in moved)
     assert (folder / "vae/config.json").read_text() == (tmp_path / "vae/config.json").read_text()
+
+
+def test_the_vaes_loss_counts_large_errors_and_lost_edges_more():
+    x = torch.zeros(1, 3, 4, 4)
+    assert pretrain.difference(x, x + 0.5) == pytest.approx(0.5 + 3 * 0.25)             # the same everywhere: no edge is lost
+    striped = x.clone()
+    striped[:, :, ::2] = 1                                                              # every second row
+    assert pretrain.difference(x, striped) == pytest.approx(0.5 + 3 * 0.5 + 0.5)
+
+
+def test_threads_that_cannot_share_a_batch_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(["vae", "--minutes", "1", "--threads", "8", "--out", str(tmp_path)])
+    assert "--threads 8 cannot share a batch of 4 equally" in capsys.readouterr().err
 
 
 def test_a_killed_stage_goes_on(tmp_path, capsys):
@@ -140,7 +156,7 @@ def test_a_killed_stage_goes_on(tmp_path, capsys):
     process.kill()
     process.wait()
     assert checkpoint.exists() and not (tmp_path / "vae").exists()
-    with pretrain.safe_open(checkpoint, "pt") as file:
+    with safe_open(checkpoint, "pt") as file:
         steps = int(file.metadata()["steps"])
     pretrain.main(command)
     assert f"vae: goes on after {4 * steps} samples" in capsys.readouterr().out
@@ -153,7 +169,7 @@ def test_a_resumed_stage_takes_the_same_steps(tmp_path, name):
 
     def begin():
         model = filled(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 3, 3)))
-        run = pretrain.Run(args, model)
+        run = training.Run(args, model)
         return run, lambda chosen, rng, generator: model(torch.randn(2, 3, 8, 8, generator=generator)).square().mean()
 
     first, loss_of = begin()
