@@ -3,7 +3,7 @@
 The names below are the library. inflation.py, tuning.py and pipeline.py hold the paper; start reading there.
 """
 from tinytav.control import Control, load_control
-from tinytav.editing import Clip, edit, invert_clip, new_net, read_clip, sample_clip, tune_on
+from tinytav.editing import Clip, edit, invert_clip, invert_edit_friendly, new_net, read_clip, sample_clip, tune_on
 from tinytav.files.frames import write_gif, write_mp4, write_strip
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.pipeline import decode, encode, gaussian, invert, last, sample

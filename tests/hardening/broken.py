@@ -417,7 +417,8 @@ def flags_out_of_bounds(rng, place):
 def use_run(rng, name):
     if name == "half":
         return ["train.py", "--resume", "runs/half"]
-    return ["sample.py", "--run", "runs/done", "--prompt", "a man", *rng.choice([[], ["--no-inversion"], ["--steps", "2"]])]
+    return ["sample.py", "--run", "runs/done", "--prompt", "a man", *rng.choice(
+        [[], ["--no-inversion"], ["--noise", "edit-friendly"], ["--steps", "2"]])]
 
 
 @kind(EITHER)

@@ -24,7 +24,7 @@ class Recipe(NamedTuple):
 
 
 # The VAE learns more from each picture in small batches. With AdamW they diverged in bf16, with Muon they did not.
-RECIPES = dict(clip=Recipe(1e-3, 256, 0.1), vae=Recipe(1e-3, 4, 0.0, muon=True), unet=Recipe(8e-4, 48, 0.01),
+RECIPES = dict(clip=Recipe(1e-3, 256, 0.1), vae=Recipe(1.5e-3, 4, 0.0, muon=True), unet=Recipe(8e-4, 48, 0.01),
                control=Recipe(8e-4, 32, 0.01))
 
 
