@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageColor
+from safetensors.torch import save_file
 
 from tinytav.claims import chart, cost, results, table
 from tinytav.claims.experiment import TUNED
@@ -112,6 +113,19 @@ def test_the_chart_puts_a_dot_where_the_mean_is(tmp_path):
     assert picture.getpixel((chart.LABELS + chart.PANEL * 0.3, rows[0])) == bar
     assert picture.getpixel((chart.LABELS + chart.PANEL * 0.1, rows[0])) == (255, 255, 255)
     assert picture.getpixel((chart.LABELS + chart.PANEL, rows[1])) == dot
+
+
+def test_the_picture_shows_one_edit_of_a_clip_that_is_made(args):
+    names = ("source", "still", "full method", "no inversion")
+    args.plan["user"] = dict.fromkeys(names, (33,))
+    for level, name in enumerate(names):
+        for clip in range(2):
+            frames = torch.full((2, 8, 3, 16, 16), 10 * level + clip, dtype=torch.uint8)     # two edits of a clip
+            save_file(dict(frames=frames), args.out / f"user/{clip}/{name}-33.safetensors")
+    table.picture(args)
+    picture = Image.open(args.out / "claims.png")
+    assert picture.size == (results.MARGIN + 8 * 16, 3 * 16)                                # "still" is not shown
+    assert [picture.getpixel((results.MARGIN + 3, y))[0] for y in (3, 19, 35)] == [0, 20, 30]
 
 
 def test_a_picture_has_a_named_row_for_each_variant(tmp_path):

@@ -53,6 +53,8 @@ BEYOND = {
 # Measured with captions that name every attribute, too.
 FULLY_CAPTIONED = ("full method", "untuned", "spatial attention", "frame by frame", "no inversion")
 QUICK = ("full method", "untuned", "no inversion")
+PICTURE = ("source", "true edit", *QUICK)       # the rows of claims.png
+PICTURED = 3, 2                                 # its clip and edit
 QUICK_EDITS = 2         # of each clip: the subject's and the place's
 # What bounds the variants, all through the VAE: no edit, the right one, one frame of it held still, and the right one
 # in the next clip's motion.
@@ -219,10 +221,13 @@ def by_attribute(args, captions="user"):
     return "\n".join(lines)
 
 
-def picture(args, clip=0, edit=0):
-    """One edit of one clip: a row of frames for the source, the truth and each variant -> claims.png."""
+def picture(args):
+    """One edit of one clip: a row of frames for each of PICTURE that is made -> claims.png."""
+    clip, edit = PICTURED if args.clips > PICTURED[0] else (0, 0)
     rows = {}
     for name, seeds in args.plan["user"].items():
+        if name not in PICTURE:
+            continue
         rows[name] = load_file(args.out / f"user/{clip}/{name}-{seeds[0]}.safetensors")["frames"][edit]
     labelled(args.out / "claims.png", rows)
 
