@@ -135,10 +135,10 @@ def test_the_decoder_trains_alone(folder, tmp_path):
 
 def test_the_vaes_loss_counts_large_errors_and_lost_edges_more():
     x = torch.zeros(1, 3, 4, 4)
-    assert pretrain.difference(x, x + 0.5) == pytest.approx(0.5 + 3 * 0.25)             # the same everywhere: no edge is lost
+    assert pretrain.difference(x, x + 0.5, squared=3) == pytest.approx(0.5 + 3 * 0.25)             # the same everywhere: no edge is lost
     striped = x.clone()
     striped[:, :, ::2] = 1                                                              # every second row
-    assert pretrain.difference(x, striped) == pytest.approx(0.5 + 3 * 0.5 + 0.5)
+    assert pretrain.difference(x, striped, squared=3) == pytest.approx(0.5 + 3 * 0.5 + 0.5)
 
 
 def test_threads_that_cannot_share_a_batch_are_refused(tmp_path, capsys):

@@ -213,11 +213,11 @@ def train_clip(args):
     write(args.out / "text_encoder/model.safetensors", config["text_config"] | dict(architectures=["CLIPTextModel"]), tower)
 
 
-def difference(x, y):
-    """How far pictures y (n, 3, h, w) are from x: absolute and squared error, and the absolute error of the edges."""
+def difference(x, y, squared):
+    """How far pictures y (n, 3, h, w) are from x: absolute error, squared error times `squared`, and error of the edges."""
     error = y - x
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()         # makes outlines crisp
-    return error.abs().mean() + 3 * error.square().mean() + 0.5 * edges
+    return error.abs().mean() + squared * error.square().mean() + 0.5 * edges
 
 
 def train_vae(args):
@@ -232,7 +232,7 @@ def train_vae(args):
         mean, std = (z.float() for z in model.encode(x))
         y = model.decode(mean + std * noise_like(std, generator)).float()
         kl = (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean() / 2
-        return difference(x, y) + 3e-4 * kl
+        return difference(x, y, args.squared) + 3e-4 * kl
 
     weights = train(args, model, args.start and args.start / f"vae/{WEIGHTS}", loss_of)
     if args.keep_encoder:
@@ -367,6 +367,7 @@ def main(argv=None):
     parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
     parser.add_argument("--keep-text", action="store_true", help="clip: not the text tower, because a U-Net hangs on it")
     parser.add_argument("--keep-encoder", action="store_true", help="vae: the decoder alone, because a U-Net hangs on the latents")
+    parser.add_argument("--squared", type=float, default=3.0, help="vae: weight of the squared error, which PSNR asks for")
     parser.add_argument("--pictures", type=int, default=60000, help="drawn to train on")
     parser.add_argument("--batch", type=int, help="otherwise as the stage's recipe says")
     parser.add_argument("--lr", type=float, help="highest learning rate, otherwise as the stage's recipe says")
