@@ -53,8 +53,8 @@ BEYOND = {
 # Measured with captions that name every attribute, too.
 FULLY_CAPTIONED = ("full method", "untuned", "spatial attention", "frame by frame", "no inversion")
 QUICK = ("full method", "untuned", "no inversion")
-PICTURE = ("source", "true edit", *QUICK)       # the rows of claims.png
-PICTURED = 3, 2                                 # its clip and edit
+PICTURE_ROWS = ("source", "true edit", *QUICK)       # the rows of claims.png
+PICTURE_OF = 3, 2                                    # its clip and edit
 QUICK_EDITS = 2         # of each clip: the subject's and the place's
 # What bounds the variants, all through the VAE: no edit, the right one, one frame of it held still, and the right one
 # in the next clip's motion.
@@ -222,11 +222,11 @@ def by_attribute(args, captions="user"):
 
 
 def picture(args):
-    """One edit of one clip: a row of frames for each of PICTURE that is made -> claims.png."""
-    clip, edit = PICTURED if args.clips > PICTURED[0] else (0, 0)
+    """One edit of one clip: a row of frames for each of PICTURE_ROWS that is made -> claims.png."""
+    clip, edit = PICTURE_OF if args.clips > PICTURE_OF[0] else (0, 0)
     rows = {}
     for name, seeds in args.plan["user"].items():
-        if name not in PICTURE:
+        if name not in PICTURE_ROWS:
             continue
         rows[name] = load_file(args.out / f"user/{clip}/{name}-{seeds[0]}.safetensors")["frames"][edit]
     labelled(args.out / "claims.png", rows)

@@ -367,7 +367,7 @@ def main(argv=None):
     parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
     parser.add_argument("--keep-text", action="store_true", help="clip: not the text tower, because a U-Net hangs on it")
     parser.add_argument("--keep-encoder", action="store_true", help="vae: the decoder alone, because a U-Net hangs on the latents")
-    parser.add_argument("--squared", type=float, default=3.0, help="vae: weight of the squared error, which PSNR asks for")
+    parser.add_argument("--squared", type=float, default=3.0, help="vae: weight of the squared error; more of it raises PSNR")
     parser.add_argument("--pictures", type=int, default=60000, help="drawn to train on")
     parser.add_argument("--batch", type=int, help="otherwise as the stage's recipe says")
     parser.add_argument("--lr", type=float, help="highest learning rate, otherwise as the stage's recipe says")
