@@ -163,7 +163,7 @@ def test_a_killed_stage_goes_on(tmp_path, capsys):
     assert (tmp_path / "vae" / pretrain.WEIGHTS).exists() and not checkpoint.exists()
 
 
-@pytest.mark.parametrize("name", ["vae", "unet"])       # Muon, and AdamW alone
+@pytest.mark.parametrize("name", ["vae", "control"])    # Muon, and AdamW alone
 def test_a_resumed_stage_takes_the_same_steps(tmp_path, name):
     args = SimpleNamespace(stage=name, lr=None, batch=None, threads=1, work=tmp_path, seed=0, pictures=8, device="cpu")
 

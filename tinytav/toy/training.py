@@ -24,7 +24,8 @@ class Recipe(NamedTuple):
 
 
 # The VAE learns more from each picture in small batches. With AdamW they diverged in bf16, with Muon they did not.
-RECIPES = dict(clip=Recipe(1e-3, 256, 0.1), vae=Recipe(1.5e-3, 4, 0.0, muon=True), unet=Recipe(8e-4, 48, 0.01),
+# The U-Net's loss fell a little faster with Muon too. Its batch is larger: an update by Muon takes as long as 12 samples.
+RECIPES = dict(clip=Recipe(1e-3, 256, 0.1), vae=Recipe(1.5e-3, 4, 0.0, muon=True), unet=Recipe(1.3e-3, 96, 0.01, muon=True),
                control=Recipe(8e-4, 32, 0.01))
 
 
