@@ -75,6 +75,21 @@ def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
         results.same_settings(tmp_path / "out/settings.json", dict(steps=2))
 
 
+def test_known_scores_are_taken_over_and_not_made_again(args, tmp_path_factory):
+    settings, folder = dict(steps=1), tmp_path_factory.mktemp("later")
+    results.same_settings(args.out / "settings.json", settings)
+    results.collect(args.out, args.out / "scores.json")
+    with pytest.raises(InputError, match="other weights or settings"):
+        results.take_over(args.out / "scores.json", folder, dict(steps=2))
+    assert not list(folder.iterdir())
+    results.take_over(args.out / "scores.json", folder, settings)
+    later = Namespace(**vars(args) | dict(out=folder))
+    assert table.read(later, "full method") == table.read(args, "full method")
+    results.write(folder / "user/0", "full method-33", make=None, studio=None)      # would fail if it called make
+    table.picture(later)
+    assert not (folder / "claims.png").exists()
+
+
 def test_the_official_code_tunes_70_tensors_of_stable_diffusion_for_112():
     with torch.device("meta"):
         net = VideoUNet(UNetConfig(), 8)

@@ -32,7 +32,10 @@ def parser(description, out, clips):
 def every_clip(work, args, sd):
     """work(args, i) for each clip, with the weights' own settings as args.settings."""
     args.settings = vars(sd.defaults)
-    same_settings(args.out / "settings.json", args.settings | dict(fingerprint=sd.fingerprint))
+    made_with = args.settings | dict(fingerprint=sd.fingerprint)
+    same_settings(args.out / "settings.json", made_with)
+    if getattr(args, "known", None):
+        take_over(args.known, args.out, made_with)
     with get_context("spawn").Pool(args.processes) as pool:
         for i in pool.imap_unordered(partial(work, args), range(args.clips)):
             print(f"clip {i} is done", flush=True)
@@ -49,16 +52,36 @@ def same_settings(file, settings):
 def write(folder, name, make, studio):
     """make() -> frames (edits, f, 3, h, w), kept in name.safetensors, and what is said of them in name.json.
 
-    What is there is not made again; a .json that is deleted is written anew.
+    What is there is not made again, and for scores that are there no frames are made. A .json that is deleted is written
+    anew.
     """
     clips, scores = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if not clips.exists():
+    if not clips.exists() and not scores.exists():
         results = torch.stack([frames.to_uint8(x).permute(0, 3, 1, 2) for x in make()]).contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         replace(clips, lambda file: save_file(dict(frames=results), file))
     if not scores.exists():
         found = json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1))
         replace_text(scores, found)
+
+
+def collect(folder, file):
+    """Writes one file of all scores under a folder, and of the settings that they were made with."""
+    scores = {str(path.relative_to(folder).with_suffix("")): json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*.json"))}
+    lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in scores.items()]
+    settings = json.dumps(read_json(folder / "settings.json"))
+    replace_text(file, f'{{"settings": {settings}, "scores": {{\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def take_over(file, folder, settings):
+    """Puts the scores of a file by `collect` into a folder. Raises InputError if they were made with other settings."""
+    known = read_json(file)
+    if known.get("settings") != settings:
+        raise InputError(f"{file} holds scores of other weights or settings: leave out --known, or name another file.")
+    for name, found in known["scores"].items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(found))
 
 
 def row(name, values):

@@ -8,6 +8,7 @@ name everything, too. What is finished stays in the folder, so a run that was st
 the picture claims.png and the chart chart.png.
 """
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tinytav.claims import card, chart, cost
 from tinytav.claims.experiment import FRAMES, Net, Studio, Variant, make_clip
 from tinytav.claims.judge import MOTIONS, Judge
-from tinytav.claims.results import RESAMPLES, bootstrap, every_clip, interval, labelled, means, parser, row, write
+from tinytav.claims.results import RESAMPLES, bootstrap, collect, every_clip, interval, labelled, means, parser, row, write
 from tinytav.measure import metrics
 from tinytav.stable_diffusion import checkpoint
 from tinytav.toy.world import ATTRIBUTES
@@ -226,10 +227,11 @@ def picture(args):
     clip, edit = PICTURE_OF if args.clips > PICTURE_OF[0] else (0, 0)
     rows = {}
     for name, seeds in args.plan["user"].items():
-        if name not in PICTURE_ROWS:
-            continue
-        rows[name] = load_file(args.out / f"user/{clip}/{name}-{seeds[0]}.safetensors")["frames"][edit]
-    labelled(args.out / "claims.png", rows)
+        file = args.out / f"user/{clip}/{name}-{seeds[0]}.safetensors"
+        if name in PICTURE_ROWS and file.exists():          # of known scores there are no frames
+            rows[name] = load_file(file)["frames"][edit]
+    if rows:
+        labelled(args.out / "claims.png", rows)
 
 
 def draw_chart(args):
@@ -287,13 +289,17 @@ def main():
     p.add_argument("--quick", action="store_true", help="two clips, two edits, three variants, in some minutes")
     p.add_argument("--variants", nargs="+", metavar="NAME", choices=[*VARIANTS, *BEYOND],
                    help="only these rows, with short captions and one seed each")
+    p.add_argument("--known", type=Path, metavar="FILE", help="scores.json of an earlier run: what is in it is not made again")
     args = p.parse_args()
+    if args.quick and args.known:
+        p.error("--quick makes fewer edits of each clip: leave out --known.")
     sd = checkpoint.load(args.weights)
     args.plan = plan(args.quick, args.variants)
     args.edits = QUICK_EDITS if args.quick else None            # None: all
     if args.quick:
         args.clips = 2
     every_clip(work, args, sd)
+    collect(args.out, args.out / "scores.json")
     text = "\n\n".join(parts(args, sd))
     (args.out / "claims.md").write_text(text + "\n")
     picture(args)
