@@ -139,12 +139,14 @@ def main():
     args = p.parse_args()
     run = Run.open(args.run)
     eye = Features(args.clip, cli.choose_device(args.device))
-    print(f"clip: {args.clip}\n{'':44}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
+    found = list(rows(run, eye))
+    names = max(len(name) for name, *_ in found)
+    print(f"clip: {args.clip}\n{'':{names}}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
     measured = {}
-    for name, *values in rows(run, eye):
+    for name, *values in found:
         measured[name] = dict(zip(COLUMNS, values))
         values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)
-        print(f"{name:44}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
+        print(f"{name:{names}}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
     save(run.path, args.clip, measured)
     print(f"page: {page.write(run.path)}")
     return 0
