@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 
 
 def parser(description, out, clips):
-    """The flags that claims and sweep have in common."""
+    """The flags that claims, sweep, pose and place have in common."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--weights", type=Path, default=Path("weights/toy"), help=" ")
     p.add_argument("--out", type=Path, default=Path(out), help="folder for what is made")
@@ -29,15 +29,19 @@ def parser(description, out, clips):
     return p
 
 
-def every_clip(work, args, sd):
-    """work(args, i) for each clip, with the weights' own settings as args.settings."""
+def every_clip(work, args, sd, known=None):
+    """work(args, i) for each clip, with the weights' own settings as args.settings.
+
+    All scores are kept in scores.json too. known: such a file of an earlier run; its scores are not made again.
+    """
     args.settings = vars(sd.defaults)
     made_with = args.settings | dict(fingerprint=sd.fingerprint)
     same_settings(args.out / "settings.json", made_with)
-    if getattr(args, "known", None):
-        take_over(args.known, args.out, made_with)
+    if known:
+        take_over(known, args.out, made_with)
     with get_context("spawn").Pool(args.processes) as pool:
         for i in pool.imap_unordered(partial(work, args), range(args.clips)):
+            collect(args.out, args.out / "scores.json")
             print(f"clip {i} is done", flush=True)
 
 
@@ -67,7 +71,8 @@ def write(folder, name, make, studio):
 
 def collect(folder, file):
     """Writes one file of all scores under a folder, and of the settings that they were made with."""
-    scores = {str(path.relative_to(folder).with_suffix("")): json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*.json"))}
+    paths = sorted(folder.glob("*/**/*.json"))
+    scores = {str(path.relative_to(folder).with_suffix("")): json.loads(path.read_text()) for path in paths}
     lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in scores.items()]
     settings = json.dumps(read_json(folder / "settings.json"))
     replace_text(file, f'{{"settings": {settings}, "scores": {{\n' + ",\n".join(lines) + "\n}}\n")

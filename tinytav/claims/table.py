@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tinytav.claims import card, chart, cost
 from tinytav.claims.experiment import FRAMES, Net, Studio, Variant, make_clip
 from tinytav.claims.judge import MOTIONS, Judge
-from tinytav.claims.results import RESAMPLES, bootstrap, collect, every_clip, interval, labelled, means, parser, row, write
+from tinytav.claims.results import RESAMPLES, bootstrap, every_clip, interval, labelled, means, parser, row, write
 from tinytav.measure import metrics
 from tinytav.stable_diffusion import checkpoint
 from tinytav.toy.world import ATTRIBUTES
@@ -298,8 +298,7 @@ def main():
     args.edits = QUICK_EDITS if args.quick else None            # None: all
     if args.quick:
         args.clips = 2
-    every_clip(work, args, sd)
-    collect(args.out, args.out / "scores.json")
+    every_clip(work, args, sd, args.known)
     text = "\n\n".join(parts(args, sd))
     (args.out / "claims.md").write_text(text + "\n")
     picture(args)
