@@ -46,11 +46,12 @@ def test_the_true_edit_succeeds_and_neither_the_source_nor_a_still_copy_does(stu
 
 
 def test_an_edit_moves_towards_its_prompt_and_keeps_the_motion(studio, edited):
-    source = studio.score(torch.stack([studio.source] * len(EDITS)))
-    for before, after in zip(source, studio.score(edited)):
+    source, scores = studio.score(torch.stack([studio.source] * len(EDITS))), studio.score(edited)
+    for before, after in zip(source, scores):
         assert before["edited"] < 0.2 and after["edited"] > 0.6 and after["kept"] > 0.8
         assert after["text"] > before["text"] + 5
-        assert all(after[part] >= 0.5 for part in MOTIONS), after         # guessing gives 0.25 and 0.33
+    for part in MOTIONS:                                                    # guessing gives 0.25 and 0.33
+        assert sum(after[part] for after in scores) / len(scores) >= 0.6, part
 
 
 @pytest.mark.slow
