@@ -55,7 +55,7 @@ BEYOND = {
 FULLY_CAPTIONED = ("full method", "untuned", "spatial attention", "frame by frame", "no inversion")
 QUICK = ("full method", "untuned", "no inversion", "no inversion, spatial attention", "no inversion, untuned")
 PICTURE_ROWS = ("source", "true edit", "full method", "untuned", "no inversion")       # the rows of claims.png
-PICTURE_OF = 3, 2                                    # its clip and edit
+PICTURE_OF = 3, 0                                    # its clip and edit
 QUICK_EDITS = 2         # of each clip: the subject's and the place's
 # What bounds the variants, all through the VAE: no edit, the right one, one frame of it held still, and the right one
 # in the next clip's motion.
