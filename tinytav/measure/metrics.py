@@ -140,13 +140,13 @@ def main():
     run = Run.open(args.run)
     eye = Features(args.clip, cli.choose_device(args.device))
     found = list(rows(run, eye))
-    names = max(len(name) for name, *_ in found)
-    print(f"clip: {args.clip}\n{'':{names}}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
+    longest = max(len(name) for name, *_ in found)
+    print(f"clip: {args.clip}\n{'':{longest}}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
     measured = {}
     for name, *values in found:
         measured[name] = dict(zip(COLUMNS, values))
         values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)
-        print(f"{name:{names}}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
+        print(f"{name:{longest}}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
     save(run.path, args.clip, measured)
     print(f"page: {page.write(run.path)}")
     return 0
