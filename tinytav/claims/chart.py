@@ -8,6 +8,7 @@ ROW, TOP = 22, 46                       # pixels: of a row, and above the first
 LABELS, PANEL, GAP = 250, 170, 26       # pixels: of the names, of a panel's width, between panels
 GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"
 TICKS = (0, 50, 100)                    # per cent
+UPPER_TICKS = (50, 75, 100)             # of a panel in which nothing is below 50 per cent
 
 
 def write(path, found):
@@ -19,24 +20,35 @@ def write(path, found):
     for j, name in enumerate(found):
         draw.text((8, TOP + j * ROW + 3), name, "black", font)
     for i, panel in enumerate(panels):
-        left = LABELS + i * (PANEL + GAP)
-        axis(draw, font, left, panel, len(found))
+        left, ticks = LABELS + i * (PANEL + GAP), ticks_of([shares[panel] for shares in found.values()])
+        axis(draw, font, left, panel, len(found), ticks)
         for j, shares in enumerate(found.values()):
-            mark(draw, left, TOP + j * ROW + ROW // 2, *shares[panel])
+            mark(draw, left, TOP + j * ROW + ROW // 2, ticks, *shares[panel])
     frames.write_picture(path, np.asarray(image))
 
 
-def axis(draw, font, left, title, rows):
+def ticks_of(intervals):
+    """The ticks of a panel, in per cent: its axis begins at the first of them."""
+    lowest = 100 * min(low for _, low, _ in intervals)
+    return UPPER_TICKS if lowest >= UPPER_TICKS[0] else TICKS
+
+
+def position(left, ticks, percent):
+    """Where on the picture a percentage is, in pixels from the left."""
+    return left + PANEL * (percent - ticks[0]) / (ticks[-1] - ticks[0])
+
+
+def axis(draw, font, left, title, rows, ticks):
     """A panel's title, its ticks and its grid."""
     draw.text((left, 4), title, "black", font)
-    for tick in TICKS:
-        x = left + PANEL * tick / 100
+    for tick in ticks:
+        x = position(left, ticks, tick)
         draw.line([x, TOP - 4, x, TOP + rows * ROW], GRID)
-        draw.text((x, TOP - 22), f"{tick} %" if tick == TICKS[-1] else str(tick), "#777777", font, anchor="ma")
+        draw.text((x, TOP - 22), f"{tick} %" if tick == ticks[-1] else str(tick), "#777777", font, anchor="ma")
 
 
-def mark(draw, left, y, mean, low, high):
+def mark(draw, left, y, ticks, mean, low, high):
     """A bar over the interval, and a dot at the mean."""
-    x_mean, x_low, x_high = (left + PANEL * share for share in (mean, low, high))
+    x_mean, x_low, x_high = (position(left, ticks, 100 * share) for share in (mean, low, high))
     draw.rectangle([x_low, y - 4, x_high, y + 4], BAR)
     draw.ellipse([x_mean - 4, y - 4, x_mean + 4, y + 4], DOT)

@@ -60,7 +60,7 @@ QUICK_EDITS = 2         # of each clip: the subject's and the place's
 # What bounds the variants, all through the VAE: no edit, the right one, one frame of it held still, and the right one
 # in the next clip's motion.
 REFERENCES = ("source", "true edit", "still", "other motion")
-SEEDS = (33, 34, 35)    # of the variants on which a claim rests; the others have the first alone
+SEEDS = (33, 34, 35)    # of the variants on which a claim rests and that draw random numbers; the others have the first alone
 # What the paper says: (claim, better, worse, scores in which it should show)
 CLAIMS = (
     ("tuning keeps frames alike", "full method", "untuned", ("agreement", "look", "neighbours")),
@@ -92,12 +92,24 @@ NAMES = COLUMNS | CHART
 PERCENT = ("success", "edited", "kept", "agreement", "motion", "look", *MOTIONS)
 
 
-def plan(quick=False, only=None):
-    """{captions: {name: seeds}} of what is made. only: names of variants, which then have one seed and short captions."""
-    if quick or only:
-        return {"user": dict.fromkeys((*REFERENCES, *(only or QUICK)), SEEDS[:1])}
+def is_random(variant):
+    """Does the seed change what a variant makes? Only tuning and two kinds of noise draw random numbers."""
+    return variant.net.tuned is not None or variant.noise in ("random", "edit-friendly")
+
+
+def seeds_of(name, count):
+    """The seeds of a row: `count` if a claim rests on it and they change it, else one."""
     claimed = {name for _, better, worse, _ in CLAIMS for name in (better, worse)}
-    user = {name: SEEDS if name in claimed else SEEDS[:1] for name in (*REFERENCES, *VARIANTS, *BEYOND)}
+    return SEEDS[:count] if name in claimed and is_random(VARIANTS[name]) else SEEDS[:1]
+
+
+def plan(quick=False, only=None, seeds=len(SEEDS)):
+    """{captions: {name: seeds}} of what is made. only: names of variants, which are then made with short captions alone."""
+    if quick:
+        only, seeds = QUICK, 1
+    user = {name: seeds_of(name, seeds) for name in (*REFERENCES, *(only or (*VARIANTS, *BEYOND)))}
+    if only:
+        return {"user": user}
     return {"user": user, "full": dict.fromkeys((*REFERENCES, *FULLY_CAPTIONED), SEEDS[:1])}
 
 
@@ -290,13 +302,15 @@ def main():
     p = parser(__doc__.partition("\n")[0], "claims", 12)
     p.add_argument("--quick", action="store_true", help="two clips, two edits, five variants, in some minutes")
     p.add_argument("--variants", nargs="+", metavar="NAME", choices=[*VARIANTS, *BEYOND],
-                   help="only these rows, with short captions and one seed each")
+                   help="only these rows, with short captions")
+    p.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS),
+                   help="for each row on which a claim rests")
     p.add_argument("--known", type=Path, metavar="FILE", help="scores.json of an earlier run: what is in it is not made again")
     args = p.parse_args()
     if args.quick and args.known:
         p.error("--quick makes fewer edits of each clip: leave out --known.")
     sd = checkpoint.load(args.weights)
-    args.plan = plan(args.quick, args.variants)
+    args.plan = plan(args.quick, args.variants, args.seeds)
     args.edits = QUICK_EDITS if args.quick else None            # None: all
     if args.quick:
         args.clips = 2
