@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinytav import pipeline
 from tinytav.claims import table
 from tinytav.claims.experiment import Edit, KnownClip, Studio, Variant, said
 from tinytav.claims.judge import MOTIONS
@@ -71,6 +72,27 @@ def test_captions_name_the_gist_and_what_is_edited_or_everything(settings):
     assert said("full") == tuple(world.ATTRIBUTES)
     clip = CLIP._replace(edits=[Edit("hat", replace(SCENE, hat="crown"))])
     assert Studio(TOY, clip, settings).prompts == ["a man wearing a crown is skiing on the snow"]
+
+
+def test_each_kind_of_noise_is_what_its_name_says(settings):
+    quick = Studio(TOY, CLIP._replace(edits=EDITS[:1]), settings | dict(ddim_steps=3))
+    net = quick.inflated()
+    torch.testing.assert_close(quick.noise("inverted", net, 33), quick.invert(net, quick.empty))
+    torch.testing.assert_close(quick.noise("source caption", net, 33), quick.invert(net, quick.own))
+    random = quick.noise("random", net, 33)
+    torch.testing.assert_close(random, pipeline.gaussian(random.shape, 33))
+    sampled = pipeline.last(pipeline.sample(net, quick.sd.schedule, quick.noise("fixed point", net, 33), quick.empty, quick.empty, 3, 1))
+    plain = pipeline.last(pipeline.sample(net, quick.sd.schedule, quick.noise("inverted", net, 33), quick.empty, quick.empty, 3, 1))
+    assert (sampled - quick.mean).square().mean() < 0.5 * (plain - quick.mean).square().mean()
+
+
+def test_guidance_goes_away_from_the_empty_prompt_or_from_the_sources(settings):
+    quick = Studio(TOY, CLIP._replace(edits=EDITS[:1]), settings | dict(ddim_steps=3))
+    net = quick.inflated()
+    noise = quick.noise("inverted", net, 33)
+    for name, away in (("empty", quick.empty), ("source", quick.own)):
+        latents = pipeline.last(pipeline.sample(net, quick.sd.schedule, noise, quick.wanted, away, 3, 3.))
+        torch.testing.assert_close(quick.sample(net, noise, 3., name), quick.decode(latents))
 
 
 def test_each_variant_of_noise_and_guidance_makes_something_of_its_own(settings):

@@ -25,6 +25,19 @@ def test_the_coarse_part_is_the_mean_of_each_cell():
     torch.testing.assert_close(place.coarse(exchanged), place.coarse(a))
 
 
+def test_each_mixed_noise_has_the_parts_that_its_name_says(settings):
+    changing = place.Changing(TOY, make_clip("test", 0), settings)
+    net = changing.studio.inflated()
+    source, true, a, b = (changing.mixed(name, net) for name in (
+        "source's noise", "true edit's noise", "coarse of the true edit, fine of the source",
+        "fine of the true edit, coarse of the source"))
+    torch.testing.assert_close(source, changing.studio.invert(net, changing.studio.empty))
+    torch.testing.assert_close(place.coarse(a), place.coarse(true))
+    torch.testing.assert_close(a - place.coarse(a), source - place.coarse(source))
+    torch.testing.assert_close(place.coarse(b), place.coarse(source))
+    torch.testing.assert_close(b - place.coarse(b), true - place.coarse(true))
+
+
 def test_each_noise_gives_another_clip_and_the_first_is_the_methods_own(settings):
     changing = place.Changing(TOY, make_clip("test", 0), settings)
     made = {name: changing.make(name) for name in place.VARIANTS}

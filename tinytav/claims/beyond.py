@@ -18,7 +18,7 @@ THRESHOLD = 0.3         # of blending, as a part of the largest attention (Promp
 
 @torch.no_grad()
 def fixed_point(net, schedule, latents, context, steps):
-    """DDIM inversion that sampling takes back exactly: yields latents as pipeline.invert does.
+    """DDIM inversion that sampling without guidance takes back almost exactly: yields latents as pipeline.invert does.
 
     Sampling predicts the noise at the noisier end of a step. Plain inversion predicts it from the cleaner end's latents.
     Here the noisier end is found by iteration: x = move(start, eps(x)). Pan et al., arXiv 2309.04907, section 3.

@@ -112,7 +112,7 @@ def main():
     held_out = args.samples // 4
     asked = renders(held_out, "held out", held_out=True)[0] + renders(args.samples - held_out, "samples")[0]
     drawn = sample(sd, asked, args.steps, args.guidance)
-    shown = slice(held_out - 16, held_out + 24)                             # the first two rows are held out
+    shown = slice(max(0, held_out - 16), held_out + 24)                             # the first two rows are held out
     save_grid(args.out / "samples.png", drawn[shown], 8)
     (args.out / "samples.txt").write_text("".join(world.caption(scene) + "\n" for scene in asked[shown]))
     result = dict(

@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tinytav.files import frames
 
 ROW, TOP = 22, 46                       # pixels: of a row, and above the first
-LABELS, PANEL, GAP = 250, 170, 26       # pixels: of the names, of a panel's width, between panels
+LABELS, PANEL, GAP = 250, 165, 44       # pixels: of the names, of a panel's width, between panels
 GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"
 TICKS = (0, 50, 100)                    # per cent
 UPPER_TICKS = (50, 75, 100)             # of a panel in which nothing is below 50 per cent

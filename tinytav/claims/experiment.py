@@ -27,7 +27,7 @@ TUNED = {"the paper's": lambda net: net.tuned(),
 
 
 class Net(NamedTuple):
-    """A video net, tuned or not. Untuned, spatial and normed per frame it is the image net: T-Attn begins as nothing."""
+    """A video net, tuned or not. With tuned=None, "spatial" and "frame" it is the image net: an untuned T-Attn adds nothing."""
     tuned: str | None = "the paper's"       # which tensors, a key of TUNED
     attention: str = "sparse-causal"
     norm: str = "clip"
@@ -59,7 +59,7 @@ def change(scene, name, rng):
 
 
 def make_clip(kind, i):
-    """Clip i of a kind ("test" or "choice"). In every third the object and place edits were never seen in training."""
+    """Clip i of a kind ("test" or "choice"). In every third the subject and place edits were never seen in training."""
     rng = Random(f"{kind}/{i}")
     motion = world.random_motion(rng)
     drift = rng.choice((-0.16, 0.16))       # so that a figure that stays where it is can be detected

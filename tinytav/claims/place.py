@@ -1,11 +1,11 @@
-"""Why the background often moves wrongly after a change of place: what the noise says of it, tested by exchanging parts of it.
+"""Why the background's motion is often wrong after a change of place: edits from noises that are mixed from two clips.
 
     python -m tinytav place --out place --processes 2
 
 The place of each test clip is edited as in the claims table, with the same tuned nets, but from several noises. One is the
-source's inverted noise, which the method begins with. One is that of the true edit, which only a drawn world can know. Two
-more have the coarse part of one and the fine part of the other. If the background moves rightly from the true edit's noise
-alone, then the source's noise is what fails, and not the net. Writes the table place.md, and a picture of each clip.
+source's inverted noise, which the method begins with. One is that of the true edit, which is known because it can be drawn.
+Two more have the coarse part of one and the fine part of the other. If the background moves correctly from the true edit's
+noise alone, then the source's noise is what fails, and not the net. Writes the table place.md, and a picture of each clip.
 """
 import torch
 from safetensors.torch import load_file
@@ -46,14 +46,22 @@ class Changing:
         latents, _ = pipeline.encode(studio.sd.vae, studio.judge.draw(scene))
         return pipeline.last(pipeline.invert(net, studio.sd.schedule, latents, studio.empty, self.settings["ddim_steps"]))
 
+    def mixed(self, variant, net):
+        """The noise that a variant's name describes."""
+        source, true = (self.noise(net, scene) for scene in (self.studio.clip.scene, self.edit.scene))
+        if variant == "true edit's noise":
+            return true
+        if variant == "coarse of the true edit, fine of the source":
+            return coarse(true) + source - coarse(source)
+        if variant == "fine of the true edit, coarse of the source":
+            return coarse(source) + true - coarse(true)
+        return source
+
     def make(self, variant):
         """The edit from one of the noises -> frames (1, f, 3, h, w)."""
         studio = self.studio
         net = studio.tuned_net(METHOD.net, SEED)
-        source, true = (self.noise(net, scene) for scene in (studio.clip.scene, self.edit.scene))
-        noise = {"true edit's noise": true,
-                 "coarse of the true edit, fine of the source": coarse(true) + source - coarse(source),
-                 "fine of the true edit, coarse of the source": coarse(source) + true - coarse(true)}.get(variant, source)
+        noise = self.mixed(variant, net)
         wanted = studio.wanted
         if variant == "source's noise, all named":
             wanted = studio.sd.encode_prompts([world.caption(self.edit.scene)])

@@ -106,7 +106,7 @@ class Posing:
 def work(args, i):
     """Clip i by every variant: a file of frames and one of scores for each, unless they are there."""
     torch.set_num_threads(1)
-    clip, folder = make_clip("pose", i), args.out / str(i)
+    clip, folder = make_clip("pose", i), args.out / args.captions / str(i)
     motion = other_motion(clip.motion, Random(f"other/{i}"))
     posing = Posing(args.weights, clip, motion, args.settings, args.captions)
     for name in REFERENCES:
@@ -130,8 +130,8 @@ def main():
                    help="user: subject, activity and place, so that nothing but the tuned net holds the clothes; full: everything")
     args = p.parse_args()
     every_clip(work, args, checkpoint.load(args.weights))
-    text = table_of(args.out, args.clips, (*REFERENCES, *VARIANTS), COLUMNS)
-    (args.out / "pose.md").write_text(text + "\n")
+    text = table_of(args.out / args.captions, args.clips, (*REFERENCES, *VARIANTS), COLUMNS)
+    (args.out / args.captions / "pose.md").write_text(text + "\n")
     print(text)
     return 0
 

@@ -56,12 +56,15 @@ def same_settings(file, settings):
 def write(folder, name, make, studio):
     """make() -> frames (edits, f, 3, h, w), kept in name.safetensors, and what is said of them in name.json.
 
-    What is there is not made again, and for scores that are there no frames are made. A .json that is deleted is written
-    anew.
+    What is there is not made again. If the scores are there, no frames are made. To score the frames again, delete the
+    .json. Raises InputError for frames that are not finite.
     """
     clips, scores = folder / f"{name}.safetensors", folder / f"{name}.json"
     if not clips.exists() and not scores.exists():
-        results = torch.stack([frames.to_uint8(x).permute(0, 3, 1, 2) for x in make()]).contiguous()
+        made = make()
+        if not made.isfinite().all():
+            raise InputError(f"{name} of {folder} has values that are not finite: the tuning has probably diverged.")
+        results = torch.stack([frames.to_uint8(x).permute(0, 3, 1, 2) for x in made]).contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         replace(clips, lambda file: save_file(dict(frames=results), file))
     if not scores.exists():
@@ -79,12 +82,17 @@ def collect(folder, file):
 
 
 def take_over(file, folder, settings):
-    """Puts the scores of a file by `collect` into a folder. Raises InputError if they were made with other settings."""
+    """Puts the scores of a file by `collect` into a folder, but for those that are there or can be made from its frames.
+
+    Raises InputError if they were made with other settings.
+    """
     known = read_json(file)
     if known.get("settings") != settings:
         raise InputError(f"{file} holds scores of other weights or settings: leave out --known, or name another file.")
     for name, found in known["scores"].items():
         path = folder / f"{name}.json"
+        if path.exists() or path.with_suffix(".safetensors").exists():
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(found))
 
