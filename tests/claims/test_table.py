@@ -236,7 +236,7 @@ def everywhere(scores, captions, name, seeds):
 
 def test_the_shipped_scores_are_those_of_the_shipped_weights(shipped):
     sd = checkpoint.load(CLAIMS.parents[1] / "weights/toy")
-    assert shipped.made_with == vars(sd.defaults) | dict(fingerprint=sd.fingerprint)
+    assert shipped.made_with == vars(sd.defaults) | results.fingerprints(sd, sd.path)
 
 
 def test_the_tables_of_readme_are_those_of_the_shipped_scores(shipped):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tinytav import cli, pipeline
 from tinytav.claims.experiment import FRAMES, Net, Studio, make_clip, said
 from tinytav.claims.judge import Judge
-from tinytav.claims.results import every_clip, labelled, parser, table_of, write
+from tinytav.claims.results import EYE, every_clip, labelled, parser, table_of, write
 from tinytav.control import Control
 from tinytav.files import frames
 from tinytav.stable_diffusion import checkpoint
@@ -27,6 +27,7 @@ from tinytav.stable_diffusion.controlnet import load_controlnet
 from tinytav.toy import skeleton, world
 
 SEED = 33
+CONTROL = "controlnet/diffusion_pytorch_model.safetensors"      # in the weights' folder
 SCALE = 1.5         # the toy's ControlNet follows limbs better than at 1: chosen on two clips of the kind "choice"
 NOISES = ("inverted", "random", "shared")
 
@@ -129,7 +130,7 @@ def main():
     p.add_argument("--captions", choices=("user", "full"), default="user",
                    help="user: subject, activity and place, so that nothing but the tuned net holds the clothes; full: everything")
     args = p.parse_args()
-    every_clip(work, args, checkpoint.load(args.weights))
+    every_clip(work, args, checkpoint.load(args.weights), files=(EYE, CONTROL))
     text = table_of(args.out / args.captions, args.clips, (*REFERENCES, *VARIANTS), COLUMNS)
     (args.out / args.captions / "pose.md").write_text(text + "\n")
     print(text)

@@ -1,5 +1,6 @@
 """A folder of edited clips and what is said of them: made a clip at a time, kept, and shown as tables and pictures."""
 import argparse
+import hashlib
 import json
 from functools import partial
 from multiprocessing import get_context
@@ -17,6 +18,7 @@ from tinytav.stable_diffusion.config import InputError
 
 MARGIN = 150        # pixels before a picture's rows, for their names
 RESAMPLES = 10_000
+EYE = "clip/model.safetensors"      # in the weights' folder: the CLIP that three of the scores ask
 
 
 def parser(description, out, clips):
@@ -29,13 +31,14 @@ def parser(description, out, clips):
     return p
 
 
-def every_clip(work, args, sd, known=None):
+def every_clip(work, args, sd, known=None, files=(EYE,)):
     """work(args, i) for each clip, with the weights' own settings as args.settings.
 
-    All scores are kept in scores.json too. known: such a file of an earlier run; its scores are not made again.
+    All scores are kept in scores.json too. known: such a file of an earlier run; its scores are not made again. files: what is
+    used of the weights' folder beside Stable Diffusion's own parts. Results of other such files are not gone on with.
     """
     args.settings = vars(sd.defaults)
-    made_with = args.settings | dict(fingerprint=sd.fingerprint)
+    made_with = args.settings | fingerprints(sd, args.weights, files)
     same_settings(args.out / "settings.json", made_with)
     if known:
         take_over(known, args.out, made_with)
@@ -43,6 +46,16 @@ def every_clip(work, args, sd, known=None):
         for i in pool.imap_unordered(partial(work, args), range(args.clips)):
             collect(args.out, args.out / "scores.json")
             print(f"clip {i} is done", flush=True)
+
+
+def fingerprints(sd, weights, files=(EYE,)):
+    """Of the weights and of further files in their folder: {name: hash}. Raises InputError if a file is missing."""
+    found = dict(fingerprint=sd.fingerprint)
+    for file in files:
+        if not (weights / file).is_file():
+            raise InputError(f"{weights / file} is missing: the scores need it.")
+        found[file] = hashlib.sha256((weights / file).read_bytes()).hexdigest()[:16]
+    return found
 
 
 def same_settings(file, settings):
