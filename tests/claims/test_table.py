@@ -85,11 +85,9 @@ def test_p_of_sign_flips_is_the_share_of_signs_that_differ_as_much():
 
 def test_p_is_corrected_for_claims_that_are_not_made_too(args, monkeypatch):
     claim = ("moving wins", "full method", "source", ("psnr",))
-    monkeypatch.setattr(table, "CLAIMS", (claim,))
-    alone = table.verdicts(args).splitlines()[-1]
     monkeypatch.setattr(table, "CLAIMS", (claim, ("not made", "untuned", "source", ("psnr", "look"))))
     monkeypatch.setattr(table, "p_value", lambda found: 0.03)
-    assert table.verdicts(args).splitlines()[-1].endswith("| 0.090 | undecided |") and alone != table.verdicts(args)
+    assert table.verdicts(args).splitlines()[-1].endswith("| 0.090 | undecided |")
 
 
 def test_what_is_not_in_the_paper_is_compared_with_the_full_method_on_the_same_clips(args):

@@ -87,8 +87,8 @@ ROBUST = (("full method", "no inversion", "x", 0.2), ("full method", "no inversi
           ("true edit", "full method", "success", 0), ("true edit", "full method", "psnr", 2),
           ("full method", "still", "success", 0.1), ("full method", "other motion", "success", 0.1))
 COLUMNS = dict(success="success", edited="edit right", kept="rest kept", unsaid="unsaid kept", agreement="agreement",
-               look="look agrees", phase="limbs", x="position", camera="camera", psnr="PSNR", all_pairs="all pairs", neighbours="neighbours",
-               text="text")
+               look="look agrees", phase="limbs", x="position", camera="camera", psnr="PSNR", all_pairs="all pairs",
+               neighbours="neighbours", text="text")
 CHART = dict(success="success", edited="edit right", unsaid="unsaid kept", agreement="agreement", motion="motion")
 NAMES = COLUMNS | CHART
 PERCENT = ("success", "edited", "kept", "unsaid", "agreement", "motion", "look", *MOTIONS)
