@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tinytav import pipeline
-from tinytav.claims import table
+from tinytav.claims import variants
 from tinytav.claims.experiment import Edit, KnownClip, Studio, Variant, said
 from tinytav.claims.judge import MOTIONS
 from tinytav.measure.metrics import psnr
@@ -98,7 +98,7 @@ def test_guidance_goes_away_from_the_empty_prompt_or_from_the_sources(settings):
 def test_each_variant_of_noise_and_guidance_makes_something_of_its_own(settings):
     quick = Studio(TOY, CLIP._replace(edits=EDITS[:1]), settings | dict(steps=1, ddim_steps=3))
     made = {}
-    for name, variant in (table.BEYOND | {name: table.VARIANTS[name] for name in ("full method", "no inversion")}).items():
+    for name, variant in (variants.BEYOND | {name: variants.VARIANTS[name] for name in ("full method", "no inversion")}).items():
         made[name] = quick.edit(variant, seed=33)
         assert made[name].isfinite().all()
     names = list(made)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageColor
 from safetensors.torch import save_file
 
-from tinytav.claims import chart, cost, results, table
+from tinytav.claims import chart, cost, results, significance, table, variants
 from tinytav.claims.experiment import TUNED
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.stable_diffusion import checkpoint
@@ -37,9 +37,9 @@ def args(tmp_path):
 
 
 def test_a_mean_is_over_clips_and_its_interval_spans_them(args):
-    mean, low, high = results.interval(table.read(args, "full method"), "success")
+    mean, low, high = significance.interval(table.read(args, "full method"), "success")
     assert (mean, low, high) == (0.25, 0, 0.5)
-    assert results.interval(table.read(args, "full method"), "psnr") == (0.5, 0.5, 0.5)
+    assert significance.interval(table.read(args, "full method"), "psnr") == (0.5, 0.5, 0.5)
 
 
 def test_the_table_has_a_row_a_variant_and_the_level_of_chance(args):
@@ -76,11 +76,11 @@ def test_two_clips_prove_nothing(args, monkeypatch):
 
 
 def test_p_of_sign_flips_is_the_share_of_signs_that_differ_as_much():
-    assert table.p_value(np.array([1., 2., 3.])) == 2 / 8
-    assert table.p_value(np.array([3., -1., 1.])) == 6 / 8          # the sums are 5, 3, 3, 1 and -1, -3, -3, -5
+    assert significance.p_value(np.array([1., 2., 3.])) == 2 / 8
+    assert significance.p_value(np.array([3., -1., 1.])) == 6 / 8          # the sums are 5, 3, 3, 1 and -1, -3, -3, -5
     many = np.random.default_rng(1).normal(0.2, 1, 16)
     exact = np.mean([abs(np.dot(signs, many)) >= abs(many.sum()) for signs in product((1, -1), repeat=16)])
-    assert table.p_value(many) == pytest.approx(exact, abs=0.02)
+    assert significance.p_value(many) == pytest.approx(exact, abs=0.02)
 
 
 def test_p_is_corrected_for_claims_that_are_not_made_too(args, monkeypatch):
@@ -144,22 +144,22 @@ def test_the_official_code_tunes_70_tensors_of_stable_diffusion_for_112():
 
 
 def test_holm_corrects_for_the_number_of_claims():
-    assert table.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert table.holm([0.6, 0.5]) == pytest.approx([1, 1])
+    assert significance.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert significance.holm([0.6, 0.5]) == pytest.approx([1, 1])
 
 
 def test_each_claim_is_about_variants_that_are_made_with_three_seeds_where_seeds_change_them():
-    made = table.plan()["user"]
+    made = variants.plan()["user"]
     always_alike = {"untuned", "frame by frame"}
-    for _, better, worse, keys in table.CLAIMS:
+    for _, better, worse, keys in variants.CLAIMS:
         for name in (better, worse):
-            assert made[name] == (table.SEEDS[:1] if name in always_alike else table.SEEDS)
+            assert made[name] == (variants.SEEDS[:1] if name in always_alike else variants.SEEDS)
         assert set(keys) <= set(table.NAMES)
-    assert made["norm per frame"] == made["edit-friendly noise"] == made["true edit"] == table.SEEDS[:1]
-    assert table.plan(only=["full method"], seeds=2)["user"]["full method"] == table.SEEDS[:2]
-    assert set(table.plan(only=["untuned"])["user"]) == {*table.REFERENCES, "untuned"}
-    quick = table.plan(quick=True)["user"]
-    for better, worse, key, _ in table.ROBUST:
+    assert made["norm per frame"] == made["edit-friendly noise"] == made["true edit"] == variants.SEEDS[:1]
+    assert variants.plan(only=["full method"], seeds=2)["user"]["full method"] == variants.SEEDS[:2]
+    assert set(variants.plan(only=["untuned"])["user"]) == {*variants.REFERENCES, "untuned"}
+    quick = variants.plan(quick=True)["user"]
+    for better, worse, key, _ in variants.ROBUST:
         assert better in quick and worse in quick and key in table.NAMES
 
 
@@ -224,7 +224,7 @@ def shipped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shipped")
     results.take_over(CLAIMS / "scores.json", folder, known["settings"])
     finished = {captions: {name: seeds for name, seeds in rows.items() if everywhere(known["scores"], captions, name, seeds)}
-                for captions, rows in table.plan().items()}
+                for captions, rows in variants.plan().items()}
     return Namespace(out=folder, clips=12, plan=finished, quick=False, made_with=known["settings"])
 
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+from tinytav.claims.significance import interval
 from tinytav.files import frames
 from tinytav.files.atomic import replace, replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.config import InputError
 
 MARGIN = 150        # pixels before a picture's rows, for their names
-RESAMPLES = 10_000
 EYE = "clip/model.safetensors"      # in the weights' folder: the CLIP that three of the scores ask
 
 
@@ -112,22 +112,6 @@ def take_over(file, folder, settings):
 
 def row(name, values):
     return f"| {name} | " + " | ".join(values) + " |"
-
-
-def interval(clips, key):
-    """Mean over edits, and its 95 % bootstrap interval over clips: (mean, low, high)."""
-    resampled = bootstrap(means(clips, key))
-    return means(clips, key).mean(), *np.percentile(resampled, (2.5, 97.5))
-
-
-def means(clips, key):
-    """The mean over a clip's edits and seeds, for each clip."""
-    return np.array([np.mean([scores[key] for scores in clip]) for clip in clips])
-
-
-def bootstrap(means):
-    """The means of clips drawn again and again, with replacement."""
-    return means[np.random.default_rng(0).integers(len(means), size=(RESAMPLES, len(means)))].mean(1)
 
 
 def table_of(folder, clips, names, columns):
