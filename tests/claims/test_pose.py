@@ -1,5 +1,6 @@
 """The measure of pose control: the true answer succeeds, the source does not, and hints change what is made."""
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from random import Random
 
@@ -43,6 +44,17 @@ def test_the_truth_succeeds_and_the_source_does_not(posing):
     truth, source = (posing.score(posing.reference(name))[0] for name in ("truth", "source"))
     assert truth["success"] and all(truth[name] >= 0.875 for name in pose.WANTED)
     assert not source["success"] and source["x"] < 0.75
+
+
+def test_results_of_the_two_kinds_of_captions_lie_apart(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)         # would slow the tests after this one
+    monkeypatch.setattr(pose, "write", lambda folder, name, make, posing: folders.append((folder, posing.studio.captions)))
+    monkeypatch.setattr(pose, "picture", lambda folder, hints: None)
+    settings = vars(checkpoint.load(TOY).defaults)
+    for captions in ("user", "full"):
+        pose.work(Namespace(out=tmp_path, captions=captions, weights=TOY, settings=settings), 1)
+    assert set(folders) == {(tmp_path / "user/1", "user"), (tmp_path / "full/1", "full")}
 
 
 def test_hints_and_noise_change_what_is_made(posing):

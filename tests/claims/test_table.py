@@ -131,6 +131,20 @@ def test_known_scores_are_taken_over_and_not_made_again(args, tmp_path_factory):
     assert not (folder / "claims.png").exists()
 
 
+@pytest.mark.parametrize("flags, folder", [((), "claims"), (("--quick",), "claims-quick"), (("--quick", "--out", "x"), "x")])
+def test_a_quick_run_has_a_folder_of_its_own_because_it_makes_fewer_edits(flags, folder, monkeypatch):
+    class Called(Exception):
+        pass
+
+    def every_clip(work, args, *rest):
+        raise Called(str(args.out))
+
+    monkeypatch.setattr(table, "every_clip", every_clip)
+    monkeypatch.setattr("sys.argv", ["claims", "--weights", str(CLAIMS.parents[1] / "weights/toy"), *flags])
+    with pytest.raises(Called, match=f"^{folder}$"):
+        table.main()
+
+
 def test_a_clip_that_is_not_finite_is_not_scored(tmp_path):
     with pytest.raises(InputError, match="not finite"):
         results.write(tmp_path, "diverged", lambda: torch.full((1, 8, 3, 4, 4), float("nan")), studio=None)
