@@ -1,5 +1,6 @@
 """The claims' arithmetic, on scores written by hand, and what attention costs."""
 import json
+import re
 from argparse import Namespace
 from itertools import product
 from pathlib import Path
@@ -95,8 +96,9 @@ def test_what_is_not_in_the_paper_is_compared_with_the_full_method_on_the_same_c
         (args.out / f"user/{i}/full method-33.json").write_text(json.dumps([SCORE | dict(hat=value) for value in values]))
         (args.out / f"user/{i}/edit-friendly noise-33.json").write_text(json.dumps([SCORE | dict(hat=value + 0.2) for value in values]))
     args.plan["user"]["edit-friendly noise"] = (33,)
-    heads, _, line = table.against_full_method(args).splitlines()
+    heads, _, line = table.against_full_method(args, variants.BEYOND).splitlines()
     assert heads.split(" | ")[3] == "unsaid kept"
+    assert table.against_full_method(args, variants.FURTHER) == ""                  # none of them is made
     assert line.split(" | ")[0] == "| edit-friendly noise" and line.split(" | ")[3] == "+5.0 (+5.0 to +5.0)"       # one of four
 
 
@@ -179,7 +181,7 @@ def test_each_claim_is_about_variants_that_are_made_with_three_seeds_where_seeds
 
 def test_rows_chosen_by_name_need_neither_the_full_method_nor_a_claim(args):
     args.plan, args.quick = {"user": {"source": (33,)}}, False
-    text, = table.parts(args, sd=None)
+    text, = filter(None, table.parts(args, sd=None))
     assert "| source |" in text
     assert not list(table.broken_orderings(args))
 
@@ -224,6 +226,15 @@ def test_sparse_causal_attention_grows_with_the_frames_and_full_attention_with_t
     assert gflop[4, "full"] == 2 * gflop[4, "sparse-causal"]                # four frames' keys for two
 
 
+def test_the_chart_has_a_row_for_each_variant_on_which_a_claim_rests(args):
+    table.draw_chart(args)
+    assert Image.open(args.out / "chart.png").height == chart.TOP + chart.ROW + 10          # the full method; not the source
+    (args.out / "chart.png").unlink()
+    args.plan["user"] = {"source": (33,)}
+    table.draw_chart(args)
+    assert not (args.out / "chart.png").exists()
+
+
 def test_a_panel_of_the_chart_in_which_all_is_high_begins_at_50_per_cent(tmp_path):
     chart.write(tmp_path / "chart.png", {"a": dict(agreement=(0.75, 0.5, 1.0))})
     picture, row = Image.open(tmp_path / "chart.png"), chart.TOP + chart.ROW // 2
@@ -251,9 +262,14 @@ def test_the_shipped_scores_are_those_of_the_shipped_weights(shipped):
     assert shipped.made_with == vars(sd.defaults) | results.fingerprints(sd, sd.path)
 
 
-def test_the_tables_of_readme_are_those_of_the_shipped_scores(shipped):
+@pytest.mark.parametrize("section, tables", [
+    ("Main results", lambda run: [table.table(run), table.by_attribute(run), table.verdicts(run)]),
+    ("Other variants", lambda run: [table.against_full_method(run, variants.FURTHER)]),
+    ("Captions that name everything", lambda run: [table.table(run, "full"), table.by_attribute(run, "full")]),
+    ("Beyond the paper", lambda run: [table.against_full_method(run, variants.BEYOND)])])
+def test_the_tables_of_readme_are_those_of_the_shipped_scores(section, tables, shipped):
     """No line of them is missing or from an earlier run."""
-    section = (CLAIMS / "README.md").read_text().partition("## Main results")[2].partition("\n### ")[0]
-    printed = [line for line in section.splitlines() if line.startswith("|")]
-    tables = [table.table(shipped), table.by_attribute(shipped), table.verdicts(shipped)]
-    assert printed == "\n".join(tables).splitlines()
+    _, found, after = (CLAIMS / "README.md").read_text().partition(f"\n## {section}\n")
+    assert found
+    lines = re.split("\n##+ ", after)[0].splitlines()
+    assert [line for line in lines if line.startswith("|")] == "\n".join(tables(shipped)).splitlines()

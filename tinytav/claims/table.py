@@ -19,7 +19,7 @@ from tinytav.claims.experiment import FRAMES, Studio, make_clip, said
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.claims.results import every_clip, labelled, parser, row, write
 from tinytav.claims.significance import bootstrap, holm, interval, means, p_value
-from tinytav.claims.variants import BEYOND, CLAIMS, REFERENCES, ROBUST, SEEDS, VARIANTS, plan
+from tinytav.claims.variants import BEYOND, CLAIMS, FURTHER, REFERENCES, ROBUST, SEEDS, VARIANTS, claimed, plan
 from tinytav.measure import metrics
 from tinytav.stable_diffusion import checkpoint
 from tinytav.toy.world import ATTRIBUTES
@@ -144,15 +144,17 @@ def verdicts(args):
     return "\n".join(lines)
 
 
-def against_full_method(args):
-    """Each variant of BEYOND less the full method, on the same clips. The intervals are not corrected for their number."""
+def against_full_method(args, names):
+    """Each of these variants that is made less the full method, on the same clips; "" if none is made.
+
+    The intervals are not corrected for their number.
+    """
+    made = [name for name in names if {name, "full method"} <= set(args.plan["user"])]
     shown = (*CHART, "psnr")
     lines = [row("less the full method", (NAMES[key] for key in shown)), "|---|" + "---|" * len(shown)]
-    for name in BEYOND:
-        if name in args.plan["user"]:
-            cells = [with_interval(differences(args, name, "full method", key), key) for key in shown]
-            lines.append(row(name, cells))
-    return "\n".join(lines)
+    for name in made:
+        lines.append(row(name, (with_interval(differences(args, name, "full method", key), key) for key in shown)))
+    return "\n".join(lines) if made else ""
 
 
 def by_attribute(args, captions="user"):
@@ -180,10 +182,11 @@ def picture(args):
 
 
 def draw_chart(args):
-    """The scores that the claims are about, a row each variant -> chart.png."""
+    """The scores that the claims are about, a row each variant on which one rests -> chart.png, if any is made."""
     found = {name: {NAMES[key]: interval(read(args, name), key) for key in CHART}
-             for name in args.plan["user"] if name not in REFERENCES}
-    chart.write(args.out / "chart.png", found)
+             for name in args.plan["user"] if name in claimed()}
+    if found:
+        chart.write(args.out / "chart.png", found)
 
 
 def costs(sd):
@@ -209,8 +212,8 @@ def parts(args, sd):
         yield by_attribute(args)
     if compared(args) and not args.quick:
         yield verdicts(args)
-    if "full method" in args.plan["user"] and set(BEYOND) & set(args.plan["user"]):
-        yield against_full_method(args)
+    yield against_full_method(args, FURTHER)
+    yield against_full_method(args, BEYOND)
     if "full" in args.plan:
         yield "Captions that name everything:\n\n" + table(args, "full")
         yield by_attribute(args, "full")
@@ -248,7 +251,7 @@ def main():
         if args.out == Path("claims"):
             args.out = Path("claims-quick")             # its clips have fewer edits
     every_clip(work, args, sd, args.known)
-    text = "\n\n".join(parts(args, sd))
+    text = "\n\n".join(filter(None, parts(args, sd)))
     (args.out / "claims.md").write_text(text + "\n")
     picture(args)
     draw_chart(args)

@@ -31,6 +31,9 @@ BEYOND = {
     "edit-friendly noise": Variant(noise="edit-friendly"),
     "blended by attention": Variant(blend=True),
 }
+# No claim rests on them. They are compared with the full method, as those of BEYOND are.
+FURTHER = ("official 70 tensors", "norm per frame", "full attention", "first-frame attention", "a quarter of the steps",
+           "twice the steps")
 # Measured with captions that name every attribute, too.
 FULLY_CAPTIONED = ("full method", "untuned", "spatial attention", "frame by frame", "no inversion")
 QUICK = ("full method", "untuned", "no inversion", "no inversion, spatial attention", "no inversion, untuned")
@@ -68,10 +71,14 @@ def is_random(variant):
     return variant.net.tuned is not None or variant.noise in ("random", "edit-friendly")
 
 
+def claimed():
+    """The names of the variants on which a claim rests."""
+    return {name for _, better, worse, _ in CLAIMS for name in (better, worse)}
+
+
 def seeds_of(name, count):
     """The seeds of a row: `count` if a claim rests on it and they change it, else one."""
-    claimed = {name for _, better, worse, _ in CLAIMS for name in (better, worse)}
-    return SEEDS[:count] if name in claimed and is_random(VARIANTS[name]) else SEEDS[:1]
+    return SEEDS[:count] if name in claimed() and is_random(VARIANTS[name]) else SEEDS[:1]
 
 
 def plan(quick=False, only=None, seeds=len(SEEDS)):
