@@ -212,8 +212,10 @@ def parts(args, sd):
         yield by_attribute(args)
     if compared(args) and not args.quick:
         yield verdicts(args)
-    yield against_full_method(args, FURTHER)
-    yield against_full_method(args, BEYOND)
+    for names in (FURTHER, BEYOND):
+        differs = against_full_method(args, names)
+        if differs:
+            yield differs
     if "full" in args.plan:
         yield "Captions that name everything:\n\n" + table(args, "full")
         yield by_attribute(args, "full")
@@ -251,7 +253,7 @@ def main():
         if args.out == Path("claims"):
             args.out = Path("claims-quick")             # its clips have fewer edits
     every_clip(work, args, sd, args.known)
-    text = "\n\n".join(filter(None, parts(args, sd)))
+    text = "\n\n".join(parts(args, sd))
     (args.out / "claims.md").write_text(text + "\n")
     picture(args)
     draw_chart(args)
