@@ -6,12 +6,12 @@ from pathlib import Path
 
 from tinytav import cli, editing, pipeline
 from tinytav.control import load_control
+from tinytav.errors import InputError
 from tinytav.files import frames, page
 from tinytav.files.runs import Run, new_name, slug
 from tinytav.inflation import ATTENTIONS
 from tinytav.measure import fit, memory
 from tinytav.stable_diffusion import lora
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
 
 SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 import tinytav
 from tinytav import cli, editing, pipeline
+from tinytav.errors import InputError
 from tinytav.files import frames, page
 from tinytav.files.runs import Run, Settings, lock
 from tinytav.inflation import ATTENTIONS
 from tinytav.measure import fit, memory, recompute
 from tinytav.stable_diffusion import lora
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.tuning import Tuner
 
@@ -47,7 +47,7 @@ def arguments():
     return p.parse_args()
 
 
-# ---- A new run, or an unfinished one -----------------------------------------------------------------------------------
+# ---- A new run, or an unfinished one -------------------------------------------------------------
 
 def start(args):
     """Reads the clip, encodes it once and makes a run of it. Returns the run and the Stable Diffusion."""
@@ -129,7 +129,7 @@ def resume(args):
     return run, sd
 
 
-# ---- Tuning ------------------------------------------------------------------------------------------------------------
+# ---- Tuning --------------------------------------------------------------------------------------
 
 class Stop:
     """Within it, Ctrl-C and SIGTERM only leave their number in `received`, so that a step ends whole. A second one kills."""
@@ -232,7 +232,7 @@ def last_unless(stop, steps):
     return value
 
 
-# ---- The command -------------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 def report(sd, net):
     """Prints what inflation did to the U-Net."""

@@ -3,17 +3,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from test_scripts import call
 
-import tiny
 from tinytav import pipeline
 from tinytav.control import Control, read_hints
+from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.inflation import inflate
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -54,7 +54,7 @@ def setting():
     return net, x, context, torch.rand(3, 3, 16, 16, generator=generator)
 
 
-# ---- The pipeline ------------------------------------------------------------------------------------------------
+# ---- The pipeline --------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_each_frame_gets_the_residuals_of_its_own_hint_alone():
@@ -149,7 +149,7 @@ def test_hints_of_another_kind_are_refused(tmp_path):
             read_hints(tmp_path / name, 3, height=32, width=38, multiple=2)
 
 
-# ---- The command -------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

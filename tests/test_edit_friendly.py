@@ -1,12 +1,12 @@
 """Edit-friendly noise, on a small random net."""
 import pytest
+import tiny
 import torch
 
-import tiny
 from tinytav import edit_friendly, editing, pipeline
+from tinytav.errors import InputError
 from tinytav.inflation import inflate
 from tinytav.stable_diffusion.checkpoint import load
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 

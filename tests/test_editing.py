@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-import tiny
 import tinytav
 from tinytav import editing
+from tinytav.errors import InputError
 from tinytav.stable_diffusion.checkpoint import load
-from tinytav.stable_diffusion.config import InputError
 
 ROOT = Path(__file__).parents[1]
 

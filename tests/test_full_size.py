@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-
 from tiny import LAYOUTS, single_file_shapes
 
 ROOT = Path(__file__).parents[1]

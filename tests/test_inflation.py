@@ -1,11 +1,11 @@
 """What inflation promises, beside equality with the official net."""
 import pytest
 import torch
-
 from tiny import UNET, filled
+
 from tinytav import tuning
+from tinytav.errors import InputError
 from tinytav.inflation import ATTENTIONS, VideoUNet, inflate
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import Attention, ResnetBlock, Transformer, UNet, UNetConfig
 from tinytav.tuning import Tuner

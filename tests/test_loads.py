@@ -9,19 +9,19 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
+from hardening.warm import Warm
 from safetensors.torch import load_file, save_file
 
-import tiny
-from hardening.warm import Warm
 from tinytav import merge_lora, new_net, pipeline, read_clip, tune
 from tinytav.editing import net_of
+from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.runs import Run
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion import lora, official, single_file
 from tinytav.stable_diffusion.checkpoint import build, load
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
@@ -68,7 +68,7 @@ def place(tmp_path_factory):
     return place
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 def test_a_run_tunes_the_merged_weights_and_records_the_lora(place):
     run = Run.open(place / "with/clip")
@@ -196,7 +196,7 @@ def test_a_lora_in_run_json_edited_by_hand_is_refused(place, tmp_path, entry):
         Run.open(tmp_path / "run")
 
 
-# ---- Runs of the official code ---------------------------------------------------------------------------------------
+# ---- Runs of the official code -------------------------------------------------------------------
 
 def official_tensors():
     """The tiny U-Net as the official code would have tuned it: every tensor filled, T-Attn's bias too."""
@@ -311,7 +311,7 @@ def test_temporal_tensors_that_are_not_t_attns_are_refused(official_run, tmp_pat
         load(tmp_path / "w")
 
 
-# ---- The table of weights/README.md ----------------------------------------------------------------------------------
+# ---- The table of weights/README.md --------------------------------------------------------------
 
 # A single file has published widths only. Here the reader's configs are made small; its names stay the published ones.
 UNET = tiny.reference("unet-sd1")[0] | dict(block_out_channels=[32, 32, 32, 32])

@@ -3,11 +3,11 @@ import gc
 import weakref
 
 import pytest
+import tiny
 import torch
+from tiny import UNET, filled
 from torch._subclasses import FakeTensorMode
 
-import tiny
-from tiny import UNET, filled
 from tinytav import editing, pipeline, tuning
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.stable_diffusion.checkpoint import load
@@ -29,7 +29,7 @@ def sd(tmp_path):
     return load(tiny.write_folder(tmp_path / "w"))
 
 
-# ---- The steps ---------------------------------------------------------------------------------------------------------
+# ---- The steps -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @torch.no_grad()
@@ -67,7 +67,7 @@ def test_the_vae_takes_a_clip_in_parts_and_gives_the_same(sd, monkeypatch):
     torch.testing.assert_close(pipeline.decode(sd.vae, whole[0]), decoded, atol=1e-5, rtol=1e-5)
 
 
-# ---- Devices and precision ---------------------------------------------------------------------------------------------
+# ---- Devices and precision -----------------------------------------------------------------------
 
 def fake_getitem(x, key):
     """x[key] for ints, slices and None by plain operations: Python's own indexing asks for a real CUDA device."""

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-
 from tiny import DATA, close, fill, filled, reference
+
 from tinytav import pipeline, tuning
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig

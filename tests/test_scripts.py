@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from hardening.warm import Warm
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import tiny
-from hardening.warm import Warm
 from tinytav import editing, pipeline
 from tinytav.files import frames
 from tinytav.files.runs import Run

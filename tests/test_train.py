@@ -2,14 +2,14 @@
 import re
 
 import pytest
-import torch
-
 import tiny
-import train
+import torch
 from test_tuning import make_tuner
+
+import train
 from tinytav import cli, tuning
+from tinytav.errors import InputError
 from tinytav.measure import fit, memory
-from tinytav.stable_diffusion.config import InputError
 
 GONE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -97,7 +97,7 @@ def test_too_little_memory_is_a_warning_and_the_run_is_made(place, monkeypatch, 
     assert status == 0 and recomputed(net) == []
 
 
-# ---- Precision ---------------------------------------------------------------------------------------------------------
+# ---- Precision -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_cpu_that_has_bf16_uses_it_unless_told_otherwise(monkeypatch, native, dtype):

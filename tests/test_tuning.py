@@ -1,11 +1,11 @@
 """The tuning loop's promises; a whole official run stands in test_reference.py."""
 import pytest
 import torch
-
 from tiny import UNET, filled
+
 from tinytav import tuning
+from tinytav.errors import InputError
 from tinytav.inflation import inflate
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.tuning import Tuner

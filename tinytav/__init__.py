@@ -4,11 +4,11 @@ The names below are the library. inflation.py, tuning.py and pipeline.py hold th
 """
 from tinytav.control import Control, load_control
 from tinytav.editing import Clip, edit, invert_clip, invert_edit_friendly, new_net, read_clip, sample_clip, tune_on
+from tinytav.errors import InputError
 from tinytav.files.frames import write_gif, write_mp4, write_strip
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.pipeline import decode, encode, gaussian, invert, last, sample
 from tinytav.stable_diffusion.checkpoint import StableDiffusion, load
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, load_controlnet
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.lora import merge_lora

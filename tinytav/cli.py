@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tinytav.errors import InputError
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load, preferred_precision
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
 
@@ -19,7 +19,7 @@ KNOWN = "knows.txt"     # a file beside weights that know only a small world: wh
 CPU_ALLOCATOR = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
 
 
-# ---- Flags -------------------------------------------------------------------------------------------------------------
+# ---- Flags ---------------------------------------------------------------------------------------
 
 def parser(description):
     """An argument parser with the flags that train.py and sample.py have in common. A flag not given is None."""
@@ -55,7 +55,7 @@ def given(args):
     return {name for name, value in vars(args).items() if value is not None}
 
 
-# ---- Device, precision, weights ----------------------------------------------------------------------------------------
+# ---- Device, precision, weights ------------------------------------------------------------------
 
 def choose_device(name=None):
     """--device -> torch.device; without a name the best there is. Raises InputError if it cannot be used."""
@@ -138,7 +138,7 @@ def progress(steps, total, name):
     return tqdm(steps, name[:30], total, unit="step")
 
 
-# ---- Errors ------------------------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 def run(main):
     """Calls main() as a script. What the user can mend is a sentence and exit status 2, not a traceback."""

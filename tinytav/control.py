@@ -4,8 +4,8 @@ The paper shows it (section 5, applications); the official code never had it. Co
 """
 import torch
 
+from tinytav.errors import InputError
 from tinytav.files.frames import open_clip, read
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.controlnet import check_fits, load_controlnet
 from tinytav.stable_diffusion.precision import autocast
 

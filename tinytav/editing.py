@@ -10,10 +10,10 @@ from fractions import Fraction
 import torch
 
 from tinytav import edit_friendly
+from tinytav.errors import InputError
 from tinytav.files.frames import read
 from tinytav.inflation import inflate
 from tinytav.pipeline import decode, encode, invert, last, sample
-from tinytav.stable_diffusion.config import InputError
 from tinytav.tuning import Tuner
 
 NOT_FINITE = ("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or use --precision "
@@ -141,7 +141,7 @@ def edit(sd, net, clip, prompt, steps=None, guidance=None, progress=no_progress)
     return sample_clip(sd, net, noise, prompt, steps, guidance, progress)
 
 
-# ---- The same from a run's folder --------------------------------------------------------------------------------------
+# ---- The same from a run's folder ----------------------------------------------------------------
 
 def clip_of(run, sd):
     """A run's clip and its caption -> Clip, on the device of `sd`. Raises InputError if they do not fit the run."""

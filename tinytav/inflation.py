@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from tinytav.stable_diffusion.config import InputError
+from tinytav.errors import InputError
 from tinytav.stable_diffusion.unet import Attention, TransformerBlock, UNet
 
 # What is tuned (section 3.3 and figure 4; official train_tuneavideo.py, trainable_modules): the queries of both old
@@ -23,7 +23,7 @@ from tinytav.stable_diffusion.unet import Attention, TransformerBlock, UNet
 TUNED = ("attn1.to_q.", "attn2.to_q.", "attn_temp.")
 
 
-# ---- Attention between frames ------------------------------------------------------------------------------------------
+# ---- Attention between frames --------------------------------------------------------------------
 
 class FrameAttention(Attention):
     """Base of the attentions that know how many frames are folded into the batch."""
@@ -115,7 +115,7 @@ class TemporalAttention(FrameAttention):
         return y.transpose(1, 2).flatten(0, 1)                              # (b f) n c
 
 
-# ---- The video U-Net ---------------------------------------------------------------------------------------------------
+# ---- The video U-Net -----------------------------------------------------------------------------
 
 class ClipGroupNorm(nn.GroupNorm):
     """GroupNorm whose mean and variance run over all frames of a clip, as over the official code's 5-D tensors.

@@ -6,7 +6,7 @@ repeated.
 import torch
 from torch.nn import functional as F
 
-from tinytav.stable_diffusion.config import InputError
+from tinytav.errors import InputError
 from tinytav.stable_diffusion.precision import autocast
 
 FP16_SCALE = 65536.     # at first the loss is multiplied by it, so that small gradients do not vanish in fp16

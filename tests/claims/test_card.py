@@ -35,7 +35,7 @@ def test_retrieval_finds_each_drawing_by_its_caption_and_no_other(eye):
     assert card.retrieval(eye, scenes, x.roll(1, 0), among=8) <= 0.2
 
 
-def test_the_card_has_all_numbers_and_shows_two_rows_of_held_out_scenes(tmp_path, monkeypatch, capsys):
+def test_the_card_has_all_numbers_and_shows_two_rows_of_held_out_scenes(tmp_path, monkeypatch):
     """In place of the U-Net's samples are pictures whose brightness says which one they are."""
     drawn = []
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from tinytav.claims import chart, cost, results, significance, table, variants
 from tinytav.claims.experiment import TUNED
+from tinytav.errors import InputError
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.stable_diffusion import checkpoint
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.toy.world import ATTRIBUTES
 
@@ -38,9 +38,9 @@ def args(tmp_path):
 
 
 def test_a_mean_is_over_clips_and_its_interval_spans_them(args):
-    mean, low, high = significance.interval(table.read(args, "full method"), "success")
+    mean, low, high = significance.interval(significance.means(table.read(args, "full method"), "success"))
     assert (mean, low, high) == (0.25, 0, 0.5)
-    assert significance.interval(table.read(args, "full method"), "psnr") == (0.5, 0.5, 0.5)
+    assert significance.interval(significance.means(table.read(args, "full method"), "psnr")) == (0.5, 0.5, 0.5)
 
 
 def test_the_table_has_a_row_a_variant_and_the_level_of_chance(args):

@@ -5,15 +5,15 @@ import os
 import zipfile
 
 import pytest
+import tiny
 import torch
+from hardening.warm import Warm
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import tiny
-from hardening.warm import Warm
+from tinytav.errors import InputError
 from tinytav.files.convert import convert_file, convert_folder, safe_name
 from tinytav.stable_diffusion.checkpoint import load
-from tinytav.stable_diffusion.config import InputError
 
 warm = functools.cache(Warm)
 
@@ -193,7 +193,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "b.txt", "empty"}
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
 def pickled_folder(folder):
     """The tiny Stable Diffusion as old diffusers wrote it, with transformers' name in it and the U-Net in two files."""

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from tiny import write_clip
+
+from tinytav.errors import InputError
 from tinytav.files import frames
-from tinytav.stable_diffusion.config import InputError
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import browser
 import pytest
+import tiny
 import torch
 
-import tiny
 from tinytav.files import frames, page
 from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
@@ -156,7 +156,7 @@ def test_flags_are_a_line_that_the_shell_reads_back(values, line):
     assert page.command(*page.flags(values)) == line
 
 
-# ---- in a real browser -----------------------------------------------------------------------------------------------
+# ---- in a real browser ---------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tinytav.errors import InputError
 from tinytav.files import runs
 from tinytav.files.runs import Run, Settings
-from tinytav.stable_diffusion.config import InputError
 
 SETTINGS = dict(clip="clip.mp4", prompt="a man", weights="w", fingerprint="0", frames=3, fps="8", size=64, norm="clip",
                 attention="sparse-causal", steps=1, lr=1e-3, seed=33, ddim_steps=2, guidance=2., precision="fp32")

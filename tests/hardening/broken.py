@@ -41,7 +41,7 @@ def flip(rng, data, low, high, count):
     return bytes(data)
 
 
-# ---- clips -------------------------------------------------------------------------------------------------------------
+# ---- clips ---------------------------------------------------------------------------------------
 
 def video(path, frames=4, size=(40, 32), codec="libx264", pixels="yuv420p", ticks=None):
     """A small video of noise that moves; ticks: when each frame is shown, in 24ths of a second."""
@@ -201,7 +201,7 @@ def clip_that_is_no_file(rng, place):
     return train(rng.choice(["empty.mp4", "loop.mp4", "none.mp4", "", "w/unet", "a" * 300, "/dev/null", "-", "clip.mp4/x"]))
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -363,7 +363,7 @@ def weights_with_a_broken_tokenizer(rng, place):
     return use_weights(rng)
 
 
-# ---- prompts and flags -------------------------------------------------------------------------------------------------
+# ---- prompts and flags ---------------------------------------------------------------------------
 
 PROMPTS = ["", " ", "\t\n", "word " * 10_000, "w" * 20_000, "🐼⛷️👨‍👩‍👧‍👦" * 20, "\x01\x02\x1b[31mred\x7f", "../../etc/x", "/etc/passwd", "..", ".",
            "a/b\\c:d*e?f", "con", "nul.txt", "<|endoftext|> <|startoftext|>", "\u202egnp.exe", "\u0301" * 500, "漢字" * 100, "𐍈" * 200,
@@ -412,7 +412,7 @@ def flags_out_of_bounds(rng, place):
         ["--frames=2"] if flag != "--frames" else ["--steps=1"])
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 def use_run(rng, name):
     if name == "half":
@@ -463,7 +463,7 @@ def run_of_other_weights(rng, place):
     return use_run(rng, name)
 
 
-# ---- LoRA --------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 MODULE = "tinytav/__main__.py"          # python -m tinytav
 LAYER = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -538,7 +538,7 @@ def run_json_with_another_lora(rng, place):
     return use_run(rng, name), EITHER if lora == [] else ERROR
 
 
-# ---- pickles, and what convert makes of them ---------------------------------------------------------------------------
+# ---- pickles, and what convert makes of them -----------------------------------------------------
 
 def convert(source, target="out/model.safetensors"):
     return [MODULE, "convert", source, target]

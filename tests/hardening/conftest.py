@@ -1,6 +1,5 @@
 """One warm interpreter, and one set of weights, clip and runs, for all quick tests here."""
 import pytest
-
 import trial
 from warm import Warm
 

@@ -9,9 +9,8 @@ import shutil
 import signal
 from collections import Counter
 
-from safetensors.torch import load_file
-
 import tiny
+from safetensors.torch import load_file
 
 TRAIN = ("train.py", "clip.mp4", "a man", "--weights", "w", "--steps", 6)
 SAMPLE = ("sample.py", "--run", "runs/clip", "--prompt", "a dog", "a cat")

@@ -3,22 +3,22 @@ import json
 import re
 import warnings
 
+import broken
 import pytest
 import torch
+import trial
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from warm import ROOT
 
-import broken
-import trial
 from tinytav import cli
+from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.stable_diffusion.checkpoint import load, read_json
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNetConfig
-from warm import ROOT
 
 
 @pytest.mark.parametrize("name", broken.KINDS)
@@ -45,7 +45,7 @@ def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(wa
     assert verdict("open('in/out', 'w')" + sentence) == ""
 
 
-# ---- found by the whole ------------------------------------------------------------------------------------------------
+# ---- found by the whole --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [(8192, 16), (16, 8192)])
 def test_a_picture_that_is_long_and_thin_is_refused_and_not_enlarged_for_minutes(size):
@@ -149,7 +149,7 @@ def test_a_runs_tensors_of_another_type_or_shape_are_refused(warm, place, name, 
     assert answer.status == 2 and re.search("does not fit this run|does not hold", answer.err) and "Traceback" not in answer.err
 
 
-# ---- trust -------------------------------------------------------------------------------------------------------------
+# ---- trust ---------------------------------------------------------------------------------------
 
 def test_no_line_of_the_core_unpickles_or_opens_a_connection():
     for path in (*(ROOT / "tinytav").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"):

@@ -9,17 +9,17 @@ import tempfile
 import threading
 from pathlib import Path
 
+import broken
+import crashes
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from warm import ROOT, Touches, Warm
 
-import broken
-import crashes
+from tinytav.errors import InputError
 from tinytav.files import runs
 from tinytav.files.atomic import replace
-from tinytav.stable_diffusion.config import InputError
-from warm import ROOT, Touches, Warm
 
 NEW = {"new": torch.ones(50_000)}        # made here: in a fork, torch's threads are gone and more than one would be waited for
 WRITERS = {"text": lambda file: Path(file).write_text("new" * 100_000),

@@ -9,11 +9,10 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from safetensors.torch import load_file
-
 import broken
 import tiny
 from broken import EITHER, ERROR, OK
+from safetensors.torch import load_file
 from warm import ROOT
 
 MEMORY = 1500               # MB that a case may reach: the interpreter with torch takes 300 of them

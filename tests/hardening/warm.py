@@ -44,12 +44,11 @@ class Warm:
 def serve():
     """The warm process: one JSON job a line, each answered by a line."""
     sys.path.insert(0, str(ROOT))
-    import av  # noqa: E401, F401
+    import av  # noqa: F401
     import torch
     import torch._dynamo  # what the optimizer would import
     import torch._inductor.config
 
-    import tinytav.files.page  # and the standard library's modules that it needs, which another user may not read
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = SimpleNamespace(**({"count": False, "kill": None, "signal": None, "file_size": None, "user": None} | json.loads(line)))

@@ -3,14 +3,14 @@ import functools
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from hardening.warm import Warm
 from torch.nn import functional as F
 
-import tiny
-from hardening.warm import Warm
+from tinytav.errors import InputError
 from tinytav.inflation import ATTENTIONS, ClipCrossAttention, SparseCausalAttention, VideoUNet
 from tinytav.measure import attention
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNetConfig
 
@@ -150,7 +150,7 @@ def test_pictures_have_a_row_for_each_part_and_a_column_for_each_frame():
     assert pixel.size[0] == 3 * 300 + 2 * 4 and 2 * 200 < pixel.size[1] < 2 * 260
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -9,9 +9,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from tinytav.measure import bench
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 

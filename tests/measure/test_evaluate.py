@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from hardening.warm import Warm
 from PIL import Image
 
-import tiny
-from hardening.warm import Warm
+from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.measure import evaluate, metrics
-from tinytav.stable_diffusion.config import InputError
 
 ROOT = Path(__file__).parents[2]
 HEADS = "Video name,Our GT caption,Style Change Caption,Object Change Caption,Background Change Caption,Multiple Changes Caption"
@@ -41,7 +41,7 @@ def write_set(path, lines):
     return path
 
 
-# ---- the set ---------------------------------------------------------------------------------------------------------
+# ---- the set -------------------------------------------------------------------------------------
 
 def test_our_layout_has_a_column_for_each_kind_and_an_empty_cell_is_no_edit(tmp_path):
     file = write_set(tmp_path / "set.csv", ["clip,caption,object,Style", "a.mp4, a man ,a dog,", "", "b/a.mp4,\"a, b\",,comic"])
@@ -101,7 +101,7 @@ def test_every_unfinished_clip_is_dealt_to_one_rank(size):
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 def test_pick_score_is_the_scaled_cosine_and_loveu_squashes_first(tmp_path):
     folder = tiny.write_judge(tmp_path / "judge")
@@ -118,7 +118,7 @@ def test_pick_score_is_the_scaled_cosine_and_loveu_squashes_first(tmp_path):
     assert squashed["consistency_all_pairs"] != told["consistency_all_pairs"] and "pick_score" not in squashed
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

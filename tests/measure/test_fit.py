@@ -2,9 +2,9 @@
 import re
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from tinytav.measure import fit, memory
 from tinytav.stable_diffusion.unet import UNetConfig
 from tinytav.stable_diffusion.vae import VAEConfig

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional as F
 
-import tiny
 from tinytav.measure import memory
 from tinytav.stable_diffusion.unet import UNetConfig
 from tinytav.stable_diffusion.vae import VAEConfig

@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 
-import tiny
+from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.runs import Run, Settings
 from tinytav.measure import metrics
 from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.clip import Preprocessor
-from tinytav.stable_diffusion.config import InputError
 
 ROOT = Path(__file__).parents[2]
 RUN = Settings(clip="clip.mp4", prompt="a man", weights="w", fingerprint="0", frames=3, fps="8", size=64, norm="clip",
@@ -112,7 +112,7 @@ def run(tmp_path_factory):
 def test_every_clip_of_a_run_has_a_row(run, folder):
     eye = metrics.Features(folder[0])
     found = {name: values for name, *values in metrics.rows(run, eye)}
-    names = "source a-dog a-man-2 a-man-no-inversion a-man untitled".split()
+    names = ["source", "a-dog", "a-man-2", "a-man-no-inversion", "a-man", "untitled"]
     assert list(found) == [f"{name}.mp4" for name in names]
     assert [name for name, values in found.items() if not math.isnan(values[3])] == ["a-man.mp4"]
     assert found["a-man.mp4"][3] == pytest.approx(26, abs=1.5)                      # 10 log10(4 / 0.1^2)

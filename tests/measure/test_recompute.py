@@ -1,8 +1,8 @@
 """Choosing blocks: the prediction holds, the choice fits, and it is not wasteful."""
 import pytest
+import tiny
 import torch
 
-import tiny
 from tinytav.measure import memory, recompute
 from tinytav.stable_diffusion.unet import UNetConfig
 

@@ -3,14 +3,14 @@ import json
 import struct
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
-
-import tiny
 from tiny import LAYOUTS, UNET, single_file_shapes, write_folder
+
+from tinytav.errors import InputError
 from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.checkpoint import build, default_path, load
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import Tokenizer
@@ -178,7 +178,7 @@ def test_single_files_that_are_something_else_are_refused(tmp_path):
             load(tmp_path / f"{name}.safetensors")
 
 
-# ---- The four published layouts, on the meta device --------------------------------------------------------------------
+# ---- The four published layouts, on the meta device ----------------------------------------------
 
 MODELS = dict(unet=(UNet, UNetConfig), vae=(VAEModel, VAEConfig), text_encoder=(TextEncoder, TextEncoderConfig))
 layouts = pytest.mark.skipif(not LAYOUTS.is_dir(), reason="../shared/sd-layouts is not here")

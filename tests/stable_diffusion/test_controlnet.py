@@ -2,16 +2,16 @@
 import json
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 from stable_diffusion.test_checkpoint import layouts, meta
-
-import tiny
 from tiny import LAYOUTS, close, fill, reference
+
+from tinytav.errors import InputError
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.checkpoint import build
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.controlnet import (
     SD2,
     ControlNet,
@@ -169,7 +169,7 @@ def test_a_controlnet_for_another_stable_diffusion_is_refused(change, message):
         check_fits(ControlNetConfig.from_json(recorded_config("sd1") | change), unet, vae_factor=8)
 
 
-# ---- The published ControlNet, on the meta device ----------------------------------------------------------
+# ---- The published ControlNet, on the meta device ------------------------------------------------
 
 @pytest.fixture
 def published():
@@ -202,7 +202,7 @@ def test_every_key_of_the_single_file_means_what_diffusers_says(published):
         assert old == f"control_model.{single_file_name(new)}"              # the tests' own renaming is right, too
 
 
-# ---- What is refused ---------------------------------------------------------------------------------------
+# ---- What is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".bin"])
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, suffix):

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
+from tinytav.errors import InputError
 from tinytav.stable_diffusion import ddim
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 
 

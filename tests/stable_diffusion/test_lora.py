@@ -3,15 +3,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
+from tiny import close, fill, filled, reference
 from torch.nn import functional as F
 
-import tiny
-from tiny import close, fill, filled, reference
+from tinytav.errors import InputError
 from tinytav.stable_diffusion import lora, single_file
 from tinytav.stable_diffusion.checkpoint import load
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.lora import fingerprint, merge_lora
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -170,7 +170,7 @@ def test_no_two_layers_share_a_spelling():
     assert len(table) == count
 
 
-# ---- small: one layer at a time --------------------------------------------------------------------------------------
+# ---- small: one layer at a time ------------------------------------------------------------------
 
 @pytest.fixture
 def sd(tmp_path):
@@ -265,7 +265,7 @@ def test_the_fingerprint_tells_files_apart(tmp_path):
         fingerprint(tmp_path / "none")
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 GOOD = peft("unet", QUERY, torch.ones(RANK, 16), torch.ones(16, RANK))
 KOHYA = "lora_unet_" + flat(QUERY)

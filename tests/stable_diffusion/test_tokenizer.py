@@ -1,10 +1,10 @@
 """The tokenizer's ways in; equality with transformers' stands in test_reference.py."""
 import pytest
+import tiny
 import tokenizers
 
-import tiny
+from tinytav.errors import InputError
 from tinytav.stable_diffusion import checkpoint
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 
 

@@ -3,9 +3,9 @@ from dataclasses import replace
 from random import Random
 
 import numpy as np
+import tiny
 import torch
 
-import tiny
 from tinytav.stable_diffusion.checkpoint import load
 from tinytav.stable_diffusion.lora import merge_lora
 from tinytav.toy import draw, lora_example, world

@@ -36,7 +36,7 @@ def in_fresh_interpreter(code: str, hash_seed: str = "0") -> str:
     return subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 def test_same_scene_and_view_give_same_pixels():
     code = ("from random import Random; from zlib import crc32; from tinytav.toy import draw, world; rng = Random(3)\n"
@@ -111,7 +111,7 @@ def test_props_stand_where_the_camera_puts_them(place):
         assert rows.max() <= max(draw.ground(activity, x) for x in (0, 64)) + 4
 
 
-# ---- Clips -------------------------------------------------------------------------------------------------------
+# ---- Clips ---------------------------------------------------------------------------------------
 
 def test_no_two_frames_of_a_clip_are_alike():
     rng = Random(7)
@@ -135,7 +135,7 @@ def test_motion_is_unambiguous():
         assert np.allclose(steps, motion.travel / 8)
 
 
-# ---- Captions ----------------------------------------------------------------------------------------------------
+# ---- Captions ------------------------------------------------------------------------------------
 
 def test_full_caption_names_everything():
     assert caption(replace(SCENE, hat="cowboy hat", time="sunset", style="comic")) == (
@@ -205,7 +205,7 @@ def test_caption_keeps_what_it_is_asked_for():
     assert said == {"a man is skiing on the snow", "a man skiing on the snow"}
 
 
-# ---- Held out ----------------------------------------------------------------------------------------------------
+# ---- Held out ------------------------------------------------------------------------------------
 
 def test_a_tenth_is_held_out_over_all_values():
     names = ("subject", "activity", "place")

@@ -11,11 +11,11 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from tinytav.claims.significance import interval
+from tinytav.claims.significance import interval, means
+from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.atomic import replace, replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
-from tinytav.stable_diffusion.config import InputError
 
 MARGIN = 150        # pixels before a picture's rows, for their names
 EYE = "clip/model.safetensors"      # in the weights' folder: the CLIP that three of the scores ask
@@ -124,7 +124,7 @@ def table_of(folder, clips, names, columns):
         found = [json.loads((folder / f"{i}/{name}.json").read_text()) for i in range(clips)]
         cells = []
         for key in columns:
-            mean, low, high = interval(found, key)
+            mean, low, high = interval(means(found, key))
             cells.append(f"{mean:.2f}" if key == "psnr" else f"{100 * mean:.0f} % ({100 * low:.0f}–{100 * high:.0f})")
         lines.append(row(name, cells))
     return "\n".join(lines)

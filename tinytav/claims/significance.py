@@ -5,20 +5,16 @@ RESAMPLES = 10_000      # of the bootstrap
 EXACT = 14              # clips: up to so many, every combination of signs is tried
 
 
-def interval(clips, key):
-    """Mean over edits, and its 95 % bootstrap interval over clips: (mean, low, high)."""
-    resampled = bootstrap(means(clips, key))
-    return means(clips, key).mean(), *np.percentile(resampled, (2.5, 97.5))
-
-
 def means(clips, key):
     """The mean over a clip's edits and seeds, for each clip."""
     return np.array([np.mean([scores[key] for scores in clip]) for clip in clips])
 
 
-def bootstrap(means):
-    """The means of clips drawn again and again, with replacement."""
-    return means[np.random.default_rng(0).integers(len(means), size=(RESAMPLES, len(means)))].mean(1)
+def interval(values):
+    """Of one value a clip: (mean, low, high), a 95 % bootstrap interval. Clips are drawn again and again, with replacement."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    return values.mean(), low, high
 
 
 def p_value(found):

@@ -18,8 +18,8 @@ from tinytav.claims import card, chart, cost
 from tinytav.claims.experiment import FRAMES, Studio, make_clip, said
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.claims.results import every_clip, labelled, parser, row, write
-from tinytav.claims.significance import bootstrap, holm, interval, means, p_value
-from tinytav.claims.variants import BEYOND, CLAIMS, FURTHER, REFERENCES, ROBUST, SEEDS, VARIANTS, claimed, plan
+from tinytav.claims.significance import holm, interval, means, p_value
+from tinytav.claims.variants import BEYOND, CLAIMS, FURTHER, ROBUST, SEEDS, VARIANTS, claimed, plan
 from tinytav.measure import metrics
 from tinytav.stable_diffusion import checkpoint
 from tinytav.toy.world import ATTRIBUTES
@@ -70,7 +70,7 @@ def references(studio, i):
             "other motion": lambda: drawn(other, scenes)}
 
 
-# ---- Tables and pictures -----------------------------------------------------------------------------------------------
+# ---- Tables and pictures -------------------------------------------------------------------------
 
 def read(args, name, captions="user"):
     """The scores of a variant's edits, all its seeds together: [[{...}, ...] of a clip, ...].
@@ -100,7 +100,7 @@ def table(args, captions="user"):
     lines = [row("", (*COLUMNS.values(), "edits")), "|---|" + "---|" * (len(COLUMNS) + 1)]
     for name in args.plan[captions]:
         clips = read(args, name, captions)
-        cells = [cell(key, *interval(clips, key)) for key in COLUMNS]
+        cells = [cell(key, *interval(means(clips, key))) for key in COLUMNS]
         lines.append(row(name, (*cells, str(sum(map(len, clips))))))
     asked = [scores["name"] for clip in read(args, "source", captions) for scores in clip]
     # Of what is not edited this is no fair bound: a net that follows the caption draws what is usual.
@@ -124,8 +124,8 @@ def differences(args, better, worse, key):
 def with_interval(found, key):
     """The mean of clips' differences and its 95 % bootstrap interval as text, in the score's unit."""
     scale = 100 if key in PERCENT else 1
-    low, high = np.percentile(bootstrap(found), (2.5, 97.5))
-    return f"{scale * found.mean():+.1f} ({scale * low:+.1f} to {scale * high:+.1f})"
+    mean, low, high = interval(found)
+    return f"{scale * mean:+.1f} ({scale * low:+.1f} to {scale * high:+.1f})"
 
 
 def verdicts(args):
@@ -183,7 +183,7 @@ def picture(args):
 
 def draw_chart(args):
     """The scores that the claims are about, a row each variant on which one rests -> chart.png, if any is made."""
-    found = {name: {NAMES[key]: interval(read(args, name), key) for key in CHART}
+    found = {name: {NAMES[key]: interval(means(read(args, name), key)) for key in CHART}
              for name in args.plan["user"] if name in claimed()}
     if found:
         chart.write(args.out / "chart.png", found)

@@ -31,9 +31,6 @@ BEYOND = {
     "edit-friendly noise": Variant(noise="edit-friendly"),
     "blended by attention": Variant(blend=True),
 }
-# No claim rests on them. They are compared with the full method, as those of BEYOND are.
-FURTHER = ("official 70 tensors", "norm per frame", "full attention", "first-frame attention", "a quarter of the steps",
-           "twice the steps")
 # Measured with captions that name every attribute, too.
 FULLY_CAPTIONED = ("full method", "untuned", "spatial attention", "frame by frame", "no inversion")
 QUICK = ("full method", "untuned", "no inversion", "no inversion, spatial attention", "no inversion, untuned")
@@ -74,6 +71,10 @@ def is_random(variant):
 def claimed():
     """The names of the variants on which a claim rests."""
     return {name for _, better, worse, _ in CLAIMS for name in (better, worse)}
+
+
+# Of the variants on which no claim rests those from inverted noise. They are compared with the full method, as BEYOND is.
+FURTHER = [name for name, variant in VARIANTS.items() if name not in claimed() and variant.noise == "inverted"]
 
 
 def seeds_of(name, count):

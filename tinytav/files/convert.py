@@ -16,9 +16,9 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from tinytav.errors import InputError
 from tinytav.files.atomic import replace, replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
-from tinytav.stable_diffusion.config import InputError
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 CONTAINERS = ("state_dict", "model")        # under these names trainers keep the weights, beside other things
@@ -30,7 +30,7 @@ class NoWeights(InputError):
     """A pickle that holds no named tensors, such as an optimiser's state."""
 
 
-# ---- one file --------------------------------------------------------------------------------------------------------
+# ---- one file ------------------------------------------------------------------------------------
 
 def convert_file(source, target):
     """A pickled file -> a safetensors file of the same tensors in their dtype. Returns a line that says what it holds.
@@ -133,7 +133,7 @@ def without_sharing(tensors):
     return out
 
 
-# ---- a folder, file by file ------------------------------------------------------------------------------------------
+# ---- a folder, file by file ----------------------------------------------------------------------
 
 def convert_folder(source, target):
     """A folder -> a new folder: pickled files converted, others copied. Yields a line for each that is not just copied.
@@ -193,7 +193,7 @@ def rename_shards(file, new):
     replace_text(new, json.dumps(index))
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 def check(source, target):
     """Raises InputError unless there is something to convert, and a free place for the result."""

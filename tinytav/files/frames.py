@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from tinytav.errors import InputError
 from tinytav.files.atomic import replace
-from tinytav.stable_diffusion.config import InputError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FOLDER_FPS = Fraction(8)        # a folder of pictures has no clock; the official code writes its results at 8
@@ -32,7 +32,7 @@ class Source(NamedTuple):
     total: int                  # frames in the clip
 
 
-# ---- Reading -----------------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 def read(path, size, multiple, frames, start=0, stride=None, exact=True):
     """Chooses frames of a video, a GIF or a folder of pictures -> Source.
@@ -199,7 +199,7 @@ def upright(frame):
     return Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
 
-# ---- Numbers -----------------------------------------------------------------------------------------------------------
+# ---- Numbers -------------------------------------------------------------------------------------
 
 def to_tensor(pictures):
     """Pictures (f, h, w, 3) uint8, an array or a tensor -> (f, 3, h, w) float32 in [-1, 1]."""
@@ -218,7 +218,7 @@ def enlarged(x, shown=SHOWN):
     return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-# ---- Writing -----------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 def write_mp4(path, x, fps, crf=17, title=""):
     """Frames (f, 3, h, w) -> H.264, yuv420p, at `fps` frames a second. Raises InputError where FFmpeg refuses them."""

@@ -22,10 +22,10 @@ from pathlib import Path
 from urllib.parse import quote
 from xml.etree import ElementTree
 
+from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.atomic import replace, replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
-from tinytav.stable_diffusion.config import InputError
 
 TEMPLATE = Path(__file__).with_name("page.html")
 NUMBERS = {
@@ -66,7 +66,7 @@ def save(path, title, content):
     return path
 
 
-# ---- elements --------------------------------------------------------------------------------------------------------
+# ---- elements ------------------------------------------------------------------------------------
 
 def element(tag, attributes, *content):
     """An element; `content` are texts and elements. Texts are kept as texts, whatever they hold."""
@@ -140,7 +140,7 @@ def write_record(folder, name, prompt, settings, repeat):
     replace_text(Path(folder) / f"{name}.sample.json", json.dumps(details, indent=2) + "\n")
 
 
-# ---- what the folder holds -------------------------------------------------------------------------------------------
+# ---- what the folder holds -----------------------------------------------------------------------
 
 def record(file):
     """A JSON file's object; an empty one where the file is absent or broken: a page shows what there is."""
@@ -190,7 +190,7 @@ def read_losses(folder):
         return []
 
 
-# ---- the parts of a run's page ---------------------------------------------------------------------------------------
+# ---- the parts of a run's page -------------------------------------------------------------------
 
 def heading(folder, settings):
     if not settings:
@@ -378,7 +378,7 @@ def lora_words(settings):
     return [f"{lora.get('file')}:{shown(lora.get('scale'))}" for lora in loras if isinstance(lora, dict)] or None
 
 
-# ---- the page of a set -----------------------------------------------------------------------------------------------
+# ---- the page of a set ---------------------------------------------------------------------------
 
 def write_set(folder, title, results, failures, note=""):
     """Writes folder/index.html for a set of clips. Returns its path.

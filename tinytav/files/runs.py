@@ -21,10 +21,11 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from tinytav.errors import InputError
 from tinytav.files.atomic import replace, replace_text
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
-from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.stable_diffusion.config import Config
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS
 

@@ -22,12 +22,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from tinytav import cli, editing, pipeline
+from tinytav.errors import InputError
 from tinytav.files import frames, page
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
 from tinytav.inflation import ATTENTIONS, ClipCrossAttention
 from tinytav.stable_diffusion import lora
-from tinytav.stable_diffusion.config import InputError
 
 # Dark violet to light yellow, from nothing to the most: as heat maps are often drawn. Red, green, blue.
 HEAT = np.array([(0, 0, 4), (60, 15, 112), (137, 34, 106), (212, 72, 66), (250, 141, 10), (252, 255, 164)], float)
@@ -141,7 +141,7 @@ def word_positions(tokenizer, prompt, word):
     return positions
 
 
-# ---- the maps of a run -----------------------------------------------------------------------------------------------
+# ---- the maps of a run ---------------------------------------------------------------------------
 
 def of_word(net, sd, noise, context, empty, positions, steps, guidance):
     """Samples the prompt, and watches it. Returns latents (1, 4, f, h, w) and maps (f, h, w)."""
@@ -165,7 +165,7 @@ def of_pixel(net, sd, latents, context, noise, frame, y, x, steps, name):
     return maps.mean.value(), maps.seen
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 def heated(picture, heat):
     """A picture (h, w, 3) uint8 under a map (h', w') in [0, 1]: grey where it is 0, brightly coloured where it is 1."""
@@ -259,7 +259,7 @@ def pixel_picture(x, frame, place, seen, rows):
     return stacked(made)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 def arguments():
     p = cli.parser(__doc__.splitlines()[0])

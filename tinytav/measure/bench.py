@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from tinytav import cli, pipeline
+from tinytav.errors import InputError
 from tinytav.files.atomic import replace_text
 from tinytav.inflation import inflate
 from tinytav.measure import fit, memory, recompute
 from tinytav.stable_diffusion.checkpoint import Defaults, StableDiffusion, load
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16, name_of
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -93,7 +93,7 @@ class Prepared:
     recomputed: int = 0                     # blocks that the gradient computes again
 
 
-# ---- The parts: each prepares itself -----------------------------------------------------------------------------------
+# ---- The parts: each prepares itself -------------------------------------------------------------
 
 def loading(sd, case):
     def call():
@@ -172,7 +172,7 @@ def recomputed_blocks(sd, case):
     return fit.plan_tuning(work_of(sd, case), free, case.checkpointing).recomputed
 
 
-# ---- Models ------------------------------------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 
 def models(case):
     """The Stable Diffusion that a case names."""
@@ -204,7 +204,7 @@ def with_random_weights(Model, cfg, device, dtype):
     return model.eval().requires_grad_(False)
 
 
-# ---- Measuring ---------------------------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 
 def measure(case):
     """Runs in a fresh process: Case -> Result."""
@@ -288,7 +288,7 @@ def measure_apart(case):
     return Result(case.part, case.frames, case.size, error=error)
 
 
-# ---- Printing ----------------------------------------------------------------------------------------------------------
+# ---- Printing ------------------------------------------------------------------------------------
 
 HEADER = f"{'':32}{'seconds':>10}{'peak GiB':>10}{'simulated':>11}{'GFLOP':>10}{'GFLOP/s':>10}{'of matmul':>11}"
 

@@ -33,12 +33,12 @@ from torch import distributed
 
 import tinytav
 from tinytav import cli, editing, pipeline
+from tinytav.errors import InputError
 from tinytav.files import frames, page
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, Settings, lock, slug
 from tinytav.measure import fit, memory, metrics, recompute
 from tinytav.stable_diffusion.checkpoint import StableDiffusion, read_json
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.tuning import Tuner
 
@@ -58,7 +58,7 @@ class Clip:
     folder: str
 
 
-# ---- the set ---------------------------------------------------------------------------------------------------------
+# ---- the set -------------------------------------------------------------------------------------
 
 def read_set(path):
     """A CSV -> (list of Clip, side in pixels that frames are squashed to before they are measured, or None).
@@ -132,7 +132,7 @@ def free_name(stem, taken):
     return name
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 def join():
     """(rank, number of ranks): torchrun's, or (0, 1) without it. A rank waits for the slowest however long it takes."""
@@ -160,7 +160,7 @@ def deal(clips, finished, rank, size):
     return [clip for clip in clips if clip.folder not in finished][rank::size]
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 class Judges:
     """What measures: a CLIP, and perhaps PickScore's. side: frames are squashed to it first, or None.
@@ -201,7 +201,7 @@ def pick_score(judge, pictures, prompt):
     return (judge.clip.logit_scale.exp().cpu() * cosines).mean().item()
 
 
-# ---- one clip --------------------------------------------------------------------------------------------------------
+# ---- one clip ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Job:
@@ -315,7 +315,7 @@ def write_edit(sd, run, source, name, prompt, x):
     frames.write_mp4(run.path / f"{name}.mp4", x, run.settings.fps, title=prompt)
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 def save_results(path, rows, judges):
     """results.json, by which the clip counts as finished; metrics.json and the page of its run."""
@@ -374,7 +374,7 @@ def write_results(out, args, clips, results, failures):
     return rows
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 def arguments():
     p = cli.parser(__doc__.splitlines()[0])

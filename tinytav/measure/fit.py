@@ -13,7 +13,7 @@ SAMPLING_MAPS = 100 # a step of sampling; Stable Diffusion's about 40
 GIB = 2 ** 30
 
 
-# ---- What is decided ---------------------------------------------------------------------------------------------------
+# ---- What is decided -----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Plan:
@@ -69,7 +69,7 @@ def surely_fits(work, free, maps):
     return 4 * weights + maps * largest_map < free          # weights, gradients and AdamW's two moments
 
 
-# ---- What is said ------------------------------------------------------------------------------------------------------
+# ---- What is said --------------------------------------------------------------------------------
 
 def advice(what, work, need, free, peak):
     """A sentence for work that needs more than is free, with settings that fit. peak(work): bytes that work needs."""
@@ -99,7 +99,7 @@ def weight_bytes(model):
     return sum(p.nbytes for p in model.parameters())
 
 
-# ---- What is free ------------------------------------------------------------------------------------------------------
+# ---- What is free --------------------------------------------------------------------------------
 
 def free_bytes(device):
     """Memory that is free on the device; without a limit where the system does not tell (macOS, Windows)."""

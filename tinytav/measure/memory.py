@@ -25,7 +25,7 @@ from tinytav.stable_diffusion.unet import ResnetBlock, Transformer, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.tuning import Tuner, denoising_loss
 
-# ---- What is simulated, and what comes out -----------------------------------------------------------------------------
+# ---- What is simulated, and what comes out -------------------------------------------------------
 
 @dataclass(frozen=True)
 class Work:
@@ -72,7 +72,7 @@ def work_on(sd, net, shape):
     return Work(*shape[2:], sd.dtype, sd.device.type, net.cfg, sd.vae.cfg, net.attention, net.norm)
 
 
-# ---- The simulation ----------------------------------------------------------------------------------------------------
+# ---- The simulation ------------------------------------------------------------------------------
 
 class Meter(TorchDispatchMode):
     """Sees every operation: adds up the storages that are alive and the operation's FLOPs.
@@ -166,7 +166,7 @@ def attention_backward_flops(gradient, query, key, *rest, out_shape=None, **sett
     return attention_flops(query, key) * 5 // 2
 
 
-# ---- The parts of the work ---------------------------------------------------------------------------------------------
+# ---- The parts of the work -----------------------------------------------------------------------
 
 def tuning(work, recomputed=()):
     """Cost of one step of tuning. recomputed: names of the blocks that the gradient computes again (see recompute.py)."""

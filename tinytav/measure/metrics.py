@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from tinytav import cli
+from tinytav.errors import InputError
 from tinytav.files import frames, page
 from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
 from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
-from tinytav.stable_diffusion.config import InputError
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 
 COLUMNS = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment", "psnr")      # of rows, by name

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tinytav.errors import InputError
 from tinytav.stable_diffusion import official, single_file
-from tinytav.stable_diffusion.config import LARGEST, Config, InputError
+from tinytav.stable_diffusion.config import LARGEST, Config
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.precision import PRECISIONS, autocast
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.errors import InputError
+from tinytav.stable_diffusion.config import Config
 from tinytav.stable_diffusion.text_encoder import Encoder, TextEncoderConfig, TextTransformer
 
 

@@ -1,13 +1,11 @@
-"""Reading a checkpoint's config.json, and the one class of errors that the user can fix."""
+"""Reading a checkpoint's config.json."""
 import types
 import typing
 from dataclasses import MISSING, fields
 
+from tinytav.errors import InputError
+
 LARGEST = 2 ** 20       # no size in a published model comes near it
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used. The message is a sentence: what is wrong, where, and what to do."""
 
 
 class Config:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tinytav.errors import InputError
 from tinytav.stable_diffusion import checkpoint, single_file
-from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.stable_diffusion.config import Config
 from tinytav.stable_diffusion.unet import Encoder, UNetConfig, check_types, set_heads
 
 
@@ -112,7 +113,7 @@ def check_fits(control, unet, vae_factor):
                          "trained for it.")
 
 
-# ---- From disk ----------------------------------------------------------------------------------------------------
+# ---- From disk -----------------------------------------------------------------------------------
 
 # upcast as 2.1's own config says
 SD2 = ControlNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.errors import InputError
+from tinytav.stable_diffusion.config import Config
 
 OFFSET = 1      # Stable Diffusion's `steps_offset`: timesteps are 1, 21, 41, ...
 

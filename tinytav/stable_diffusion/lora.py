@@ -20,9 +20,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from tinytav.errors import InputError
 from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.checkpoint import how_to_convert, read_tensors
-from tinytav.stable_diffusion.config import LARGEST, Config, InputError
+from tinytav.stable_diffusion.config import LARGEST, Config
 
 # the end of a key -> what the tensor is
 ENDS = {
@@ -118,7 +119,7 @@ def fingerprint(path):
     return sha.hexdigest()[:16]
 
 
-# ---- what the layers are called --------------------------------------------------------------------------------------
+# ---- what the layers are called ------------------------------------------------------------------
 
 def changeable(sd):
     """{(part, name): module} of the linear layers and convolutions that a LoRA may change."""
@@ -177,7 +178,7 @@ def inner_ldm_name(name):
     return name
 
 
-# ---- reading and checking --------------------------------------------------------------------------------------------
+# ---- reading and checking ------------------------------------------------------------------------
 
 def read_lora(path):
     """All tensors of a LoRA file. Raises InputError for other kinds of files."""

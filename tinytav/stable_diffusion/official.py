@@ -5,7 +5,7 @@ and in each transformer block T-Attn and its norm, `attn_temp.*` and `norm_temp.
 """
 import torch
 
-from tinytav.stable_diffusion.config import InputError
+from tinytav.errors import InputError
 
 TEMPORAL = "_temp."                 # T-Attn's tensors and those of its norm have it in their names
 BLOCK_TYPES = ("down_block_types", "up_block_types", "mid_block_type")

@@ -4,7 +4,7 @@ One renaming per component. Only published shapes exist in this layout: SD 1.x a
 """
 import re
 
-from tinytav.stable_diffusion.config import InputError
+from tinytav.errors import InputError
 from tinytav.stable_diffusion.text_encoder import TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNetConfig
 from tinytav.stable_diffusion.vae import VAEConfig

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.errors import InputError
+from tinytav.stable_diffusion.config import Config
 
 
 @dataclass(frozen=True)

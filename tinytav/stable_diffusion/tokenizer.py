@@ -11,7 +11,7 @@ import tokenizers
 import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from tinytav.stable_diffusion.config import InputError
+from tinytav.errors import InputError
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

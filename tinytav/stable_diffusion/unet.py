@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinytav.stable_diffusion.config import Config, InputError
+from tinytav.errors import InputError
+from tinytav.stable_diffusion.config import Config
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,41 @@ Lengths are in *units*, of which the picture has 64 x 64 whatever its pixels; x 
 and sizes are functions of the view and the activity; the rest of the scene only says what is drawn there, so two
 scenes that differ by an edit match everywhere but in what was edited.
 """
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import cos, exp, pi, sin
 from random import Random
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tinytav.toy.shapes import (BESIDE, BLACK, BOARDS, BODIES, CLOTHES, CREAM, DARK, EARTH, FOAM, GEAR, HATS, LIGHT,
-                                PALE, PAPER, PLACES, SHOES, SKIES, STEEL, SUN, TRACK, WATER, WHITE, Colour, Shapes)
+from tinytav.toy.shapes import (
+    BESIDE,
+    BLACK,
+    BOARDS,
+    BODIES,
+    CLOTHES,
+    CREAM,
+    DARK,
+    EARTH,
+    FOAM,
+    GEAR,
+    HATS,
+    LIGHT,
+    PALE,
+    PAPER,
+    PLACES,
+    SHOES,
+    SKIES,
+    STEEL,
+    SUN,
+    TRACK,
+    WATER,
+    WHITE,
+    Colour,
+    Shapes,
+)
 from tinytav.toy.world import Motion, Scene, View, views
 
 Point = tuple[float, float]
@@ -86,7 +111,7 @@ class Brush:
         self.canvas.ellipse((x - rx, y - ry, x + rx, y + ry), self.light(colour))
 
 
-# ---- Geometry: functions of view and activity alone --------------------------------------------------------------
+# ---- Geometry: functions of view and activity alone ----------------------------------------------
 
 def slope(activity: str) -> float:
     """How much the ground falls per unit of x: skiing goes downhill, everything else on the flat."""
@@ -141,7 +166,7 @@ def standing(b: Brush, activity: str, view: View) -> Brush:
     return b.at(64 * view.x, ground(activity, 64 * view.x) + 12, view.size, tilt)
 
 
-# ---- Scenery -----------------------------------------------------------------------------------------------------
+# ---- Scenery -------------------------------------------------------------------------------------
 
 def lit(scene: Scene, strength: float = 1) -> Callable[[Colour], Colour]:
     """How the scene's time of day changes a colour."""
@@ -219,7 +244,7 @@ def track(b: Brush, view: View) -> None:
         b.line(WHITE, 1.2, (x - 16, top), (x - 20, foot))
 
 
-# ---- Figures -----------------------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 
 def figure(b: Brush, scene: Scene, phase: float) -> None:
     """The subject with its clothes, hat and gear, on the brush's origin."""
@@ -271,7 +296,7 @@ def arm(b: Brush, activity: str, joints: Pose, hand: Point, skin: Colour, cloth:
         b.dot(STEEL, tip[0] + 1.5, tip[1] - 2, 2, 1)
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 def styled(picture: np.ndarray, style: str) -> np.ndarray:
     """A picture, (size, size, 3) in [0, 255], in the colours of its style: a comic has stronger ones."""

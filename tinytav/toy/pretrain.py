@@ -78,7 +78,7 @@ LATENTS = "latents.safetensors"
 FIGURE = 8          # how much more the ControlNet's loss counts at the stick figure
 
 
-# ---- Files ---------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 def text(data):
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
@@ -119,7 +119,7 @@ def build_tokenizer():
             "special_tokens_map.json": text(special), "tokenizer_config.json": text(settings)}
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 def seeds(name, count):
     return [f"{name}/{i}" for i in range(count)]
@@ -162,7 +162,7 @@ def mistaken(scene, names, rng):
     return replace(scene, **{name: rng.choice([value for value in world.ATTRIBUTES[name] if value != getattr(scene, name)])})
 
 
-# ---- The stages -------------------------------------------------------------------------------------------------
+# ---- The stages ----------------------------------------------------------------------------------
 
 def initialise_clip(model):
     """As CLIP does: normals that keep the towers' activations near one. arXiv 2103.00020's code, initialize_parameters."""
