@@ -1,5 +1,6 @@
 """What the commands share: flags, device and precision, errors as sentences."""
 import argparse
+import os
 import re
 import sys
 import warnings
@@ -9,14 +10,14 @@ import torch
 from tqdm import tqdm
 
 from tinytav.errors import InputError
+from tinytav.memory import is_out_of_memory
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load, preferred_precision
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
 
 SOURCE = ("weights", "tokenizer", "prediction")         # the flags that say where the weights come from
 KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words
-# How torch says that a CPU's memory is too small. There is no class for it.
-CPU_ALLOCATOR = re.compile("DefaultCPUAllocator|not enough memory|can't allocate memory")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")      # escape sequences begin with one
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -33,10 +34,9 @@ def parser(description):
     return p
 
 
-def add_lora(p):
+def add_lora(p, what):
     """The flag --lora, which train.py and sample.py have."""
-    p.add_argument("--lora", nargs="+", action="extend", metavar="FILE[:SCALE]",
-                   help="LoRA files to merge into the weights; else the run's own; none: without")
+    p.add_argument("--lora", nargs="+", action="extend", metavar="FILE[:SCALE]", help=what)
 
 
 def number(kind, low, high=float("inf")):
@@ -91,7 +91,7 @@ def load_weights(args, source=None, precision=None):
         if getattr(args, name) is not None:
             source[name] = getattr(args, name)
     path = source.pop("weights", None) or default_path()
-    print(f"weights: {path}")
+    say(f"weights: {path}")
     precision = args.precision or precision or preferred_precision(path)
     dtype = choose_dtype(device, precision)
     if precision is None and dtype is torch.bfloat16:
@@ -100,16 +100,14 @@ def load_weights(args, source=None, precision=None):
 
 
 def read_loras(texts):
-    """What --lora names -> a list of Lora; without the flag None. Raises InputError."""
-    if texts is None:
-        return None
-    return [Lora.from_text(text) for text in texts if text != "none"]
+    """What --lora names -> a list of Lora. Raises InputError."""
+    return [Lora.from_text(text) for text in texts or []]
 
 
 def print_loras(loras):
     """Prints which LoRAs are in use."""
     for one in loras:
-        print(f"lora: {one.file}, scale {one.scale:g}")
+        say(f"lora: {one.file}, scale {one.scale:g}")
 
 
 def warn_about_unknown_words(weights, prompts, clip=None):
@@ -134,34 +132,50 @@ def words(text):
 
 
 def progress(steps, total, name):
-    """A progress bar around an iterable of `total` steps, as the pipeline's functions take it."""
-    return tqdm(steps, name[:30], total, unit="step")
+    """A progress bar around an iterable of `total` steps, as editing.py's functions take it."""
+    return tqdm(steps, plain(name)[:30], total, unit="step")
 
 
-# ---- Errors --------------------------------------------------------------------------------------
+# ---- Words and errors ----------------------------------------------------------------------------
+
+def plain(text):
+    """The text with every control character shown as an escape, so that no name can command the terminal."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+def say(text):
+    print(plain(text))
+
 
 def run(main):
     """Calls main() as a script. What the user can mend is a sentence and exit status 2, not a traceback."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    sys.stdout.reconfigure(errors="backslashreplace")       # file names may hold bytes that are not UTF-8
+    warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")       # file names may hold bytes that are not UTF-8
     try:
-        sys.exit(main())
+        status = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:                                     # what reads the output has ended: `| head -1`
+        sys.stdout = None
+        os._exit(141)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: the memory is too small: {str(error).splitlines()[0] if str(error) else 'no more is free.'} "
-              "Half the --frames need about half of it, half the --size a quarter.", file=sys.stderr)
+        complain(f"error: the memory is too small: {str(error).splitlines()[0] if str(error) else 'no more is free.'} "
+                 "Half the --frames need about half of it, half the --size a quarter.")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        complain("stopped")
         sys.exit(130)
 
 
-def is_out_of_memory(error):
-    """Does this error say that memory ran out? An "illegal memory access", for one, does not."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and CPU_ALLOCATOR.search(str(error)) is not None
+def complain(text):
+    """A line for the user on stderr, if there is one."""
+    if sys.stderr is not None:
+        print(plain(text), file=sys.stderr)

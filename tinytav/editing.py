@@ -1,23 +1,46 @@
-"""From a clip on disk to an edited clip: the level that the scripts and a notebook use. The method is in pipeline.py.
+"""From a clip on disk to an edited clip: the life of a run. The method is in pipeline.py and tuning.py.
 
-A clip is read and encoded once, a net is tuned on it, and each prompt makes an edit. The same for a run's folder, where
-clip, net and noise lie saved. A `progress` is a function of (an iterable of steps, their number, a name) that returns an
-iterable; the default shows nothing.
+A session holds the weights, the inflated U-Net, and the folder of a run. `begin` reads and encodes the clip once, `tune` makes
+the steps and saves them now and then, `finish` saves the tuned tensors and the inverted clip, `edit` makes one edit and writes
+its files. The scripts, the evaluation of sets and a notebook all use it. A `progress` is a function of (an iterable of steps,
+their number, a name) that returns an iterable; the default shows nothing.
 """
-from dataclasses import dataclass
+import sys
+import time
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
-from tinytav import edit_friendly
+import tinytav
+from tinytav import memory, tuning
 from tinytav.errors import InputError
-from tinytav.files.frames import read
-from tinytav.inflation import inflate
-from tinytav.pipeline import decode, encode, invert, last, sample
-from tinytav.tuning import Tuner
+from tinytav.files import page
+from tinytav.files.frames import (
+    FOLDER_FPS,
+    check_size,
+    fingerprint,
+    read,
+    strip_columns,
+    warn_if_far_apart,
+    write_gif,
+    write_mp4,
+    write_strip,
+)
+from tinytav.files.runs import Run, Settings, new_name, slug
+from tinytav.inflation import VideoUNet, inflate
+from tinytav.noise import NOISES
+from tinytav.pipeline import decode, encode, last
+from tinytav.stable_diffusion import lora
+from tinytav.stable_diffusion.checkpoint import StableDiffusion
+from tinytav.stable_diffusion.precision import name_of
 
-NOT_FINITE = ("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or use --precision "
-              "fp32.")
+SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")     # of an edit's files
+SAVING = 20             # a twentieth of the time goes into saving what is tuned
 
 
 @dataclass
@@ -27,33 +50,21 @@ class Clip:
     std: torch.Tensor
     context: torch.Tensor           # of its caption, (1, m, d)
     empty: torch.Tensor             # of the empty prompt, (1, m, d)
-    fps: Fraction                   # frames a second of the chosen frames
-    indices: tuple[int, ...] = ()   # of the chosen frames in the source
-    total: int = 0                  # frames that the source has
 
     @property
     def frames(self):
         return self.mean.shape[2]
 
 
-def read_clip(sd, path, prompt, size=None, frames=None, start=0, stride=None):
-    """Reads a video, a GIF or a folder of pictures and encodes it and its caption -> Clip.
-
-    size: pixels of the short side. frames: how many; a shorter clip is then refused. Without them the weights'
-    defaults hold, and a shorter clip gives what it has. start, stride: as in files.frames.read. Raises InputError.
-    """
-    source = read(path, chosen(size, sd.defaults.size), sd.multiple, chosen(frames, sd.defaults.frames), start=start,
-                  stride=stride, exact=frames is not None)
-    return encode_clip(sd, source, prompt)
+class Edit(NamedTuple):
+    frames: torch.Tensor            # (f, 3, h, w) in [-1, 1]
+    file: Path                      # the file to look at: an mp4, or of a single frame a png
+    page: Path                      # the page of the folder
 
 
-def encode_clip(sd, source, prompt):
-    """files.frames.Source and its caption -> Clip. Raises InputError if the latents are not finite."""
-    mean, std = encode(sd.vae, source.x.to(sd.device))
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise InputError("The VAE gives this clip latents that are not finite: try --precision fp32.")
-    context, empty = sd.encode_prompts([prompt, ""]).split(1)
-    return Clip(mean, std, context, empty, source.fps, source.indices, source.total)
+def no_progress(steps, total, name):
+    """The progress that shows nothing."""
+    return steps
 
 
 def chosen(value, default):
@@ -61,9 +72,15 @@ def chosen(value, default):
     return default if value is None else value
 
 
-def no_progress(steps, total, name):
-    """The progress that shows nothing."""
-    return steps
+# ---- The parts -----------------------------------------------------------------------------------
+
+def encode_clip(sd, x, prompt):
+    """Frames (f, 3, h, w) in [-1, 1] and their caption -> Clip. Raises InputError if the latents are not finite."""
+    mean, std = encode(sd.vae, x.to(sd.device))
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise InputError("The VAE gives this clip latents that are not finite: try --precision fp32.")
+    context, empty = sd.encode_prompts([prompt, ""]).split(1)
+    return Clip(mean, std, context, empty)
 
 
 def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
@@ -72,7 +89,7 @@ def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
     If the official code has tuned the weights, T-Attn is theirs. Otherwise it is new, and its first q, k and v come from
     the seed alone. The caller's random state stays as it was.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):             # inflation draws on the CPU
         torch.manual_seed(seed)
         net = inflate(sd.unet, count, attention, norm)
     for name, tensor in sd.temporal.items():
@@ -80,98 +97,263 @@ def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
     return net
 
 
-def tune_on(sd, clip, steps=None, lr=None, seed=33, attention="sparse-causal", norm="clip", progress=no_progress):
-    """Inflates the U-Net and tunes it on a clip -> VideoUNet. Without steps or lr the weights' defaults hold."""
-    net = new_net(sd, clip.frames, attention, norm, seed)
-    tuner = Tuner(net, sd.schedule, clip.mean, clip.std, clip.context, chosen(lr, sd.defaults.lr), seed)
-    steps = chosen(steps, sd.defaults.steps)
-    for _ in progress(range(steps), steps, "tuning"):
-        tuner.step()
-    return net
+def sample_clip(sd, net, noise, prompt, guidance, negative="", control=None, progress=no_progress):
+    """Samples from a Noise under a prompt -> frames (f, 3, h, w) in [-1, 1].
 
-
-def invert_clip(sd, net, clip, steps=None, progress=no_progress):
-    """The clip's noise x_T (1, 4, f, h/8, w/8), under `net`. Raises InputError if it is not finite."""
-    steps = chosen(steps, sd.defaults.ddim_steps)
-    noise = last(progress(invert(net, sd.schedule, clip.mean, clip.empty, steps), steps, "inverting"))
-    if not noise.isfinite().all():
-        raise InputError(NOT_FINITE)
-    return noise
-
-
-def invert_edit_friendly(sd, net, clip, steps=None, seed=33, progress=no_progress):
-    """The clip's edit-friendly noise under `net`, a list of edit_friendly.Step, for sample_clip.
-
-    Without steps (of sampling) the weights' default holds. Raises InputError if the noise is not finite.
+    negative: the prompt that guidance goes away from. control: a control.Control. Raises InputError if the result is not
+    finite.
     """
-    steps = chosen(steps, sd.defaults.ddim_steps)
-    walk = edit_friendly.invert(net, sd.schedule, clip.mean, clip.context, steps, seed)
-    inverted = list(progress(walk, edit_friendly.count(steps), "inverting"))
-    if not all(step.noise.isfinite().all() for step in inverted):
-        raise InputError(NOT_FINITE)
-    return inverted
-
-
-def sample_clip(sd, net, noise, prompt, steps=None, guidance=None, progress=no_progress, control=None):
-    """Samples from noise under a prompt -> frames (f, 3, h, w) in [-1, 1].
-
-    noise: x_T (1, 4, f, h/8, w/8), or what invert_edit_friendly returns, which has its own steps. Without steps (of DDIM)
-    or guidance the weights' defaults hold. control: a control.Control. Raises InputError if the result is not finite.
-    """
-    guidance = chosen(guidance, sd.defaults.guidance)
-    context, empty = sd.encode_prompts([prompt, ""]).split(1)
-    if isinstance(noise, list):
-        steps = len(noise)
-        walk = edit_friendly.sample(net, sd.schedule, noise, context, empty, guidance, control)
-    else:
-        steps = chosen(steps, sd.defaults.ddim_steps)
-        walk = sample(net, sd.schedule, noise, context, empty, steps, guidance, control)
-    x = decode(sd.vae, last(progress(walk, steps, prompt)))
+    context, away = sd.encode_prompts([prompt, negative]).split(1)
+    walk = noise.sample(net, sd.schedule, context, away, guidance, control)
+    x = decode(sd.vae, last(progress(walk, noise.count, prompt)))
     if not x.isfinite().all():
         raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
     return x
 
 
-def edit(sd, net, clip, prompt, steps=None, guidance=None, progress=no_progress):
-    """The clip as the prompt wants it: inverted, then sampled -> frames (f, 3, h, w) in [-1, 1].
+# ---- The life of a run ---------------------------------------------------------------------------
 
-    For several prompts, call invert_clip once and sample_clip for each. Arguments and errors as theirs.
+@dataclass
+class Session:
+    """Weights and a net at work, on a run's clip, or without a run on nothing but noise."""
+    sd: StableDiffusion
+    net: VideoUNet
+    run: Run | None = None
+    clip: Clip | None = None
+    shape: tuple = ()               # of the latents that are sampled, (1, 4, f, h/8, w/8)
+    loras: list = field(default_factory=list)       # those added to the run's own
+    tuner: tuning.Tuner | None = None
+
+    # ---- Tuning
+
+    def tune(self, checkpointing="auto"):
+        """Prepares the tuning, or goes on where its saved state stands. Returns a generator of (steps done, loss).
+
+        It saves the state at each quarter and now and then. checkpointing: as in memory.prepare. Raises InputError as
+        tuning.Tuner does.
+        """
+        settings, clip = self.run.settings, self.clip
+        memory.prepare(self.net, clip.mean.shape, self.sd.device, checkpointing)
+        self.tuner = tuning.Tuner(self.net, self.sd.schedule, clip.mean, clip.std, clip.context, settings.lr,
+                                  settings.seed)
+        if self.run.has("state"):
+            self.tuner.load_state_dict(self.run.read("state"))
+        return self._saved_now_and_then(tuning.tune(self.tuner, settings.steps, climb=checkpointing == "auto"))
+
+    def _saved_now_and_then(self, steps):
+        save_at = 0.
+        for step, loss in steps:
+            if step in self.quarters or time.monotonic() > save_at:
+                save_at = time.monotonic() + SAVING * self.save()
+            yield step, loss
+
+    @property
+    def quarters(self):
+        """The steps after each quarter of the tuning."""
+        return {self.run.settings.steps * i // 4 for i in (1, 2, 3, 4)}
+
+    def save(self):
+        """Writes what resuming needs, and the page. Returns the seconds it took."""
+        began = time.monotonic()
+        self.run.write("state", self.tuner.state_dict())
+        self.run.write_losses(self.tuner.losses)
+        page.write(self.run.path)
+        return time.monotonic() - began
+
+    def finish(self, progress=no_progress):
+        """Saves the tuned tensors and the inverted clip, and marks the run as finished. Returns the page's path.
+
+        Raises InputError if the inverted clip is not finite.
+        """
+        self.run.write("tuned", self.net.tuned())
+        noise = self.make_noise("inverted", progress=progress)
+        self.run.write("inversion", dict(noise=noise.x, steps=torch.tensor(noise.steps)))
+        self.run.finish()
+        return page.write(self.run.path)
+
+    # ---- Editing
+
+    def make_noise(self, name=None, steps=None, seed=33, progress=no_progress):
+        """What edits start from: a Noise, made. name: a key of NOISES; else inverted where there is a clip, or random.
+
+        The run's saved inversion is used where it fits. Without steps the run's or the weights' own hold. Raises
+        InputError if the noise needs a clip of this size and there is none, or if it is not finite.
+        """
+        kind = NOISES[name or ("inverted" if self.clip else "random")]
+        if kind.needs_clip and (self.clip is None or self.clip.mean.shape != self.shape):
+            raise InputError(f"The {kind.name} noise is made from a run's clip, and has its frames and its size: name a run "
+                             "with --run and leave out --frames and --size, or begin with --noise random.")
+        noise = kind(chosen(steps, self.defaults.ddim_steps), seed)
+        saved = self.saved_inversion() if kind.name == "inverted" else {}
+        if saved and int(saved["steps"]) == noise.steps:
+            noise.x = saved["noise"].to(self.sd.device)
+            return noise
+        return noise.make(self.net, self.sd.schedule, self.shape, self.clip, progress)
+
+    def saved_inversion(self):
+        """What `finish` saved of the inverted clip; empty where the net is not the one that inverted it."""
+        if self.net.attention != self.run.settings.attention or self.loras or not self.run.has("inversion"):
+            return {}
+        return self.run.read("inversion", dict(noise=self.shape, steps=()))
+
+    def edit(self, prompt, noise=None, guidance=None, negative="", control=None, out=None, progress=no_progress):
+        """Makes an edit and writes its video, gif, strip and record -> Edit. The page shows it.
+
+        noise: what `make_noise` returned; else the inverted clip, or random noise. Without guidance the run's or the weights'
+        own holds. out: a folder; else the run's, or samples/. Errors as sample_clip's.
+        """
+        noise = noise or self.make_noise(progress=progress)
+        guidance = chosen(guidance, self.defaults.guidance)
+        x = sample_clip(self.sd, self.net, noise, prompt, guidance, negative, control, progress)
+        folder = Path(out or (self.run.path if self.run else "samples"))
+        folder.mkdir(parents=True, exist_ok=True)
+        name = new_name(folder, self.name_of(prompt, noise, control), SUFFIXES)
+        file = self.write(folder / name, x, self.rows_above(noise, control), prompt)
+        record = self.record(noise, guidance, negative, control)
+        page.write_record(folder, name, prompt, record, self.command(prompt, record, out))      # last: it says that all is there
+        return Edit(x, file, page.write(folder))
+
+    def name_of(self, prompt, noise, control):
+        """A file name for an edit. It is for people: what made the edit stands in its record."""
+        words = [] if noise.name == "inverted" or self.run is None else [noise.name]
+        return "-".join([slug(prompt), *words, *(["control"] if control else [])])
+
+    def record(self, noise, guidance, negative="", control=None):
+        """The settings of an edit: all that decides the result, beside the run or the weights."""
+        settings = dict(ddim_steps=noise.steps, guidance=guidance, noise=noise.name, seed=noise.seed if noise.seeded else None,
+                        negative=negative or None, attention=self.net.attention, frames=self.net.frames,
+                        size=self.sd.multiple * min(self.shape[3:]), precision=name_of(self.sd.dtype),
+                        weights=self.sd.fingerprint, lora=[f"{one.file}:{one.scale:g}" for one in self.loras] or None)
+        if control is not None:
+            settings |= dict(control=control.path, hint=control.hint, control_scale=control.scale)
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def command(self, prompt, record, out=None):
+        """The line that makes an edit again, whatever the defaults are then."""
+        flags = dict(run=self.run.path if self.run else None, **self.moved(), prompt=prompt, steps=record["ddim_steps"], out=out)
+        flags |= {name: record.get(name) for name in ("guidance", "noise", "seed", "negative", "precision", "lora", "control",
+                                                      "hint", "control_scale")}
+        if self.run is None or self.net.attention != self.run.settings.attention:
+            flags["attention"] = self.net.attention
+        if self.clip is None or self.clip.mean.shape != self.shape:
+            flags |= dict(frames=record["frames"], size=record["size"])
+        return page.command("python", "sample.py", *page.flags(flags))
+
+    def moved(self):
+        """The flags that name the weights, where the run does not."""
+        return {} if self.run and self.run.settings.source() == self.sd.source else self.sd.source
+
+    def rows_above(self, noise, control):
+        """What a strip shows above the edit, each (n, 3, h, w) in [-1, 1]: the source, and the hints."""
+        rows = [self.source_row] if noise.needs_clip else []
+        if control is not None:
+            rows.append(2 * control.hints[strip_columns(len(control.hints))] - 1)
+        return rows
+
+    @cached_property
+    def source_row(self):
+        """The frames of the source that a strip shows, as the VAE gives them back."""
+        return decode(self.sd.vae, self.clip.mean[:, :, strip_columns(self.clip.frames)])
+
+    def write(self, stem, x, above, prompt):
+        """Frames x (f, 3, h, w) -> a strip, a gif, and last an mp4 with the prompt as its title; of one frame a picture."""
+        picture, video = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.mp4")
+        write_strip(picture, *above, x[strip_columns(len(x))])
+        if len(x) == 1:
+            return picture
+        fps = Fraction(self.run.settings.fps) if self.run else FOLDER_FPS
+        write_gif(stem.with_name(f"{stem.name}.gif"), x, fps)
+        write_mp4(video, x, fps, title=prompt)
+        return video
+
+    @property
+    def defaults(self):
+        """Where steps of sampling and guidance come from: the run, else the weights."""
+        return self.run.settings if self.run else self.sd.defaults
+
+
+def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, start=0, stride=None, steps=None, lr=None,
+          ddim_steps=None, guidance=None, attention="sparse-causal", norm="clip", seed=33, preview=None, loras=(),
+          progress=no_progress):
+    """Reads a video, a GIF or a folder of pictures, encodes it once, and makes a new run of it -> Session.
+
+    The run's folder is out/NAME, or out/NAME-2, ...; or `folder`, which must not exist. size: pixels of the short side.
+    frames: how many; a shorter clip is then refused. start, stride: as in files.frames.read. loras: those that are
+    merged into `sd` already. preview: a prompt that run.json keeps. Where a number is None, the weights' own holds. Raises
+    InputError.
     """
-    noise = invert_clip(sd, net, clip, steps, progress)
-    return sample_clip(sd, net, noise, prompt, steps, guidance, progress)
+    if not prompt.strip():
+        raise InputError("The prompt is empty: say in a few words what the clip shows.")
+    d = sd.defaults
+    size = chosen(size, d.size)
+    source = read(clip, size, sd.multiple, chosen(frames, d.frames), start=start, stride=stride,
+                         exact=frames is not None)
+    warn_if_far_apart(source, clip)
+    settings = Settings.from_json(dict(
+        clip=str(clip), clip_fingerprint=fingerprint(clip), prompt=prompt, preview=preview, fingerprint=sd.fingerprint,
+        precision=name_of(sd.dtype), lora=[asdict(one) for one in loras] or None, size=size, frames=len(source.x), start=start,
+        stride=stride, indices=list(source.indices), total=source.total, fps=str(source.fps),
+        steps=chosen(steps, 0 if sd.temporal else d.steps), lr=chosen(lr, d.lr), ddim_steps=chosen(ddim_steps, d.ddim_steps),
+        guidance=chosen(guidance, d.guidance), attention=attention, norm=norm, seed=seed,
+        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]), **sd.source))
+    encoded = encode_clip(sd, source.x, prompt)
+
+    def fill(run):
+        run.write("clip", dict(mean=encoded.mean, std=encoded.std))
+        write_mp4(run.path / "source.mp4", source.x, source.fps)
+        run.save()
+    run = Run.create(out, Path(clip).stem, settings, fill) if folder is None else Run.create_at(folder, settings, fill)
+    page.write(run.path)
+    net = new_net(sd, encoded.frames, attention, norm, seed)
+    return Session(sd, net, run, encoded, tuple(encoded.mean.shape))
 
 
-# ---- The same from a run's folder ----------------------------------------------------------------
+def resume(sd, run):
+    """An unfinished run -> Session, with the net as it was before tuning. `tune` goes on from the saved state.
 
-def clip_of(run, sd):
-    """A run's clip and its caption -> Clip, on the device of `sd`. Raises InputError if they do not fit the run."""
-    mean, std = (z.to(sd.device) for z in run.latents())
-    context, empty = sd.encode_prompts([run.settings.prompt, ""]).split(1)
-    settings = run.settings
-    return Clip(mean, std, context, empty, Fraction(settings.fps), settings.indices or (), settings.total)
-
-
-def net_of(run, sd, attention=None, frames=None):
-    """The inflated U-Net with a run's tuned tensors -> VideoUNet. Raises InputError if they do not fit.
-
-    attention, frames: other than the run's own.
+    The caller holds the run's lock. `sd`: the run's weights with its LoRAs merged. Raises InputError if they do not fit.
     """
     settings = run.settings
-    net = new_net(sd, frames or settings.frames, attention or settings.attention, settings.norm)
+    if run.finished:
+        raise InputError(f"{run.path} is finished: sample from it with sample.py --run.")
+    clip = clip_of(run, sd)
+    net = new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
+    return Session(sd, net, run, clip, tuple(clip.mean.shape))
+
+
+def open_run(sd, run, attention=None, frames=None, size=None, loras=()):
+    """A finished run -> Session, with the tuned net. Raises InputError if they do not fit.
+
+    `sd`: the run's weights with its LoRAs merged. attention, frames (their number), size (of a square): other than the run's.
+    loras: more LoRAs, which are added to the tuned net and to the text encoder.
+    """
+    settings = run.settings
+    clip = clip_of(run, sd)
+    net = new_net(sd, frames or settings.frames, attention or settings.attention, settings.norm, settings.seed)
     tuned = net.tuned()
     tensors = run.read("tuned", {name: p.shape for name, p in tuned.items()})
     for name, p in tuned.items():
         p.copy_(tensors[name])
-    return net
+    lora.merge(SimpleNamespace(unet=net, text_encoder=sd.text_encoder), loras)
+    sides = tuple(clip.mean.shape[3:]) if size is None else square(sd, size)
+    return Session(sd, net, run, clip, (1, 4, net.frames, *sides), list(loras))
 
 
-def noise_of(run, sd, net, clip, steps, progress=no_progress):
-    """A run's noise x_T (1, 4, f, h/8, w/8), as it was saved.
+def untuned(sd, frames=None, size=None, attention="sparse-causal", loras=()):
+    """The inflated, untuned net -> Session without a run. loras: those that are merged into `sd` already."""
+    net = new_net(sd, frames or sd.defaults.frames, attention)
+    return Session(sd, net, shape=(1, 4, net.frames, *square(sd, size or sd.defaults.size)), loras=list(loras))
 
-    With another number of steps or another attention the clip is inverted anew. Raises InputError as invert_clip does.
-    """
-    if net.attention == run.settings.attention and run.has("inversion"):
-        inversion = run.read("inversion", dict(noise=clip.mean.shape, steps=()))
-        if int(inversion["steps"]) == steps:
-            return inversion["noise"].to(sd.device)
-    return invert_clip(sd, net, clip, steps, progress)
+
+def square(sd, size):
+    """The sides of the latents of a square of `size` pixels. Raises InputError for a size that no frame can have."""
+    check_size(size, sd.multiple)
+    return size // sd.multiple, size // sd.multiple
+
+
+def clip_of(run, sd):
+    """A run's clip and its caption -> Clip, on the device of `sd`. Raises InputError if they do not fit the run."""
+    run.check(sd)
+    mean, std = (z.to(sd.device) for z in run.latents())
+    context, empty = sd.encode_prompts([run.settings.prompt, ""]).split(1)
+    return Clip(mean, std, context, empty)

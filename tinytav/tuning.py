@@ -6,6 +6,7 @@ repeated.
 import torch
 from torch.nn import functional as F
 
+from tinytav import memory
 from tinytav.errors import InputError
 from tinytav.stable_diffusion.precision import autocast
 
@@ -41,10 +42,12 @@ class Tuner:
         self.parameters = net.tuned() if parameters is None else parameters
         for p in self.parameters.values():
             p.requires_grad_()
-        # fused: one pass over the memory, and nothing is allocated after the first step
+        # fused: one pass over the memory. The moments are made here, so that a step's update allocates nothing.
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=(0.9, 0.999), eps=1e-8,
                                            weight_decay=1e-2, fused=True)
         self.losses = []
+        for p in self.parameters.values():
+            self.set_moments(p, torch.zeros_like(p), torch.zeros_like(p))
         self.scale = FP16_SCALE if net.conv_in.weight.dtype is torch.float16 else 1.
 
     def step(self):
@@ -87,6 +90,11 @@ class Tuner:
         self.optimizer.zero_grad()
         return False
 
+    def set_moments(self, p, mean, square):
+        """AdamW's moments of one parameter after len(self.losses) steps."""
+        step = torch.tensor(float(len(self.losses)), device=p.device)
+        self.optimizer.state[p] = {"step": step, "exp_avg": mean.to(p.device), "exp_avg_sq": square.to(p.device)}
+
     def state_dict(self):
         """All that resuming needs after at least one step, as flat named tensors.
 
@@ -113,14 +121,14 @@ class Tuner:
             self.scale = state["scale"].item()
         for name, p in self.parameters.items():
             p.data.copy_(state[f"tuned.{name}"])
-            self.optimizer.state[p] = {
-                "step": torch.tensor(float(steps), device=p.device),
-                "exp_avg": state[f"exp_avg.{name}"].to(p.device).clone(),
-                "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(p.device).clone()}
+            self.set_moments(p, state[f"exp_avg.{name}"].clone(), state[f"exp_avg_sq.{name}"].clone())
 
 
-def tune(net, schedule, mean, std, context, steps=500, lr=3e-5, seed=33):
-    """Tunes `net` in place. Yields (steps done, loss) after each step. Arguments and errors as Tuner's."""
-    tuner = Tuner(net, schedule, mean, std, context, lr, seed)
-    for step in range(1, steps + 1):
-        yield step, tuner.step()
+def tune(tuner, steps, climb=True):
+    """THE loop: makes the steps that are left of `steps`, and yields (steps done, loss) after each.
+
+    When memory runs out, blocks are computed again and the same step is made again (memory.py); not if climb is False.
+    Errors as Tuner.step's.
+    """
+    for step in range(len(tuner.losses) + 1, steps + 1):
+        yield step, memory.tried(tuner.net, tuner.step) if climb else tuner.step()

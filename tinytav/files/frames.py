@@ -1,4 +1,5 @@
 """Videos, GIFs and folders of pictures <-> frames (f, 3, h, w) in [-1, 1]; strips. Nothing here knows of the model."""
+import hashlib
 import re
 import warnings
 from contextlib import contextmanager
@@ -98,6 +99,16 @@ def fit(picture, size, multiple):
 def pictures(path):
     """Every frame of a video, or every picture of a folder, as it is: a list of PIL pictures. Raises InputError."""
     return list(open_clip(path).pictures())
+
+
+def fingerprint(path):
+    """A short hash of a clip's files: of the video, or of the pictures of a folder and their names."""
+    path = Path(path)
+    sha = hashlib.sha256()
+    for file in Folder(path).files if path.is_dir() else [path]:
+        sha.update(file.name.encode(errors="surrogateescape") if path.is_dir() else b"")
+        sha.update(hashlib.sha256(file.read_bytes()).digest())
+    return sha.hexdigest()[:16]
 
 
 def title(path):

@@ -11,6 +11,8 @@ import itertools
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -22,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinytav.errors import InputError
-from tinytav.files.atomic import replace, replace_text
+from tinytav.files.atomic import clear, replace, replace_text, umask
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
 from tinytav.stable_diffusion.config import Config
@@ -35,6 +37,7 @@ except ImportError:             # Windows: nothing there keeps two train.py off 
     fcntl = None
 
 LARGE = 2 ** 32
+FIRST_FILES = ("clip.safetensors", "source.mp4", "run.json")        # those that a new run begins with
 FPS = r"[1-9]\d{0,19}(/[1-9]\d{0,19})?"     # a Fraction as text
 
 
@@ -63,6 +66,7 @@ class Settings(Config):
     tokenizer: str | None = None
     prediction: str | None = None
     preview: str | None = None
+    clip_fingerprint: str | None = None         # of the source's files
     lora: tuple[dict, ...] | None = None        # each with file, scale and fingerprint
     versions: dict = field(default_factory=dict)
     finished: float = 0             # when, in seconds since 1970; 0 if it is not finished
@@ -90,26 +94,47 @@ class Settings(Config):
 
 
 class Run:
-    """`path`: its folder. `settings`: run.json."""
+    """`path`: its folder. `settings`: run.json. `held`: the open folder, while this process holds its lock."""
 
     def __init__(self, path, settings):
-        self.path, self.settings = Path(path), settings
+        self.path, self.settings, self.held = Path(path), settings, None
 
     # ---- Making and finding runs
 
     @classmethod
-    def create(cls, folder, name, settings):
-        """A new, locked folder, `name` or `name-2`, ...: a run is never overwritten. save() makes it a run."""
+    def create(cls, folder, name, settings, fill):
+        """A new, locked run in folder/name, or folder/name-2, ...: a run is never overwritten.
+
+        fill(run) writes its files. The folder is hidden until they are all there.
+        """
+        folder, name = Path(folder), slug(name)
+        folder.mkdir(parents=True, exist_ok=True)
         while True:
-            path = Path(folder) / new_name(Path(folder), slug(name))
             try:
-                path.mkdir(parents=True)
-            except FileExistsError:
-                if os.path.lexists(path):       # another train.py was quicker
-                    continue
-                raise                           # a folder above it cannot be made
-            lock(path)
-            return cls(path, settings)
+                return cls.create_at(folder / new_name(folder, name), settings, fill)
+            except FileExistsError:             # another process was quicker
+                pass
+
+    @classmethod
+    def create_at(cls, path, settings, fill):
+        """As `create`, in a folder of this path. Raises FileExistsError if there is something already."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
+        run = cls(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent), settings)
+        try:
+            run.lock()
+            run.path.chmod(0o777 & ~umask())
+            fill(run)
+            if os.path.lexists(path):
+                raise FileExistsError(f"{path} is there already.")
+            run.path.rename(path)
+        except BaseException:
+            run.close()
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        run.path = path
+        return run
 
     @classmethod
     def open(cls, path):
@@ -121,6 +146,34 @@ class Run:
             return cls(path, Settings.from_json(read_json(file)))
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
+
+    @classmethod
+    def locked(cls, path):
+        """The run in a folder, for this process alone until close(), without what a killed process left. Raises InputError."""
+        run = cls.open(path)
+        run.lock()
+        run.settings = cls.open(path).settings      # another process may have finished it before the lock
+        run.clear()
+        return run
+
+    def lock(self):
+        """Keeps every other process off the folder until close(), or until this process ends. Raises InputError."""
+        if not fcntl or self.held is not None:
+            return
+        self.held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InputError(f"Another process is at work in {self.path}: wait for it, or stop it.") from None
+        except OSError as error:    # some network drives
+            warnings.warn(f"{self.path} cannot be locked ({error.strerror}): let no other process work there.")
+
+    def close(self):
+        """Gives the lock back."""
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
 
     @classmethod
     def newest(cls, folder):
@@ -170,8 +223,7 @@ class Run:
 
     def clear(self):
         """Removes what a killed process left in the folder. Only for who holds its lock."""
-        for file in self.path.glob(".*.part"):
-            file.unlink()
+        clear(self.path)
         if self.finished:
             self.remove("state")
 
@@ -214,16 +266,18 @@ def is_sound(tensor):
     return tensor.dtype is torch.float32 and bool(tensor.isfinite().all())
 
 
-def lock(folder):
-    """Keeps every other train.py off `folder` until this process ends, however it ends. Raises InputError."""
-    if not fcntl:
-        return
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"Another train.py is at work in {folder}: wait for it, or stop it.") from None
-    except OSError as error:    # some network drives
-        warnings.warn(f"{folder} cannot be locked ({error.strerror}): let no other train.py work there.")
+def remove_abandoned(folder):
+    """Removes the hidden folders of runs that a killed process was making, and no other hidden folder."""
+    for left in folder.glob(".*.part"):
+        if any(not file.name.endswith(".part") and file.name not in FIRST_FILES for file in left.glob("*")):
+            continue
+        run = Run(left, None)
+        try:
+            run.lock()
+        except InputError:                      # its process is alive
+            continue
+        run.close()
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def slug(text):
