@@ -8,7 +8,6 @@ from tinytav.errors import InputError
 from tinytav.files.frames import write_gif, write_mp4, write_strip
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.pipeline import decode, encode, gaussian, invert, last, sample
-from tinytav.stable_diffusion.checkpoint import StableDiffusion, load
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, load_controlnet
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.lora import merge_lora
@@ -16,5 +15,6 @@ from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.tuning import Tuner, tune
+from tinytav.weights import StableDiffusion, load
 
 __version__ = "0.2.0"

@@ -38,9 +38,10 @@ from tinytav.files import frames, page
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, Settings, lock, slug
 from tinytav.measure import fit, memory, metrics, recompute
-from tinytav.stable_diffusion.checkpoint import StableDiffusion, read_json
+from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.tuning import Tuner
+from tinytav.weights import StableDiffusion
 
 BLOCKS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}    # heading's first word: folder
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480
