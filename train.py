@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from tqdm import tqdm
 
-from tinytav import cli, editing, memory, pipeline
+from tinytav import cli, editing, memory
 from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.runs import Run

@@ -6,9 +6,9 @@ import torch
 from tinytav import edit_friendly, editing, pipeline
 from tinytav.errors import InputError
 from tinytav.inflation import inflate
-from tinytav.stable_diffusion.checkpoint import load
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
+from tinytav.weights import load
 
 STEPS = 10
 

@@ -10,7 +10,7 @@ import torch
 import tinytav
 from tinytav import editing
 from tinytav.errors import InputError
-from tinytav.stable_diffusion.checkpoint import load
+from tinytav.weights import load
 
 ROOT = Path(__file__).parents[1]
 

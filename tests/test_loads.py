@@ -20,11 +20,12 @@ from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.runs import Run
 from tinytav.inflation import VideoUNet
-from tinytav.stable_diffusion import lora, official, single_file
-from tinytav.stable_diffusion.checkpoint import build, load
+from tinytav.stable_diffusion import lora, single_file
+from tinytav.stable_diffusion.checkpoint import build
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
+from tinytav.weights import image_config, load, split
 
 ROOT = tiny.DATA.parents[1]
 CAPTION = "a man is skiing"
@@ -276,7 +277,7 @@ def test_a_whole_official_net_gives_what_the_official_code_gives():
     _, case = tiny.reference("tav-sd1")
     keys = json.loads((tiny.DATA / "tav-sd1.keys.json").read_text())
     tensors = {name: torch.from_numpy(tiny.fill.weight(name, tuple(shape))) for name, shape in keys.items()}
-    image, temporal = official.split(tensors, "it")
+    image, temporal = split(tensors, "it")
     unet = build(UNet, UNetConfig.from_json(config), image, "it")
     net = new_net(SimpleNamespace(unet=unet, temporal=temporal), case["x"].shape[2])
     with torch.no_grad():
@@ -293,9 +294,9 @@ def test_t_attn_counts_in_the_fingerprint(official_run, tmp_path):
 
 def test_only_the_official_nets_config_is_read_in_2d():
     for d in ({}, dict(_class_name="UNet2DConditionModel", down_block_types=["DownBlock3D"])):
-        assert official.image_config(d) == d
+        assert image_config(d) == d
     d = dict(_class_name="UNet3DConditionModel", down_block_types=["DownBlock3D", 5], mid_block_type=None, act_fn="x")
-    assert official.image_config(d) == d | dict(down_block_types=["DownBlock2D", 5])
+    assert image_config(d) == d | dict(down_block_types=["DownBlock2D", 5])
 
 
 @pytest.mark.parametrize("change, message", [

@@ -10,10 +10,10 @@ from torch._subclasses import FakeTensorMode
 
 from tinytav import editing, pipeline, tuning
 from tinytav.inflation import VideoUNet, inflate
-from tinytav.stable_diffusion.checkpoint import load
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.tuning import Tuner
+from tinytav.weights import load
 
 
 def setting():

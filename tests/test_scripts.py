@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tinytav import editing, pipeline
 from tinytav.files import frames
 from tinytav.files.runs import Run
-from tinytav.stable_diffusion.checkpoint import load
+from tinytav.weights import load
 
 ROOT = Path(__file__).parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores Ctrl-C, and so would its children

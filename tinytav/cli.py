@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from tinytav.errors import InputError
 from tinytav.memory import is_out_of_memory
-from tinytav.stable_diffusion.checkpoint import PREDICTIONS, default_path, load, preferred_precision
+from tinytav.stable_diffusion.checkpoint import PREDICTIONS
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
+from tinytav.weights import default_path, load, preferred_precision
 
 SOURCE = ("weights", "tokenizer", "prediction")         # the flags that say where the weights come from
 KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words

@@ -36,8 +36,8 @@ from tinytav.inflation import VideoUNet, inflate
 from tinytav.noise import NOISES
 from tinytav.pipeline import decode, encode, last
 from tinytav.stable_diffusion import lora
-from tinytav.stable_diffusion.checkpoint import StableDiffusion
 from tinytav.stable_diffusion.precision import name_of
+from tinytav.weights import StableDiffusion
 
 SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")     # of an edit's files
 SAVING = 20             # a twentieth of the time goes into saving what is tuned

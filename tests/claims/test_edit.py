@@ -10,9 +10,9 @@ from tinytav.claims import variants
 from tinytav.claims.experiment import Edit, KnownClip, Studio, Variant, said
 from tinytav.claims.judge import MOTIONS
 from tinytav.measure.metrics import psnr
-from tinytav.stable_diffusion import checkpoint
 from tinytav.toy import world
 from tinytav.toy.examples import CLIPS, MOTION
+from tinytav.weights import load
 
 SCENE = CLIPS["skiing"]
 TOY = Path(__file__).parents[2] / "weights/toy"
@@ -24,7 +24,7 @@ CLIP = KnownClip(SCENE, MOTION, EDITS)
 
 @pytest.fixture(scope="module")
 def settings():
-    return vars(checkpoint.load(TOY).defaults)
+    return vars(load(TOY).defaults)
 
 
 @pytest.fixture(scope="module")

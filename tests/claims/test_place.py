@@ -6,7 +6,7 @@ import torch
 
 from tinytav.claims import place
 from tinytav.claims.experiment import make_clip
-from tinytav.stable_diffusion import checkpoint
+from tinytav.weights import load
 
 TOY = Path(__file__).parents[2] / "weights/toy"
 QUICK = dict(steps=1, lr=1e-4, ddim_steps=2, guidance=3.0)
@@ -14,7 +14,7 @@ QUICK = dict(steps=1, lr=1e-4, ddim_steps=2, guidance=3.0)
 
 @pytest.fixture(scope="module")
 def settings():
-    return vars(checkpoint.load(TOY).defaults) | QUICK
+    return vars(load(TOY).defaults) | QUICK
 
 
 def test_the_coarse_part_is_the_mean_of_each_cell():

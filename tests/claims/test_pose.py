@@ -9,9 +9,9 @@ import torch
 
 from tinytav.claims import pose
 from tinytav.claims.experiment import make_clip
-from tinytav.stable_diffusion import checkpoint
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig
 from tinytav.toy import pretrain
+from tinytav.weights import load
 
 TOY = Path(__file__).parents[2] / "weights/toy"
 QUICK = dict(steps=1, lr=1e-4, ddim_steps=2, guidance=3.0)
@@ -26,7 +26,7 @@ def posing(tmp_path_factory):
     control = ControlNet(ControlNetConfig.from_json(pretrain.CONTROL_JSON))
     pretrain.write(folder / "controlnet" / pretrain.WEIGHTS, pretrain.CONTROL_JSON, control.state_dict())
     clip = make_clip("pose", 0)
-    settings = vars(checkpoint.load(TOY).defaults) | QUICK
+    settings = vars(load(TOY).defaults) | QUICK
     return pose.Posing(folder, clip, pose.other_motion(clip.motion, Random(0)), settings)
 
 
@@ -51,7 +51,7 @@ def test_results_of_the_two_kinds_of_captions_lie_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)         # would slow the tests after this one
     monkeypatch.setattr(pose, "write", lambda folder, name, make, posing: folders.append((folder, posing.studio.captions)))
     monkeypatch.setattr(pose, "picture", lambda folder, hints: None)
-    settings = vars(checkpoint.load(TOY).defaults)
+    settings = vars(load(TOY).defaults)
     for captions in ("user", "full"):
         pose.work(Namespace(out=tmp_path, captions=captions, weights=TOY, settings=settings), 1)
     assert set(folders) == {(tmp_path / "user/1", "user"), (tmp_path / "full/1", "full")}
@@ -68,7 +68,7 @@ def test_hints_and_noise_change_what_is_made(posing):
 def test_the_shipped_controlnet_puts_the_figure_where_the_hints_say():
     """By the untuned net from random noise: only the hints say where the figure stands."""
     clip = make_clip("pose", 0)
-    settings = vars(checkpoint.load(TOY).defaults) | dict(ddim_steps=10)
+    settings = vars(load(TOY).defaults) | dict(ddim_steps=10)
     posing = pose.Posing(TOY, clip, pose.other_motion(clip.motion, Random(0)), settings)
     found = {}
     for scale in (pose.SCALE, 0):

@@ -15,9 +15,9 @@ from tinytav.claims import chart, cost, results, significance, table, variants
 from tinytav.claims.experiment import TUNED
 from tinytav.errors import InputError
 from tinytav.inflation import VideoUNet, inflate
-from tinytav.stable_diffusion import checkpoint
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.toy.world import ATTRIBUTES
+from tinytav.weights import load
 
 CLAIMS = Path(table.__file__).parent
 SCORE = dict.fromkeys((*table.NAMES, *ATTRIBUTES), 0.5) | dict(name="place", held_out=False)
@@ -258,7 +258,7 @@ def everywhere(scores, captions, name, seeds):
 
 
 def test_the_shipped_scores_are_those_of_the_shipped_weights(shipped):
-    sd = checkpoint.load(CLAIMS.parents[1] / "weights/toy")
+    sd = load(CLAIMS.parents[1] / "weights/toy")
     assert shipped.made_with == vars(sd.defaults) | results.fingerprints(sd, sd.path)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tinytav.errors import InputError
 from tinytav.files.convert import convert_file, convert_folder, safe_name
-from tinytav.stable_diffusion.checkpoint import load
+from tinytav.weights import load
 
 warm = functools.cache(Warm)
 

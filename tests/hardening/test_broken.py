@@ -14,11 +14,12 @@ from warm import ROOT
 from tinytav import cli
 from tinytav.errors import InputError
 from tinytav.files import frames
-from tinytav.stable_diffusion.checkpoint import load, read_json
+from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNetConfig
+from tinytav.weights import load
 
 
 @pytest.mark.parametrize("name", broken.KINDS)

@@ -10,13 +10,14 @@ from tiny import LAYOUTS, UNET, single_file_shapes, write_folder
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion import single_file
-from tinytav.stable_diffusion.checkpoint import build, default_path, load
+from tinytav.stable_diffusion.checkpoint import build
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE as VAEModel
 from tinytav.stable_diffusion.vae import VAEConfig
+from tinytav.weights import default_path, load
 
 UNET_FILE, VAE_FILE = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
 TEXT_FILE = "text_encoder/model.safetensors"

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion import lora, single_file
-from tinytav.stable_diffusion.checkpoint import load
 from tinytav.stable_diffusion.lora import fingerprint, merge_lora
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
+from tinytav.weights import load
 
 SHARED = tiny.DATA.parents[2] / "shared/reference"                          # ../shared/reference
 LAYOUTS = tiny.DATA.parents[2] / "shared/sd-layouts"

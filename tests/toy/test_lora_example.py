@@ -6,9 +6,9 @@ import numpy as np
 import tiny
 import torch
 
-from tinytav.stable_diffusion.checkpoint import load
 from tinytav.stable_diffusion.lora import merge_lora
 from tinytav.toy import draw, lora_example, world
+from tinytav.weights import load
 
 
 def test_the_jacket_is_white_and_nothing_else_changes():

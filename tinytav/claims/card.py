@@ -17,8 +17,8 @@ from tinytav.files import frames
 from tinytav.inflation import inflate
 from tinytav.measure import metrics
 from tinytav.measure.metrics import psnr
-from tinytav.stable_diffusion import checkpoint
 from tinytav.toy import draw, world
+from tinytav.weights import load
 
 
 def renders(count, seed, held_out=False):
@@ -105,7 +105,7 @@ def main():
     p.add_argument("--out", type=Path, default=Path("measured"), help="folder for the numbers and pictures")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    sd, eye = checkpoint.load(args.weights), metrics.Features(args.weights / "clip")
+    sd, eye = load(args.weights), metrics.Features(args.weights / "clip")
     scenes, x = renders(args.pictures, "measure")
     y = reconstruct(sd.vae, x)
     save_grid(args.out / "reconstructions.png", torch.cat([x[:8], y[:8], x[8:16], y[8:16]]), 8)

@@ -14,10 +14,10 @@ from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.inflation import inflate
 from tinytav.measure import metrics
 from tinytav.measure.attention import word_positions
-from tinytav.stable_diffusion import checkpoint
 from tinytav.toy import world
 from tinytav.toy.world import ATTRIBUTES, GIST, Motion, Scene
 from tinytav.tuning import Tuner
+from tinytav.weights import load
 
 FRAMES = 8
 TUNED = {"the paper's": lambda net: net.tuned(),
@@ -81,7 +81,7 @@ class Studio:
     """One clip, encoded, with its judge. `settings`: steps, lr, ddim_steps, guidance. captions: "user" or "full"."""
 
     def __init__(self, folder, clip, settings, captions="user", dtype=torch.float32):
-        self.sd, self.clip, self.settings, self.captions = checkpoint.load(folder, dtype=dtype), clip, settings, captions
+        self.sd, self.clip, self.settings, self.captions = load(folder, dtype=dtype), clip, settings, captions
         self.judge, self.eye = Judge(clip.motion, FRAMES), metrics.Features(Path(folder) / "clip")
         self.source = self.judge.draw(clip.scene)
         self.mean, self.std = pipeline.encode(self.sd.vae, self.source)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from tinytav import cli, pipeline
 from tinytav.claims.experiment import Studio, Variant, make_clip
 from tinytav.claims.results import every_clip, labelled, parser, table_of, write
-from tinytav.stable_diffusion import checkpoint
 from tinytav.toy import world
+from tinytav.weights import load
 
 SEED, METHOD = 33, Variant()       # the full method
 COARSE = 4          # the coarse part of a frame's noise: means over a grid of 4x4 cells
@@ -89,7 +89,7 @@ def work(args, i):
 
 def main():
     args = parser(__doc__.partition("\n")[0], "place", 12).parse_args()
-    every_clip(work, args, checkpoint.load(args.weights))
+    every_clip(work, args, load(args.weights))
     text = table_of(args.out, args.clips, (*REFERENCES, *VARIANTS), COLUMNS)
     (args.out / "place.md").write_text(text + "\n")
     print(text)

@@ -22,9 +22,9 @@ from tinytav.claims.judge import Judge
 from tinytav.claims.results import EYE, every_clip, labelled, parser, table_of, write
 from tinytav.control import Control
 from tinytav.files import frames
-from tinytav.stable_diffusion import checkpoint
 from tinytav.stable_diffusion.controlnet import load_controlnet
 from tinytav.toy import skeleton, world
+from tinytav.weights import load
 
 SEED = 33
 CONTROL = "controlnet/diffusion_pytorch_model.safetensors"      # in the weights' folder
@@ -130,7 +130,7 @@ def main():
     p.add_argument("--captions", choices=("user", "full"), default="user",
                    help="user: subject, activity and place, so that nothing but the tuned net holds the clothes; full: everything")
     args = p.parse_args()
-    every_clip(work, args, checkpoint.load(args.weights), files=(EYE, CONTROL))
+    every_clip(work, args, load(args.weights), files=(EYE, CONTROL))
     text = table_of(args.out / args.captions, args.clips, (*REFERENCES, *VARIANTS), COLUMNS)
     (args.out / args.captions / "pose.md").write_text(text + "\n")
     print(text)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tinytav.claims.experiment import Studio, make_clip
 from tinytav.claims.results import every_clip, labelled, parser, row, write
-from tinytav.stable_diffusion import checkpoint
+from tinytav.weights import load
 
 STEPS, GUIDANCES = (20, 80), (1., 3., 6., 12.)
 # Learning rates, for each choice of tensors.
@@ -71,7 +71,7 @@ def picture(folder, clip=0, edit=2, frame=4):
 
 def main():
     args = parser(__doc__.partition("\n")[0], "sweep", 4).parse_args()
-    every_clip(work, args, checkpoint.load(args.weights))
+    every_clip(work, args, load(args.weights))
     text = table(args.out, args.clips)
     (args.out / "sweep.md").write_text(text + "\n")
     picture(args.out)

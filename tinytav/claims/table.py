@@ -21,8 +21,8 @@ from tinytav.claims.results import every_clip, labelled, parser, row, write
 from tinytav.claims.significance import holm, interval, means, p_value
 from tinytav.claims.variants import BEYOND, CLAIMS, FURTHER, ROBUST, SEEDS, VARIANTS, claimed, plan
 from tinytav.measure import metrics
-from tinytav.stable_diffusion import checkpoint
 from tinytav.toy.world import ATTRIBUTES
+from tinytav.weights import load
 
 PICTURE_ROWS = ("source", "true edit", "full method", "untuned", "no inversion")       # the rows of claims.png
 PICTURE_OF = 3, 0                                    # its clip and edit
@@ -245,7 +245,7 @@ def main():
     args = p.parse_args()
     if args.quick and args.known:
         p.error("--quick makes fewer edits of each clip: leave out --known.")
-    sd = checkpoint.load(args.weights)
+    sd = load(args.weights)
     args.plan = plan(args.quick, args.variants, args.seeds)
     args.edits = None           # all
     if args.quick:

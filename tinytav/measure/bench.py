@@ -26,12 +26,12 @@ from tinytav.errors import InputError
 from tinytav.files.atomic import replace_text
 from tinytav.inflation import inflate
 from tinytav.measure import fit, memory, recompute
-from tinytav.stable_diffusion.checkpoint import Defaults, StableDiffusion, load
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16, name_of
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.tuning import Tuner
+from tinytav.weights import Defaults, StableDiffusion, load
 
 RANDOM = {"sd15": (UNetConfig(), VAEConfig())}      # what --random knows
 GUIDANCE = 12.5

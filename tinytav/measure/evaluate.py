@@ -16,7 +16,6 @@ Each clip's folder is a run like train.py's, with a results.json once the clip i
 where it was stopped. Under torchrun clips are dealt to ranks, and rank 0 gathers their results. A rank is a process, on
 this machine or on another.
 """
-import argparse
 import csv
 import json
 import os
@@ -38,8 +37,9 @@ from tinytav.files.runs import Run, slug
 from tinytav.measure import metrics
 from tinytav.memory import is_out_of_memory
 from tinytav.noise import NOISES
-from tinytav.stable_diffusion.checkpoint import StableDiffusion, read_json
+from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.precision import name_of
+from tinytav.weights import StableDiffusion
 
 BLOCKS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}    # heading's first word: folder
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480

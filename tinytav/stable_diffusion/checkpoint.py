@@ -1,4 +1,4 @@
-"""Stable Diffusion from disk: a folder or a single file of safetensors, read strictly.
+"""Stable Diffusion from disk: a folder or a single file of safetensors, read strictly; then built.
 
 Models are built on the meta device and take the memory-mapped tensors as they are, so that loading needs no second
 copy. Nothing is ever unpickled.
@@ -6,18 +6,15 @@ copy. Nothing is ever unpickled.
 import hashlib
 import json
 import re
-import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from tinytav.errors import InputError
-from tinytav.stable_diffusion import official, single_file
-from tinytav.stable_diffusion.config import LARGEST, Config
+from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.ddim import Schedule
-from tinytav.stable_diffusion.precision import PRECISIONS, autocast
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import END, Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -29,64 +26,32 @@ STEMS = ("diffusion_pytorch_model", "model")
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
-@dataclass(frozen=True)
-class Defaults(Config):
-    """What the scripts use when not told otherwise: Stable Diffusion's values (official configs/man-skiing.yaml).
-
-    A folder may hold its own in defaults.json.
-    """
-    size: int = 512             # pixels of the short side
-    frames: int = 24
-    steps: int = 500            # of tuning
-    lr: float = 3e-5
-    ddim_steps: int = 50
-    guidance: float = 12.5
-    precision: str | None = None    # None: what suits the device
-
-    LIMITS = dict(guidance=(0, LARGEST))
-    ONLY = dict(precision=(None, *PRECISIONS))
-
-    @classmethod
-    def from_json(cls, d):
-        if unknown := d.keys() - {f.name for f in fields(cls)}:
-            raise InputError(f"defaults.json: {', '.join(sorted(unknown))} is not known.")
-        return super().from_json(d)
-
-
 @dataclass
-class StableDiffusion:
-    """The five parts, and where they come from. A part that has done its work may be set to None to free its memory."""
-    tokenizer: Tokenizer
-    text_encoder: TextEncoder | None
-    vae: VAE | None
-    unet: UNet | None
+class Checkpoint:
+    """A Stable Diffusion as it lies on disk. `parts`: {a name of MODELS: (config, tensors, where they come from)}."""
+    parts: dict
     schedule: Schedule
-    path: Path
+    tokenizer: Tokenizer
     fingerprint: str                # of the weights as they are on disk
-    device: torch.device
-    dtype: torch.dtype
-    multiple: int                   # frames need sides that are multiples of it, in pixels
-    defaults: Defaults = field(default_factory=Defaults)
-    temporal: dict = field(default_factory=dict)    # T-Attn's tensors, if the official code has tuned the U-Net
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts):
-        """n prompts -> context (n, length, d), float32."""
-        ids = self.tokenizer(prompts).to(self.device)
-        with autocast(self.text_encoder):
-            return self.text_encoder(ids).float()
+    def build(self, device="cpu", dtype=torch.float32):
+        """{a name of MODELS: the model on `device`}, in eval mode and without gradients.
+
+        dtype: of the weights. Raises InputError naming the file, and the tensors that are missing, unexpected or
+        misshapen.
+        """
+        return {name: build(Model, *self.parts[name], dtype).to(device) for name, (Model, _) in MODELS.items()}
 
 
-def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float32):
-    """A Stable Diffusion folder or single file -> StableDiffusion on `device`, in eval mode and without gradients.
+def read(path, tokenizer=None, prediction=None, UNetConfig=UNetConfig):
+    """A Stable Diffusion folder or single file -> Checkpoint.
 
     tokenizer: a folder, or "hub:NAME" to download; by default the checkpoint's own. prediction: "epsilon" or "v", where
-    the file does not tell. dtype: of the weights. Raises InputError naming the file, and the tensors that are missing,
-    unexpected or misshapen.
+    the file does not tell. UNetConfig: reads the config.json of a folder's U-Net. Raises InputError naming the file.
     """
     path = Path(path)
     if path.is_dir():
-        parts, schedule = _read_folder(path, prediction)
+        parts, schedule = _read_folder(path, prediction, UNetConfig)
     elif path.is_file():
         parts, schedule = _read_single_file(path, prediction)
     else:
@@ -97,27 +62,7 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
         raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text encoder "
                          f"in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do not belong "
                          "together.")
-    mark = fingerprint(parts, schedule, tokenizer)
-    config, tensors, where = parts["unet"]
-    image, temporal = official.split(tensors, where)
-    parts["unet"] = config, image, where
-    models = {name: build(Model, *parts[name], dtype).to(device) for name, (Model, _) in MODELS.items()}
-    return StableDiffusion(tokenizer, schedule=schedule, path=path, fingerprint=mark, device=torch.device(device),
-                           dtype=dtype, multiple=models["vae"].cfg.factor, defaults=_defaults(path, schedule),
-                           temporal=temporal, **models)
-
-
-def preferred_precision(path):
-    """The name of the precision that the weights' defaults.json asks for, or None. Raises InputError."""
-    file = Path(path) / "defaults.json"
-    return Defaults.from_json(read_json(file)).precision if file.is_file() else None
-
-
-def _defaults(path, schedule):
-    """The folder's defaults.json, else Stable Diffusion's. The models that predict v are those of 768 pixels."""
-    if (path / "defaults.json").is_file():
-        return Defaults.from_json(read_json(path / "defaults.json"))
-    return Defaults(size=768 if schedule.prediction_type == "v_prediction" else 512)
+    return Checkpoint(parts, schedule, tokenizer, fingerprint(parts, schedule, tokenizer))
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):
@@ -222,16 +167,17 @@ def read_component(folder, Config):
     for file in _component_files(folder):
         tensors |= read_tensors(file)
     try:
-        return Config.from_json(official.image_config(read_json(folder / "config.json"))), tensors, str(folder)
+        return Config.from_json(read_json(folder / "config.json")), tensors, str(folder)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
-def _read_folder(path, prediction):
+def _read_folder(path, prediction, UNetConfig):
     missing = [name for name in MODELS if not (path / name).is_dir()]
     if missing:
         raise InputError(f"{path} is not a Stable Diffusion folder: it has no {', '.join(missing)}.")
-    parts = {name: read_component(path / name, Config) for name, (_, Config) in MODELS.items()}
+    configs = {name: Config for name, (_, Config) in MODELS.items()} | {"unet": UNetConfig}
+    parts = {name: read_component(path / name, Config) for name, Config in configs.items()}
     file = path / "scheduler" / "scheduler_config.json"
     try:
         schedule = read_json(file) | ({"prediction_type": PREDICTIONS[prediction]} if prediction else {})
@@ -280,16 +226,3 @@ def fingerprint(parts, schedule, tokenizer):
 def unusual(config):
     """The settings of a config that differ from its defaults. So a new setting does not change old fingerprints."""
     return [(f.name, getattr(config, f.name)) for f in fields(config) if getattr(config, f.name) != f.default]
-
-
-def default_path(folder="weights"):
-    """The Stable Diffusion that lies in weights/, else the toy. Raises InputError if there are several."""
-    found = []
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix == ".safetensors" or (path / "model_index.json").is_file() and path.name != "toy":
-            found.append(path)
-        elif path.suffix in PICKLED:
-            warnings.warn(f"{path} is ignored. {how_to_convert(path)}")
-    if len(found) > 1:
-        raise InputError(f"{folder} holds {', '.join(p.name for p in found)}: name one with --weights.")
-    return found[0] if found else Path(folder) / "toy"

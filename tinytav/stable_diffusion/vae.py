@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder: frames <-> latents. Attribute names are the checkpoint's keys.
+"""Stable Diffusion's autoencoder: pictures <-> latents. Attribute names are the checkpoint's keys.
 
 Rombach et al., arXiv 2112.10752, section 3.1; equal to diffusers' AutoencoderKL. This file owns the latent scale:
 `encode` returns latents multiplied by it and `decode` expects them so; nothing else in the package knows of it.

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 
 from tinytav import cli, pipeline
 from tinytav.files import frames
-from tinytav.stable_diffusion.checkpoint import load
 from tinytav.toy import draw, world
+from tinytav.weights import load
 
 RANK, BATCH, LR = 8, 8, 1e-3
 

@@ -1,0 +1,188 @@
+"""The weights that everything here starts from: a Stable Diffusion, and what belongs to its use on video.
+
+These are the values that the scripts take by default, and T-Attn's tensors where the official Tune-A-Video code has tuned
+the U-Net. It stores such a net as a UNet3DConditionModel: the image U-Net's config with "3D" for "2D", the image U-Net's
+tensors, and in each transformer block T-Attn and its norm, `attn_temp.*` and `norm_temp.*`.
+"""
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from tinytav.errors import InputError
+from tinytav.stable_diffusion import checkpoint
+from tinytav.stable_diffusion.checkpoint import PICKLED, how_to_convert, read_json
+from tinytav.stable_diffusion.config import LARGEST, Config
+from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.precision import PRECISIONS, autocast
+from tinytav.stable_diffusion.text_encoder import TextEncoder
+from tinytav.stable_diffusion.tokenizer import Tokenizer
+from tinytav.stable_diffusion.unet import UNet, UNetConfig
+from tinytav.stable_diffusion.vae import VAE
+
+TEMPORAL = "_temp."                 # T-Attn's tensors and those of its norm have it in their names
+BLOCK_TYPES = ("down_block_types", "up_block_types", "mid_block_type")
+
+
+@dataclass(frozen=True)
+class Defaults(Config):
+    """What the scripts use when not told otherwise: Stable Diffusion's values (official configs/man-skiing.yaml).
+
+    A folder may hold its own in defaults.json.
+    """
+    size: int = 512             # pixels of the short side
+    frames: int = 24
+    steps: int = 500            # of tuning
+    lr: float = 3e-5
+    ddim_steps: int = 50
+    guidance: float = 12.5
+    precision: str | None = None    # None: what suits the device
+
+    LIMITS = dict(guidance=(0, LARGEST))
+    ONLY = dict(precision=(None, *PRECISIONS))
+
+    @classmethod
+    def from_json(cls, d):
+        if unknown := d.keys() - {f.name for f in fields(cls)}:
+            raise InputError(f"defaults.json: {', '.join(sorted(unknown))} is not known.")
+        return super().from_json(d)
+
+
+@dataclass
+class StableDiffusion:
+    """The five parts, and where they come from. A part that has done its work may be set to None to free its memory."""
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder | None
+    vae: VAE | None
+    unet: UNet | None
+    schedule: Schedule
+    path: Path
+    fingerprint: str                # of the weights as they are on disk
+    device: torch.device
+    dtype: torch.dtype
+    multiple: int                   # frames need sides that are multiples of it, in pixels
+    defaults: Defaults = field(default_factory=Defaults)
+    temporal: dict = field(default_factory=dict)    # T-Attn's tensors, if the official code has tuned the U-Net
+    source: dict = field(default_factory=dict)      # what `load` was told: run.json keeps it
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts):
+        """n prompts -> context (n, length, d), float32."""
+        ids = self.tokenizer(prompts).to(self.device)
+        with autocast(self.text_encoder):
+            return self.text_encoder(ids).float()
+
+
+def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float32):
+    """A Stable Diffusion folder or single file -> StableDiffusion on `device`, in eval mode and without gradients.
+
+    tokenizer: a folder, or "hub:NAME" to download; by default the checkpoint's own. prediction: "epsilon" or "v", where
+    the file does not tell. dtype: of the weights. Raises InputError naming the file, and the tensors that are missing,
+    unexpected or misshapen.
+    """
+    found = checkpoint.read(path, tokenizer, prediction, OfficialConfig)
+    config, tensors, where = found.parts["unet"]
+    image, temporal = split(tensors, where)
+    found.parts["unet"] = config, image, where
+    models = found.build(device, dtype)
+    return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path), fingerprint=found.fingerprint,
+                           device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
+                           defaults=_defaults(Path(path), found.schedule), temporal=temporal,
+                           source=dict(weights=str(path), tokenizer=tokenizer, prediction=prediction), **models)
+
+
+# ---- Defaults ------------------------------------------------------------------------------------
+
+def default_path(folder=None):
+    """The Stable Diffusion that lies in weights/, else the toy. Raises InputError if there are several.
+
+    Without `folder` it is weights/ of the current folder, or where there is none, the one beside this package.
+    """
+    folder = Path(folder or "weights")
+    if not folder.is_dir():
+        folder = Path(__file__).parents[1] / "weights"
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.suffix == ".safetensors" or (path / "model_index.json").is_file() and path.name != "toy":
+            found.append(path)
+        elif path.suffix in PICKLED:
+            warnings.warn(f"{path} is ignored. {how_to_convert(path)}")
+    if len(found) > 1:
+        raise InputError(f"{folder} holds {', '.join(p.name for p in found)}: name one with --weights.")
+    return found[0] if found else folder / "toy"
+
+
+def preferred_precision(path):
+    """The name of the precision that the weights' defaults.json asks for, or None. Raises InputError."""
+    file = Path(path) / "defaults.json"
+    return Defaults.from_json(read_json(file)).precision if file.is_file() else None
+
+
+def _defaults(path, schedule):
+    """The folder's defaults.json, else Stable Diffusion's. The models that predict v are those of 768 pixels."""
+    if (path / "defaults.json").is_file():
+        return Defaults.from_json(read_json(path / "defaults.json"))
+    return Defaults(size=768 if schedule.prediction_type == "v_prediction" else 512)
+
+
+# ---- A U-Net that the official code has tuned ----------------------------------------------------
+
+class OfficialConfig(UNetConfig):
+    """The config.json of a U-Net, which may be the official code's. An instance is the image U-Net's UNetConfig."""
+
+    @classmethod
+    def from_json(cls, d):
+        return UNetConfig.from_json(image_config(d))
+
+
+def image_config(config):
+    """The parsed config.json of the official U-Net -> that of the image U-Net. Any other config stays as it is."""
+    if config.get("_class_name") != "UNet3DConditionModel":
+        return config
+    return config | {name: in_2d(config[name]) for name in BLOCK_TYPES if name in config}
+
+
+def in_2d(kind):
+    """"CrossAttnDownBlock3D", or a list of such names -> the image U-Net's names."""
+    if isinstance(kind, list):
+        return [in_2d(one) for one in kind]
+    return kind.replace("3D", "2D") if isinstance(kind, str) else kind
+
+
+def split(tensors, where):
+    """All tensors of a U-Net -> (the image U-Net's, the temporal ones in float32). Of an image U-Net these are none.
+
+    Raises InputError, naming the folder `where`, if the temporal tensors are not exactly T-Attn's.
+    """
+    image = {name: tensor for name, tensor in tensors.items() if TEMPORAL not in name}
+    temporal = {name: tensor.to(torch.float32) for name, tensor in tensors.items() if TEMPORAL in name}
+    if temporal:
+        check(temporal, expected(image), where)
+    return image, temporal
+
+
+def expected(image):
+    """{name: shape} of the temporal tensors: those of the same block's self-attention and of the norm before it."""
+    shapes = {}
+    for name, tensor in image.items():
+        if ".attn1." in name:
+            shapes[name.replace(".attn1.", ".attn_temp.")] = tensor.shape
+        elif ".transformer_blocks.0.norm1." in name:
+            shapes[name.replace(".norm1.", ".norm_temp.")] = tensor.shape
+    return shapes
+
+
+def check(temporal, shapes, where):
+    """Raises InputError unless the temporal tensors are of these names and shapes, and finite."""
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - temporal.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(temporal.keys() - shapes.keys())]
+    for name in sorted(temporal.keys() & shapes.keys()):
+        if temporal[name].shape != shapes[name]:
+            problems.append(f"{name} has the shape {tuple(temporal[name].shape)}, not {tuple(shapes[name])}")
+        elif not temporal[name].is_meta and not temporal[name].isfinite().all():
+            problems.append(f"{name} holds NaN or infinite values")
+    if problems:
+        more = f"; and {len(problems) - 3} problems more" if len(problems) > 3 else ""
+        raise InputError(f"{where} is not a net that the official Tune-A-Video code tuned: "
+                         f"{'; '.join(problems[:3])}{more}.")
