@@ -13,9 +13,11 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 # The floors of the package, from the ground up. A module imports only from its own floor and the floors below it.
 FLOORS = [
     ["tinytav.errors", "tinytav.stable_diffusion"],
-    ["tinytav.weights", "tinytav.inflation", "tinytav.tuning", "tinytav.pipeline", "tinytav.files", "tinytav.cli"],
-    ["tinytav.editing", "tinytav.control", "tinytav.edit_friendly"],
-    ["tinytav.measure", "train", "sample"],
+    ["tinytav.weights", "tinytav.inflation", "tinytav.memory", "tinytav.tuning", "tinytav.pipeline", "tinytav.edit_friendly",
+     "tinytav.noise", "tinytav.control", "tinytav.files"],
+    ["tinytav.editing", "tinytav.cli"],
+    ["train", "sample"],
+    ["tinytav.measure"],
     ["tinytav.toy"],
     ["tinytav.claims"],
 ]

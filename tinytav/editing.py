@@ -76,7 +76,7 @@ def chosen(value, default):
 
 def encode_clip(sd, x, prompt):
     """Frames (f, 3, h, w) in [-1, 1] and their caption -> Clip. Raises InputError if the latents are not finite."""
-    mean, std = encode(sd.vae, x.to(sd.device))
+    mean, std = (z.contiguous() for z in encode(sd.vae, x.to(sd.device)))      # as a resumed run reads them
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise InputError("The VAE gives this clip latents that are not finite: try --precision fp32.")
     context, empty = sd.encode_prompts([prompt, ""]).split(1)
@@ -138,7 +138,7 @@ class Session:
                                   settings.seed)
         if self.run.has("state"):
             self.tuner.load_state_dict(self.run.read("state"))
-        return self._saved_now_and_then(tuning.tune(self.tuner, settings.steps, climb=checkpointing == "auto"))
+        return self._saved_now_and_then(self.tuner.run(settings.steps, climb=checkpointing == "auto"))
 
     def _saved_now_and_then(self, steps):
         save_at = 0.

@@ -91,9 +91,8 @@ def prepare(net, shape, device, checkpointing="auto", free=None):
     else what the system says. Warns where even the whole ladder is not enough.
     """
     rungs = ladder(net)
-    if checkpointing == "on":
-        recompute(net, rungs[-1])
-    elif checkpointing == "auto" and device.type == "cpu":
+    recompute(net, rungs[-1] if checkpointing == "on" else [])
+    if checkpointing == "auto" and device.type == "cpu":
         free = free_bytes() if free is None else free
         needs = [tuning_bytes(net, shape, share) for share in shares(len(rungs))]
         fitting = [rung for rung, need in zip(rungs, needs) if need < (1 - RESERVE) * free]

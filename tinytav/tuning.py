@@ -50,6 +50,15 @@ class Tuner:
             self.set_moments(p, torch.zeros_like(p), torch.zeros_like(p))
         self.scale = FP16_SCALE if net.conv_in.weight.dtype is torch.float16 else 1.
 
+    def run(self, steps, climb=True):
+        """THE loop: makes the steps that are left of `steps`, and yields (steps done, loss) after each.
+
+        When memory runs out, blocks are computed again and the same step is made again (memory.py); not if climb is False.
+        Errors as `step`'s.
+        """
+        for step in range(len(self.losses) + 1, steps + 1):
+            yield step, memory.tried(self.net, self.step) if climb else self.step()
+
     def step(self):
         """Makes the next step and returns its loss.
 
@@ -124,11 +133,6 @@ class Tuner:
             self.set_moments(p, state[f"exp_avg.{name}"].clone(), state[f"exp_avg_sq.{name}"].clone())
 
 
-def tune(tuner, steps, climb=True):
-    """THE loop: makes the steps that are left of `steps`, and yields (steps done, loss) after each.
-
-    When memory runs out, blocks are computed again and the same step is made again (memory.py); not if climb is False.
-    Errors as Tuner.step's.
-    """
-    for step in range(len(tuner.losses) + 1, steps + 1):
-        yield step, memory.tried(tuner.net, tuner.step) if climb else tuner.step()
+def tune(net, schedule, mean, std, context, steps=500, lr=3e-5, seed=33):
+    """Tunes `net` in place. Yields (steps done, loss) after each step. Arguments and errors as Tuner's."""
+    yield from Tuner(net, schedule, mean, std, context, lr, seed).run(steps)

@@ -101,6 +101,14 @@ def pictures(path):
     return list(open_clip(path).pictures())
 
 
+def read_all(path):
+    """All frames of a clip as they are -> (f, 3, h, w) in [-1, 1]. Raises InputError if there are none."""
+    found = pictures(path)
+    if not found:
+        raise InputError(f"{path} has no frames.")
+    return to_tensor(np.stack(found))
+
+
 def fingerprint(path):
     """A short hash of a clip's files: of the video, or of the pictures of a folder and their names."""
     path = Path(path)

@@ -10,12 +10,12 @@ showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero frame_acc_t
 wenhao728/awesome-diffusion-v2v v2vbench/.
 """
 import argparse
+import hashlib
 import json
 import math
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -24,6 +24,7 @@ from tinytav.errors import InputError
 from tinytav.files import frames, page
 from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
+from tinytav.noise import NOISES
 from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
 from tinytav.stable_diffusion.tokenizer import Tokenizer
@@ -79,6 +80,15 @@ class Features:
         if shape != (side, side) or self.tokenizer.size > config.text_config.vocab_size:
             raise InputError(f"{folder}: {file.name} or the tokenizer does not fit the model.")
 
+    @property
+    def fingerprint(self):
+        """A short hash of what decides the features: the weights, a thousand values of each, and how pictures are prepared."""
+        sha = hashlib.sha256(repr((self.preprocess, sorted(self.tokenizer.bpe.get_vocab().items()))).encode())
+        for name, tensor in sorted(self.clip.state_dict().items()):
+            values = tensor.flatten()[::max(1, tensor.numel() // 1024)].float().cpu()
+            sha.update(name.encode() + values.numpy().tobytes())
+        return sha.hexdigest()[:16]
+
     @torch.no_grad()
     def images(self, pictures):
         """Frames (f, 3, h, w) in [-1, 1], or f PIL pictures -> (f, d)."""
@@ -96,33 +106,34 @@ class Features:
 def rows(run, eye):
     """Yields (file, both consistencies, alignment, PSNR) of source.mp4, then of a run's samples; nan where undefined.
 
-    PSNR is that of a sample which should be the source: begun from the inverted clip, under the run's own prompt. What
-    the VAE loses counts too. A file that cannot be read is passed over with a warning.
+    PSNR is that of a sample which should be the source: begun from the clip's own noise, under the run's own prompt. What the
+    VAE loses counts too. A file that cannot be read is passed over with a warning.
     """
-    own = run.settings.prompt
-    source = read_clip(run.path / "source.mp4")
-    samples = sorted(path for path in run.path.glob("*.mp4") if path.name != "source.mp4")
-    for path in [run.path / "source.mp4", *samples]:
+    source = frames.read_all(run.path / "source.mp4")
+    for name, details in page.read_samples(run.path):
+        if not name.endswith(".mp4"):
+            continue
         try:
-            x, prompt = read_clip(path), frames.title(path)
+            x = frames.read_all(run.path / name)
         except InputError as error:
             warnings.warn(f"passed over: {error}")
             continue
-        is_source = path.name == "source.mp4"
-        prompt = own if is_source else prompt
+        title = details["prompt"] if "settings" in details else frames.title(run.path / name)
+        prompt = run.settings.prompt if name == "source.mp4" else title
         features = eye.images(x)
         alignment = textual_alignment(features, eye.texts([prompt])) if prompt else math.nan
-        is_reconstruction = not is_source and prompt == own and x.shape == source.shape and "-no-inversion" not in path.stem
-        yield (path.name, consistency_all_pairs(features), consistency_neighbours(features), alignment,
-               psnr(x, source) if is_reconstruction else math.nan)
+        like_source = is_reconstruction(details, run.settings.prompt) and x.shape == source.shape
+        yield (name, consistency_all_pairs(features), consistency_neighbours(features), alignment,
+               psnr(x, source) if like_source else math.nan)
 
 
-def read_clip(path):
-    """All frames of a video as they are, (f, 3, h, w) in [-1, 1]. Raises InputError if there are none."""
-    pictures = frames.pictures(path)
-    if not pictures:
-        raise InputError(f"{path} has no frames.")
-    return frames.to_tensor(np.stack(pictures))
+def is_reconstruction(details, own):
+    """Does a sample's record say that it should be the source: from the clip's noise, its own prompt, and nothing else?"""
+    settings = details.get("settings")
+    if not isinstance(settings, dict) or details.get("prompt") != own:
+        return False
+    kind = NOISES.get(settings.get("noise"))
+    return kind is not None and kind.needs_clip and not settings.keys() & {"control", "lora", "negative"}
 
 
 def save(folder, clip, measured):
@@ -141,12 +152,12 @@ def main():
     eye = Features(args.clip, cli.choose_device(args.device))
     found = list(rows(run, eye))
     longest = max(len(name) for name, *_ in found)
-    print(f"clip: {args.clip}\n{'':{longest}}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
+    cli.say(f"clip: {args.clip}\n{'':{longest}}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
     measured = {}
     for name, *values in found:
         measured[name] = dict(zip(COLUMNS, values))
         values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)
-        print(f"{name:{longest}}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
+        cli.say(f"{name:{longest}}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
     save(run.path, args.clip, measured)
-    print(f"page: {page.write(run.path)}")
+    cli.say(f"page: {page.write(run.path)}")
     return 0
