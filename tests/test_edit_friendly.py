@@ -3,12 +3,10 @@ import pytest
 import tiny
 import torch
 
-from tinytav import edit_friendly, editing, pipeline
-from tinytav.errors import InputError
+from tinytav import edit_friendly, pipeline
 from tinytav.inflation import inflate
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
-from tinytav.weights import load
 
 STEPS = 10
 
@@ -67,34 +65,3 @@ def test_the_step_is_ddpms_posterior(prediction):
     expected = (abar_s.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - abar_s) * x) / (1 - abar)
     torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-4)
     assert std ** 2 == pytest.approx(((1 - abar_s) / (1 - abar) * (1 - alpha)).item())
-
-
-@pytest.fixture
-def sd(tmp_path):
-    return load(tiny.write_folder(tmp_path / "w"))
-
-
-def a_clip(sd, mean):
-    context, empty = sd.encode_prompts(["a man", ""]).split(1)
-    return editing.Clip(mean, torch.zeros_like(mean), context, empty, fps=8)
-
-
-def test_a_clip_is_edited_from_it_and_progress_sees_every_step(sd):
-    seen = []
-
-    def progress(steps, total, name):
-        steps = list(steps)
-        seen.append((len(steps), total, name))
-        return steps
-
-    net, clip = editing.new_net(sd, 3), a_clip(sd, torch.randn(1, 4, 3, 8, 8))
-    noise = editing.invert_edit_friendly(sd, net, clip, STEPS, progress=progress)
-    same = editing.sample_clip(sd, net, noise, "a man", guidance=1, progress=progress)
-    torch.testing.assert_close(same, pipeline.decode(sd.vae, clip.mean), atol=1e-3, rtol=1e-3)
-    assert seen == [(6, 6, "inverting"), (6, 6, "a man")]
-
-
-def test_noise_that_is_not_finite_is_refused(sd):
-    net, clip = editing.new_net(sd, 3), a_clip(sd, torch.full((1, 4, 3, 8, 8), torch.inf))
-    with pytest.raises(InputError, match="not finite"):
-        editing.invert_edit_friendly(sd, net, clip, 2)

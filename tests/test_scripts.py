@@ -114,7 +114,7 @@ def test_steps_other_than_the_runs_are_inverted_anew(place):
 
 def test_what_is_inverted_is_the_mean_of_the_clips_latents_by_the_tuned_net(place):
     run, sd = Run.open(place / "runs/clip"), load(place / "w")
-    net = editing.net_of(run, sd)
+    net = editing.open_run(sd, run).net
     mean, _ = run.latents()
     noise = pipeline.last(pipeline.invert(net, sd.schedule, mean, sd.encode_prompts([""]), run.settings.ddim_steps))
     torch.testing.assert_close(run.read("inversion")["noise"], noise, atol=1e-5, rtol=1e-5)
@@ -128,17 +128,16 @@ def test_edit_friendly_noise_comes_from_the_clip_its_caption_and_the_seed(place)
         "friendly/a-dog-edit-friendly", "friendly/a-dog-edit-friendly-2", "plain/a-dog-edit-friendly"))
     assert first.read_bytes() == default.read_bytes() != second.read_bytes()
     run, sd = Run.open(place / "runs/clip"), load(place / "w")
-    net, clip, settings = editing.net_of(run, sd), editing.clip_of(run, sd), run.settings
-    noise = editing.invert_edit_friendly(sd, net, clip, settings.ddim_steps)
-    x = editing.sample_clip(sd, net, noise, "a dog", guidance=settings.guidance)
+    session = editing.open_run(sd, run)
+    x = editing.sample_clip(sd, session.net, session.make_noise("edit-friendly"), "a dog", run.settings.guidance)
     frames.write_strip(place / "plain/expected.png", x[frames.strip_columns(len(x))])
     strip, expected = (np.asarray(Image.open(place / f"plain/{name}.png"), int) for name in ("a-dog-edit-friendly", "expected"))
     assert abs(strip[-len(expected):] - expected).max() <= 1            # this process may have other threads
 
 
 def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
-    call(place, "sample.py", "--prompt", "a dog", "--no-inversion", "--frames", 5, "--size", 16, "--out", "free")
-    assert frames.read(place / "free/a-dog-no-inversion.mp4", 16, 4, 5).x.shape == (5, 3, 16, 16)
+    call(place, "sample.py", "--prompt", "a dog", "--random", "--frames", 5, "--size", 16, "--out", "free")
+    assert frames.read(place / "free/a-dog-random.mp4", 16, 4, 5).x.shape == (5, 3, 16, 16)
     call(place, "sample.py", "--prompt", "a dog", "--frames", 5, status=2)
 
 
@@ -292,7 +291,7 @@ def edited(place, name, **changes):
     (dict(frames=-3), "frames = -3 must be above 0"), (dict(attention="sideways"), "sideways")])
 def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):
     run = edited(place, f"edited{abs(hash(str(changes)))}", **changes)
-    done = call(place, "sample.py", "--run", run, "--prompt", "x", "--no-inversion", status=2)
+    done = call(place, "sample.py", "--run", run, "--prompt", "x", "--random", status=2)
     assert message in done.err and "Traceback" not in done.err
 
 

@@ -1,58 +1,13 @@
-"""What train.py does when memory is short."""
-import re
-
+"""What train.py chooses by itself: the precision, and what is computed again for the gradient."""
 import pytest
 import tiny
 import torch
-from test_tuning import make_tuner
-
 import train
-from tinytav import cli, tuning
+
+from tinytav import cli, memory, tuning
 from tinytav.errors import InputError
-from tinytav.measure import fit, memory
 
 GONE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-def recomputed(net):
-    return [name for name, block in memory.checkpointable(net).items() if block.checkpointing]
-
-
-@pytest.mark.parametrize("moment", ["loss", "gradient"])
-def test_a_step_for_which_memory_runs_out_is_made_again_with_all_blocks_recomputed(moment):
-    tuner, calm, said = make_tuner(), make_tuner(), []
-    failures = [GONE]
-
-    def fails(*anything):
-        if len(tuner.losses) == 1 and failures:
-            raise failures.pop()
-
-    if moment == "loss":
-        tuner.net.conv_out.register_forward_pre_hook(fails)
-    else:                                                   # some gradients are there already, and must not count twice
-        next(iter(tuner.parameters.values())).register_hook(fails)
-    for _ in range(3):
-        train.make_step(tuner, said.append)
-        calm.step()
-    assert recomputed(tuner.net) == list(memory.checkpointable(tuner.net))
-    assert len(said) == 1 and "too small for step 2" in said[0]
-    assert tuner.losses == calm.losses
-    for name, p in calm.parameters.items():
-        assert torch.equal(p, tuner.parameters[name]), name
-
-
-def test_memory_that_runs_out_although_all_is_recomputed_is_the_end(monkeypatch):
-    tuner = make_tuner()
-    tuner.net.conv_out.register_forward_pre_hook(lambda *anything: raise_(GONE))
-    with pytest.raises(torch.OutOfMemoryError):
-        train.make_step(tuner, print)
-    assert recomputed(tuner.net) == list(memory.checkpointable(tuner.net))
-    with pytest.raises(torch.OutOfMemoryError):
-        train.make_step(tuner, print)
-
-
-def raise_(error):
-    raise error
 
 
 def run_train(place, monkeypatch, *options):
@@ -81,27 +36,45 @@ def place(tmp_path_factory):
 
 def test_checkpointing_is_what_memory_needs_unless_the_flag_says_otherwise(place, monkeypatch, capsys):
     net, _ = run_train(place, monkeypatch)
-    assert recomputed(net) == [] and "computed again" not in capsys.readouterr().out
+    assert memory.recomputed(net) == 0 and "computed again" not in capsys.readouterr().out
     net, _ = run_train(place, monkeypatch, "--checkpointing", "on")
-    assert recomputed(net) == list(memory.checkpointable(net))
-    assert re.search(r"a step of tuning needs 0\.\d\d GiB of memory; for that 12 of 12 blocks are computed again",
-                     capsys.readouterr().out)
+    assert memory.recomputed(net) == len(memory.blocks(net)) == 12
+    assert "12 of 12 blocks are computed again for the gradient" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_a_warning_and_the_run_is_made(place, monkeypatch, recwarn):
-    monkeypatch.setattr(fit, "free_bytes", lambda device: 1e6)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1e6)
     net, status = run_train(place, monkeypatch)
-    assert status == 0 and recomputed(net)
+    assert status == 0 and memory.recomputed(net) == 12
     assert any("A step of tuning needs about" in str(warning.message) for warning in recwarn)
     net, status = run_train(place, monkeypatch, "--checkpointing", "off")
-    assert status == 0 and recomputed(net) == []
+    assert status == 0 and memory.recomputed(net) == 0
+
+
+def test_memory_that_runs_out_is_survived_unless_checkpointing_is_off(place, monkeypatch):
+    def fail_once():
+        failures = [GONE]
+        monkeypatch.setattr(tuning, "draw", lambda *args: raise_(failures.pop()) if failures else plain(*args))
+    plain = tuning.draw
+    fail_once()
+    with pytest.warns(UserWarning, match="The memory is too small for a step"):
+        net, status = run_train(place, monkeypatch)
+    assert status == 0 and memory.recomputed(net) > 0
+    fail_once()
+    with pytest.raises(torch.OutOfMemoryError):
+        run_train(place, monkeypatch, "--checkpointing", "off")
+
+
+def raise_(error):
+    raise error
 
 
 # ---- Precision -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_cpu_that_has_bf16_uses_it_unless_told_otherwise(monkeypatch, native, dtype):
-    monkeypatch.setattr(cli, "cpu_has_bf16", lambda: native)
+@pytest.mark.parametrize("able, dtype", [
+    (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=True), torch.bfloat16), (dict(avx512=True), torch.float32)])
+def test_a_cpu_that_has_bf16_uses_it_unless_told_otherwise(monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     cpu = torch.device("cpu")
     assert cli.choose_dtype(cpu) is dtype
     assert cli.choose_dtype(cpu, "fp32") is torch.float32 and cli.choose_dtype(cpu, "fp16") is torch.float16

@@ -1,5 +1,6 @@
 """A run's folder: names, settings, and what is refused."""
 import json
+import os
 from dataclasses import asdict
 from fractions import Fraction
 
@@ -34,15 +35,72 @@ def test_what_a_run_could_not_read_again_is_refused_before_it_is_made():
         Settings.from_json({name: value for name, value in SETTINGS.items() if name != "prompt"})
 
 
+def create(folder, fill=Run.save):
+    return Run.create(folder, "clip", Settings.from_json(SETTINGS), fill)
+
+
 def test_a_new_run_takes_the_next_free_name(tmp_path):
     for name in ("clip", "clip-2", "clip-3"):
-        assert Run.create(tmp_path, "clip", Settings.from_json(SETTINGS)).path.name == name
+        assert create(tmp_path).path.name == name
+
+
+def test_a_new_run_is_hidden_until_its_files_are_there_and_a_failure_leaves_none(tmp_path):
+    def look(run):
+        run.save()
+        assert not (tmp_path / "clip").exists() and Run.open(run.path).settings == run.settings
+
+    def fail(run):
+        run.save()
+        raise OSError("No space left on device")
+    assert [file.name for file in create(tmp_path, look).path.iterdir()] == ["run.json"]
+    with pytest.raises(OSError):
+        create(tmp_path, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
+
+
+def test_what_a_killed_process_left_of_a_new_run_is_removed_and_nothing_else(tmp_path):
+    killed, alive, foreign = (tmp_path / f".{name}.abc.part" for name in ("killed", "alive", "foreign"))
+    for folder in (killed, alive, foreign):
+        folder.mkdir()
+    (killed / "source.mp4").write_bytes(b"x"), (killed / ".clip.safetensors.7.part").mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    at_work = Run(alive, None)
+    at_work.lock()
+    create(tmp_path)
+    at_work.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".alive.abc.part", ".foreign.abc.part", "clip"]
+
+
+def test_the_newest_run_is_the_one_that_was_finished_last_whatever_its_name(tmp_path):
+    for name, finished in (("a", 5.), ("b", 9.), ("c", 7.), ("d", 0)):
+        (tmp_path / name).mkdir()
+        Run(tmp_path / name, Settings.from_json(SETTINGS | dict(finished=finished))).save()
+    assert Run.newest(tmp_path).path.name == "b"
+
+
+def test_others_may_read_what_is_written_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        run = create(tmp_path)
+        run.write("tuned", dict(x=torch.zeros(2)))
+    finally:
+        os.umask(before)
+    assert [oct(path.stat().st_mode & 0o777) for path in (run.path, run.path / "tuned.safetensors")] == ["0o750", "0o640"]
+
+
+def test_a_lock_is_given_back(tmp_path):
+    run, other = create(tmp_path), Run.open(tmp_path / "clip")
+    with pytest.raises(InputError, match="Another process"):
+        other.lock()
+    run.close()
+    other.lock()
+    other.close()
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_and_no_endless_search(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileExistsError):
-        Run.create(tmp_path / "out", "clip", Settings.from_json(SETTINGS))
+        create(tmp_path / "out")
 
 
 @pytest.mark.parametrize("text, name", [

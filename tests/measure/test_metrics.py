@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tinytav.errors import InputError
-from tinytav.files import frames
+from tinytav.files import frames, page
 from tinytav.files.runs import Run, Settings
 from tinytav.measure import metrics
 from tinytav.stable_diffusion.checkpoint import read_json
@@ -97,32 +98,49 @@ def test_a_clip_keeps_its_prompt(tmp_path, prompt):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder with the source and five samples of it."""
+    """A run's folder with the source and samples of it, which differ from it by their number."""
     run = Run(tmp_path_factory.mktemp("run"), RUN)
     run.save()
     x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).round() * 2 - 1
-    prompts = {"source": "", "a-man": "a man", "a-man-no-inversion": "a man", "a-dog": "a dog", "untitled": "",
-               "a-man-2": "a man"}
-    for number, (name, prompt) in enumerate(prompts.items()):
-        y = (1 - 0.1 * number) * x[:2 if name == "a-man-2" else 3]
-        frames.write_mp4(run.path / f"{name}.mp4", y, 8, title=prompt)
+    frames.write_mp4(run.path / "source.mp4", x, 8)
+    samples = dict(same=("a man", dict(noise="inverted")), friendly=("a man", dict(noise="edit-friendly")),
+                   random=("a man", dict(noise="random")), shared=("a man", dict(noise="shared")),
+                   posed=("a man", dict(noise="inverted", control="pose")), dog=("a dog", dict(noise="inverted")),
+                   short=("a man", dict(noise="inverted")))
+    for number, (name, (prompt, settings)) in enumerate(samples.items(), 1):
+        frames.write_mp4(run.path / f"{name}.mp4", (1 - 0.1 * number) * x[:2 if name == "short" else 3], 8, title=prompt)
+        page.write_record(run.path, name, prompt, settings, "")
+    frames.write_mp4(run.path / "untitled.mp4", x, 8)
+    for number, name in enumerate(("source", *samples, "untitled")):
+        os.utime(run.path / f"{name}.mp4", (number, number))
     return run
 
 
 def test_every_clip_of_a_run_has_a_row(run, folder):
     eye = metrics.Features(folder[0])
-    found = {name: values for name, *values in metrics.rows(run, eye)}
-    names = ["source", "a-dog", "a-man-2", "a-man-no-inversion", "a-man", "untitled"]
-    assert list(found) == [f"{name}.mp4" for name in names]
-    assert [name for name, values in found.items() if not math.isnan(values[3])] == ["a-man.mp4"]
-    assert found["a-man.mp4"][3] == pytest.approx(26, abs=1.5)                      # 10 log10(4 / 0.1^2)
-    assert [name for name, values in found.items() if math.isnan(values[2])] == ["untitled.mp4"]
-    for name, prompt in (("source.mp4", "a man"), ("a-dog.mp4", "a dog")):
-        features = eye.images(frames.pictures(run.path / name))
+    found = {name.removesuffix(".mp4"): values for name, *values in metrics.rows(run, eye)}
+    assert list(found) == ["source", "same", "friendly", "random", "shared", "posed", "dog", "short", "untitled"]
+    assert [name for name, values in found.items() if not math.isnan(values[3])] == ["same", "friendly"]
+    assert found["same"][3] == pytest.approx(26, abs=1.5)                           # 10 log10(4 / 0.1^2)
+    assert [name for name, values in found.items() if math.isnan(values[2])] == ["untitled"]
+    for name, prompt in (("source", "a man"), ("dog", "a dog")):
+        features = eye.images(frames.pictures(run.path / f"{name}.mp4"))
         wanted = (metrics.consistency_all_pairs(features), metrics.consistency_neighbours(features),
                   metrics.textual_alignment(features, eye.texts([prompt])))
         assert found[name][:3] == pytest.approx(wanted, abs=1e-4)
         assert abs(wanted[2] - metrics.textual_alignment(features, eye.texts(["a panda"]))) > 1e-3
+
+
+def test_features_have_the_fingerprint_of_what_decides_them(folder, tmp_path):
+    marks = {metrics.Features(folder[0]).fingerprint, metrics.Features(shutil.copytree(folder[0], tmp_path / "same")).fingerprint}
+    assert len(marks) == 1
+    changed = shutil.copytree(folder[0], tmp_path / "changed")
+    tiny.save_json(changed / "preprocessor_config.json", PREPARED["half"] | dict(size=64, crop_size=64, image_mean=[0.4] * 3))
+    weights = shutil.copytree(folder[0], tmp_path / "weights")
+    tensors = load_file(weights / "model.safetensors")
+    tensors["logit_scale"] += 1
+    save_file(tensors, weights / "model.safetensors")
+    assert len(marks | {metrics.Features(changed).fingerprint, metrics.Features(weights).fingerprint}) == 3
 
 
 def call(*args):
@@ -144,13 +162,13 @@ def test_a_file_that_is_no_video_is_passed_over(run, folder):
 def test_the_command_prints_the_rows_and_its_errors_are_sentences(run, folder, tmp_path):
     done = call(run.path, "--clip", folder[0], "--device", "cpu")
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 9, done.stderr
+    assert done.returncode == 0 and len(lines) == 12, done.stderr
     assert lines[-1] == f"page: {run.path / 'index.html'}"
-    values = next(values for name, *values in metrics.rows(run, metrics.Features(folder[0])) if name == "a-man.mp4")
-    assert lines[6].split() == ["a-man.mp4", *(f"{value:.2f}" for value in values)]
+    values = next(values for name, *values in metrics.rows(run, metrics.Features(folder[0])) if name == "same.mp4")
+    assert lines[3].split() == ["same.mp4", *(f"{value:.2f}" for value in values)]
     assert lines[2].split()[0] == "source.mp4" and lines[2].split()[-1] == "-"
     stored = read_json(run.path / "metrics.json")["values"]
-    assert stored["a-man.mp4"] == pytest.approx(dict(zip(metrics.COLUMNS, values)), abs=1e-3)
+    assert stored["same.mp4"] == pytest.approx(dict(zip(metrics.COLUMNS, values)), abs=1e-3)
     assert "psnr" not in stored["source.mp4"] and f"{values[0]:.2f}" in (run.path / "index.html").read_text()
     for args, message in (([tmp_path], "is not a run"), ([run.path, "--clip", tmp_path], "No config.json"),
                           ([run.path, "--clip", folder[0], "--device", "toaster"], "toaster cannot be used")):
