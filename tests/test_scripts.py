@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tinytav import editing, pipeline
 from tinytav.files import frames
 from tinytav.files.runs import Run
-from tinytav.weights import load
+from tinytav.weights import default_path, load
 
 ROOT = Path(__file__).parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores Ctrl-C, and so would its children
@@ -99,6 +99,94 @@ def test_the_page_is_kept_up_to_date_and_named_last(place, tmp_path):
     assert (tmp_path / "runs/clip-2/tuned.safetensors").read_bytes() == (tmp_path / "runs/clip/tuned.safetensors").read_bytes()
 
 
+def record_of(folder, name):
+    return json.loads((folder / f"{name}.sample.json").read_text())["settings"]
+
+
+def test_each_option_of_train_decides_what_it_names(place):
+    flags = dict(size=16, frames=2, start=1, stride=2, steps=5, lr=0., attention="full", norm="frame", seed=7, preview="a dog",
+                 precision="bf16")
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--out", "told",
+         *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    settings = Run.open(place / "told/clip").settings
+    usual = Run.open(place / "runs/clip").settings
+    for name, value in flags.items():
+        assert getattr(settings, name) == value != getattr(usual, name), name
+    assert settings.indices == (1, 3) and len(load_file(place / "told/clip/clip.safetensors")["mean"][0, 0]) == 2
+    losses = (place / "told/clip/loss.csv").read_text().splitlines()
+    assert len(losses) == 1 + 5
+
+
+def test_each_option_of_sample_decides_what_it_names(place):
+    run = ["sample.py", "--run", "runs/clip", "--prompt", "a dog", "--out", "options"]
+    call(place, *run)
+    usual = dict(ddim_steps=3, guidance=2., noise="inverted", attention="sparse-causal", frames=3, size=32, precision="fp32")
+    assert record_of(place / "options", "a-dog").items() >= usual.items()
+    first = np.asarray(Image.open(place / "options/a-dog.png"))
+    changes = [("--steps", 2, dict(ddim_steps=2)), ("--guidance", 0, dict(guidance=0.)), ("--attention", "full", dict(attention="full")),
+               ("--negative", "a man", dict(negative="a man")), ("--precision", "bf16", dict(precision="bf16"))]
+    for number, (flag, value, expected) in enumerate(changes, 2):
+        call(place, *run, flag, value)
+        assert record_of(place / "options", f"a-dog-{number}").items() >= (usual | expected).items()
+        assert not np.array_equal(np.asarray(Image.open(place / f"options/a-dog-{number}.png")), first), flag
+    call(place, *run, "--noise", "random", "--seed", 5, "--frames", 2, "--size", 16)
+    assert record_of(place / "options", "a-dog-random").items() >= dict(noise="random", seed=5, frames=2, size=16).items()
+
+
+def test_guidance_zero_samples_without_the_prompt(place):
+    call(place, "sample.py", "--run", "runs/clip", "--prompt", "a dog", "a cat", "--guidance", 0, "--out", "unguided")
+    assert (place / "unguided/a-dog.gif").read_bytes() == (place / "unguided/a-cat.gif").read_bytes()
+
+
+def test_the_command_of_an_untuned_sample_makes_it_again_whatever_the_defaults_are(place):
+    flags = ["--frames", 2, "--size", 16, "--seed", 5, "--attention", "full", "--steps", 2, "--guidance", 3]
+    call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "untuned", *flags)
+    told = json.loads((place / "untuned/a-dog.sample.json").read_text())
+    _, script, *words = shlex.split(told["command"])
+    call(place, script, *words)
+    again = json.loads((place / "untuned/a-dog-2.sample.json").read_text())
+    assert again["settings"] == told["settings"] and told["settings"]["attention"] == "full"
+    assert (place / "untuned/a-dog.mp4").read_bytes() == (place / "untuned/a-dog-2.mp4").read_bytes()
+    call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "untuned", *flags, "--attention", "spatial")
+    assert (place / "untuned/a-dog.gif").read_bytes() != (place / "untuned/a-dog-3.gif").read_bytes()
+
+
+def test_the_last_preview_is_the_edit_that_sampling_makes(place):
+    """It is inverted without text, as every edit is."""
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--preview", "a dog", "--out", "previewed")
+    call(place, "sample.py", "--run", "previewed/clip", "--prompt", "a dog")
+    folder = place / "previewed/clip"
+    assert (folder / "preview-6.gif").read_bytes() == (folder / "a-dog.gif").read_bytes()
+    assert (folder / "preview-3.gif").read_bytes() != (folder / "preview-6.gif").read_bytes()
+
+
+def test_names_with_spaces_and_escape_sequences_are_quoted_and_shown_harmless(place):
+    shutil.copy(place / "clip.mp4", place / "c\x1b[31m d.mp4")
+    done = call(place, "train.py", "c\x1b[31m d.mp4", "a \x1b]0;x\x07man", "--weights", "w", "--out", "my runs", "--steps", 1)
+    assert "\x1b" not in done.out + done.err.replace("\x1b[A", "") and "python sample.py --run 'my runs/" in done.out
+    done = call(place, "sample.py", "--run", "my runs/c-31m-d", "--prompt", "a \x1b[2Jdog")
+    assert "\x1b" not in done.out + done.err.replace("\x1b[A", "")
+
+
+def test_without_a_folder_of_weights_those_beside_the_package_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_path() == ROOT / "weights/toy"
+    (tmp_path / "weights").mkdir()
+    assert default_path() == Path("weights/toy")
+
+
+def test_an_empty_clip_is_no_clip(place):
+    assert "A clip and its caption are needed" in call(place, "train.py", "", "a man", "--weights", "w", status=2).err
+
+
+def test_closed_and_broken_outputs_end_without_a_traceback(place):
+    line = shlex.join(command("sample.py", "--run", "runs/clip", "--prompt", "a dog", "--out", "closed"))
+    for redirection in (">&-", "2>&-", ">&- 2>&-", "| head -0"):
+        done = subprocess.run(["bash", "-c", f"{line} {redirection}"], cwd=place, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+
+
 def test_a_prompt_named_like_a_file_of_the_run_takes_no_files_place(place):
     before = (place / "runs/clip/run.json").read_bytes()
     call(place, "sample.py", "--prompt", "run", "index", "metrics", "--run", "runs/clip")
@@ -136,7 +224,7 @@ def test_edit_friendly_noise_comes_from_the_clip_its_caption_and_the_seed(place)
 
 
 def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
-    call(place, "sample.py", "--prompt", "a dog", "--random", "--frames", 5, "--size", 16, "--out", "free")
+    call(place, "sample.py", "--prompt", "a dog", "--no-inversion", "--frames", 5, "--size", 16, "--out", "free")
     assert frames.read(place / "free/a-dog-random.mp4", 16, 4, 5).x.shape == (5, 3, 16, 16)
     call(place, "sample.py", "--prompt", "a dog", "--frames", 5, status=2)
 
@@ -291,7 +379,7 @@ def edited(place, name, **changes):
     (dict(frames=-3), "frames = -3 must be above 0"), (dict(attention="sideways"), "sideways")])
 def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):
     run = edited(place, f"edited{abs(hash(str(changes)))}", **changes)
-    done = call(place, "sample.py", "--run", run, "--prompt", "x", "--random", status=2)
+    done = call(place, "sample.py", "--run", run, "--prompt", "x", "--no-inversion", status=2)
     assert message in done.err and "Traceback" not in done.err
 
 

@@ -14,9 +14,11 @@ import tiny
 import torch
 from hardening.warm import Warm
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tinytav.errors import InputError
-from tinytav.files import frames
+from tinytav.files import frames, page
+from tinytav.files.runs import Run
 from tinytav.measure import evaluate, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +97,7 @@ def test_the_toys_set_names_its_own_clips_with_their_captions():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_every_unfinished_clip_is_dealt_to_one_rank(size):
-    clips = [evaluate.Clip(str(i), Path("x"), "", (), f"f{i}") for i in range(5)]
+    clips = [evaluate.Entry(str(i), Path("x"), "", (), f"f{i}") for i in range(5)]
     dealt = [evaluate.deal(clips, {"f1"}, rank, size) for rank in range(size)]
     assert sorted(clip.folder for part in dealt for clip in part) == ["f0", "f2", "f3", "f4"]
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
@@ -144,10 +146,10 @@ def test_results_are_a_csv_a_page_and_a_run_for_each_clip(place):
         ("c.mp4", "object", 'a ""dog""'), ("c.mp4", "style", "pencil")]
     assert list(found[0]) == list(evaluate.COLUMNS) and all(0 < abs(float(row["textual_alignment"])) <= 100 for row in found)
     measured = metrics.Features(place / "judge")
-    features = measured.images(frames.pictures(place / "evaluated/set/a/object-a-dog.mp4"))
+    features = measured.images(frames.pictures(place / "evaluated/set/a/a-dog.mp4"))
     assert float(found[0]["consistency_all_pairs"]) == pytest.approx(metrics.consistency_all_pairs(features), abs=1e-3)
     page = (place / "evaluated/set/index.html").read_text()
-    assert "5 edits of 3 clips" in page and 'href="a/index.html"' in page and 'src="a/object-a-dog.png"' in page
+    assert "5 edits of 3 clips" in page and 'href="a/index.html"' in page and 'src="a/a-dog.png"' in page
     assert "a man, comic" in (place / "evaluated/set/a/index.html").read_text()
 
 
@@ -157,7 +159,7 @@ def test_a_clips_run_equals_that_of_train_and_sample(place):
     done = warm()(place, "sample.py", "--run", "alone/a", "--prompt", "a dog", limit=300)
     assert done.status == 0, done.err
     evaluated = place / "evaluated/set/a"
-    for alone, ours in (("tuned.safetensors",) * 2, ("inversion.safetensors",) * 2, ("a-dog.mp4", "object-a-dog.mp4")):
+    for alone, ours in (("tuned.safetensors",) * 2, ("inversion.safetensors",) * 2, ("a-dog.mp4", "a-dog.mp4")):
         assert (place / "alone/a" / alone).read_bytes() == (evaluated / ours).read_bytes(), ours
 
 
@@ -190,6 +192,82 @@ def test_a_broken_clip_is_reported_and_does_not_stop_the_rest(place):
     shutil.copy(place / "a.mp4", place / "none.mp4")                        # mended, it is done in the next call
     done = call(place, "broken.csv", *FLAGS, status=1)
     assert "1 finished before, 2 to do" in done.out and len(rows(place / "evaluated/broken/results.csv")) == 2
+
+
+LONG = "a man who is walking through the old town in the style of a painting by"
+
+
+def test_prompts_that_differ_only_in_their_end_have_a_video_each(place):
+    write_set(place / "long.csv", ["clip,caption,style,style", f"a.mp4,a man,{LONG} Van Gogh,{LONG} Monet"])
+    call(place, "long.csv", *FLAGS)
+    write_set(place / "long.csv", ["clip,caption,style,style", f"a.mp4,a man,{LONG} Klimt,{LONG} Monet"])
+    call(place, "long.csv", *FLAGS)
+    folder = place / "evaluated/long/a"
+    prompts = {name: details["prompt"] for name, details in page.read_samples(folder) if name != "source.mp4"}
+    assert sorted(prompt.rpartition(" by ")[2] for prompt in prompts.values()) == ["Klimt", "Monet", "Van Gogh"]
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [prompts[row["file"]] for row in rows] == [f"{LONG} Klimt", f"{LONG} Monet"]
+
+
+def test_a_clip_that_changed_is_not_taken_for_the_one_before(place):
+    tiny.write_clip(place / "changing.mp4")
+    write_set(place / "changing.csv", ["clip,caption,edit", "changing.mp4,a man,a dog"])
+    call(place, "changing.csv", *FLAGS)
+    tiny.write_clip(place / "changing.mp4", frames=9)
+    done = call(place, "changing.csv", *FLAGS, status=1)
+    assert "0 finished before, 1 to do" in done.out and "is not the clip any more" in done.err
+
+
+def test_results_of_another_clip_model_are_measured_again(place):
+    shutil.copytree(place / "evaluated/set", place / "judged")
+    other = shutil.copytree(place / "judge", place / "other-judge")
+    same = shutil.copytree(place / "judge", place / "moved-judge")
+    tensors = load_file(other / "model.safetensors")
+    tensors["visual_projection.weight"] = -tensors["visual_projection.weight"]
+    save_file(tensors, other / "model.safetensors")
+    assert "3 finished before" in call(place, "set.csv", "--weights", "w", "--clip", same, "--out", "judged").out
+    before = rows(place / "judged/results.csv")[0]["textual_alignment"]
+    assert "0 finished before" in call(place, "set.csv", "--weights", "w", "--clip", other, "--out", "judged").out
+    assert float(rows(place / "judged/results.csv")[0]["textual_alignment"]) == pytest.approx(-float(before), abs=1e-3)
+
+
+def test_each_option_decides_what_it_names(place):
+    flags = dict(size=16, frames=2, steps=3, lr=0., ddim_steps=2, guidance=0., seed=5)
+    call(place, "set.csv", *FLAGS, "--clips", 1, "--out", "told",
+         *(word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)))
+    told, usual = (json.loads((place / f"{folder}/a/run.json").read_text()) for folder in ("told", "evaluated/set"))
+    for name, value in flags.items():
+        assert told[name] == value != usual[name], name
+
+
+def test_files_of_others_are_not_overwritten(place):
+    for name in ("results.csv", "index.html"):
+        (place / f"mine-{name}").mkdir()
+        (place / f"mine-{name}" / name).write_text("mine")
+        assert "is there already" in call(place, "set.csv", *FLAGS, "--out", f"mine-{name}", status=2).err
+        assert [file.name for file in (place / f"mine-{name}").iterdir()] == [name]
+    (place / "taken/a").mkdir(parents=True)
+    (place / "taken/a/source.mp4").write_text("mine")
+    done = call(place, "set.csv", *FLAGS, "--clips", 1, "--out", "taken", status=1)
+    assert "is no run's folder" in done.err and (place / "taken/a/source.mp4").read_text() == "mine"
+
+
+def test_a_spreadsheet_gets_no_formula(place):
+    write_set(place / "formula.csv", ["clip,caption,edit", 'a.mp4,a man,"=1+1"'])
+    call(place, "formula.csv", *FLAGS)
+    assert rows(place / "evaluated/formula/results.csv")[0]["prompt"] == "'=1+1"
+
+
+def test_two_evaluations_in_one_process_do_not_lock_each_other_out(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.argv", ["evaluate", "set.csv", *FLAGS, "--out", "evaluated/set"])
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    (place / "evaluated/set/a/results.json").unlink()
+    for _ in range(3):
+        assert evaluate.main() == 0
+    assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + 1
+    run = Run.locked(place / "evaluated/set/a")                 # nobody holds it
+    run.close()
 
 
 def test_loveu_is_evaluated(place):
@@ -226,7 +304,7 @@ def test_a_killed_evaluation_loses_no_finished_clip(place):
         time.sleep(0.01)
     process.kill()
     process.wait(60)
-    before = (out / "a/object-a-dog.mp4").stat().st_mtime_ns
+    before = (out / "a/a-dog.mp4").stat().st_mtime_ns
     done = call(place, "set.csv", *FLAGS, "--out", out)
-    assert " 0 finished before" not in done.out and before == (out / "a/object-a-dog.mp4").stat().st_mtime_ns
+    assert " 0 finished before" not in done.out and before == (out / "a/a-dog.mp4").stat().st_mtime_ns
     assert (out / "results.csv").read_bytes() == (place / "evaluated/set/results.csv").read_bytes()

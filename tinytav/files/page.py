@@ -40,7 +40,7 @@ LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the m
 # The settings of a run that are flags of train.py, in the order of its --help.
 TUNING_FLAGS = ("weights", "tokenizer", "prediction", "size", "frames", "start", "stride", "steps", "lr", "attention",
                 "norm", "precision", "seed", "preview")
-NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "lora"}    # said elsewhere, or long
+NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "clip_fingerprint", "lora"}    # said elsewhere, or long
 
 
 def write(folder):

@@ -389,7 +389,8 @@ def main():
     sd = cli.load_weights(args)
     judges = Judges(args.clip, args.pick, side, sd.device)
     job = Job(sd, settings_of(args), judges, cli.progress if rank == 0 else editing.no_progress)
-    hold_settings(out, job.settings | dict(fingerprint=sd.fingerprint, precision=name_of(sd.dtype)))
+    used = {name: editing.chosen(value, getattr(sd.defaults, name, None)) for name, value in job.settings.items()}
+    hold_settings(out, used | dict(fingerprint=sd.fingerprint, precision=name_of(sd.dtype)))
     before = exchange(all_results(out, entries, judges.settings))
     finished = set().union(*before)
     mine = deal(entries, finished, rank, size)
