@@ -1,8 +1,8 @@
 """Edit-friendly noise: another way from a clip to the noise of its edits. It is not in the paper.
 
 DDIM inversion finds one noise, x_T, and DDIM sampling adds none to it. DDPM sampling adds noise at every step. The noise of
-each step can be chosen so that sampling under the clip's own caption gives the clip back. Sampling an edited prompt with
-the same noise makes an edit. Huberman-Spiegelglas et al., arXiv 2304.06140.
+each step can be chosen so that sampling under the clip's own caption, at guidance 1, gives the clip back. Sampling an
+edited prompt with the same noise makes an edit. Huberman-Spiegelglas et al., arXiv 2304.06140.
 """
 from typing import NamedTuple
 

@@ -99,7 +99,8 @@ def gaussian(shape, seed):
 
 
 def last(steps):
-    """The final value of a generator."""
-    for value in steps:
+    """The final value of a generator; None if there is none."""
+    value = None
+    for value in steps:  # noqa: B007
         pass
     return value
