@@ -1,8 +1,6 @@
-"""Ways to begin and to sample that are not in the paper, tried beside it: two of the claims table's variants.
+"""Ways to begin and to sample that are not in the paper: two variants that were tried and are no options.
 
-Both work on latents (1, 4, f, h, w) of one clip, and take contexts (b, m, d) as pipeline.py does. Two more variants need no
-code of their own: inversion with the source's caption, and guidance away from it (arXiv 2305.16807). The fifth has become
-an option of sample.py: edit_friendly.py.
+Both work on latents (1, 4, f, h, w) of one clip, and take contexts (b, m, d) as pipeline.py does.
 """
 import torch
 from torch.nn import functional as F
@@ -20,8 +18,8 @@ THRESHOLD = 0.3         # of blending, as a part of the largest attention (Promp
 def fixed_point(net, schedule, latents, context, steps):
     """DDIM inversion that sampling without guidance takes back almost exactly: yields latents as pipeline.invert does.
 
-    Sampling predicts the noise at the noisier end of a step. Plain inversion predicts it from the cleaner end's latents.
-    Here the noisier end is found by iteration: x = move(start, eps(x)). Pan et al., arXiv 2309.04907, section 3.
+    Sampling predicts the noise at the noisier end of a step. Plain inversion predicts it from the cleaner end's
+    latents. Here the noisier end is found by iteration: x = move(start, eps(x)). Pan et al., arXiv 2309.04907, section 3.
     """
     x = latents
     for t, t_next in reversed(schedule.pairs(steps)):
@@ -37,9 +35,9 @@ def fixed_point(net, schedule, latents, context, steps):
 def blended(net, schedule, trajectory, context, empty, positions, guidance):
     """One edit (1, 4, f, h, w) that keeps the inverted clip wherever the edited words draw no attention.
 
-    trajectory: the clip's latents and those of each step of its inversion. context (1, m, d). positions: of the edited
-    words in the prompt. After each step the latents outside the words' mask are those of the trajectory. The mask is where
-    their cross-attention, averaged over the steps so far, exceeds a part of its maximum: Hertz et al., arXiv 2208.01626,
+    trajectory: the clip's latents and those of each step of its inversion. positions: of the edited words in the prompt.
+    After each step the latents outside the words' mask are those of the trajectory. The mask is where the words'
+    cross-attention, averaged over the steps so far, exceeds a part of its maximum: Hertz et al., arXiv 2208.01626,
     section 3, and its code's LocalBlend.
     """
     *before, x = trajectory

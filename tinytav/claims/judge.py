@@ -1,10 +1,8 @@
 """Says what a clip shows, by comparing it with drawings. Nothing in it is learned.
 
 The true answer to an edit is known: the edited scene along the source's motion. Each question is asked by drawing
-alternatives that differ in one thing, all else true. For every frame the nearest drawing is the answer.
-
-Drawings are compared as they are. What is judged has been through the VAE, which blurs it. The blur hardly changes which
-drawing is nearest: tests/claims/test_judge.py sends true edits through the VAE and finds every word and every motion.
+alternatives that differ in one thing, all else true. For every frame the nearest drawing is the answer. What is judged
+has been blurred by the VAE. That hardly changes which drawing is nearest, as tests/claims/test_judge.py shows.
 """
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +11,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from tinytav.files import frames
 from tinytav.measure.metrics import psnr
 from tinytav.toy import draw, world
 
@@ -21,11 +18,6 @@ from tinytav.toy import draw, world
 # prop, and steps to either side. The first is the truth.
 MOTIONS = {"phase": (0, 0.25, 0.5, 0.75), "x": (0, -0.08, 0.08), "camera": (0, 0.25, 0.5, 0.75)}
 ALL = tuple(world.ATTRIBUTES)
-
-
-def pixels(pictures):
-    """A list of pictures (h, w, 3) uint8 -> (n, 3, h, w) float32 in [-1, 1]."""
-    return frames.to_tensor(np.stack(pictures))
 
 
 def majority(values):
@@ -53,7 +45,7 @@ class Judge:
     def nearest(self, x, alternatives):
         """For each frame of x (f, 3, h, w) the index of the nearest drawing.
 
-        Squared distance over the pixels that differ between any two of the drawings: where they agree, what x shows says
+        Squared distance over the pixels that differ between any two of the drawings: what x shows where they agree says
         nothing about the question.
         """
         drawn = torch.stack(alternatives)                                           # (a, f, 3, h, w)
@@ -81,29 +73,30 @@ class Judge:
             shown = {name: self.attribute(x, scene, name) for name in ALL if name not in said}
             parts = {part: self.look_part(x, scene, part) for part in world.LOOKS}
             look, _ = majority(list(zip(*parts.values())))
-            scene = replace(scene, look=world.Look(*look), **{name: majority(values)[0] for name, values in shown.items()})
+            usual = {name: majority(values)[0] for name, values in shown.items()}
+            scene = replace(scene, look=world.Look(*look), **usual)
         return scene, shown | parts
 
     def answers(self, x, scene, said=ALL):
         """Clip x (f, 3, h, w), asked whether it is this scene in this motion: {question: share of frames}.
 
         said: the attributes that the caption names. Each attribute and each part of the motion is right in a frame if no
-        alternative is nearer. All that is unsaid is taken to be as most frames show it while the other questions are asked.
+        alternative is nearer. All that is unsaid is taken to be as most frames show it while the other questions are
+        asked. Raises ValueError for a clip that is not finite.
 
         "look": the share of frames with the most frequent look. "agreement": the same of each unsaid attribute and each
         part of the look by itself, the mean over them. Neither asks whether the value is the source's. "moves" is 1 if
-        none of the true clip's frames, held still, is nearer to the clip than the true clip. Raises ValueError for a clip
-        that is not finite.
+        none of the true clip's frames, held still, is nearer to the clip than the true clip.
         """
-        if not x.isfinite().all():
-            raise ValueError("A clip that is not finite shows nothing.")    # every comparison with NaN would choose the truth
+        if not x.isfinite().all():          # every comparison with NaN would choose the truth
+            raise ValueError("A clip that is not finite shows nothing.")
         wanted = scene
         scene, shown = self.unsaid(x, wanted, said)
         true = self.draw(scene)
         still = (true[:, None] - x).square().sum((1, 2, 3, 4)).min()
         looks = list(zip(*(shown[part] for part in world.LOOKS)))
-        shares = {"look": majority(looks)[1], "agreement": float(np.mean([majority(values)[1] for values in shown.values()])),
-                  "moves": float((true - x).square().sum() < still)}
+        shares = {"look": majority(looks)[1], "moves": float((true - x).square().sum() < still),
+                  "agreement": float(np.mean([majority(values)[1] for values in shown.values()]))}
         for name in ALL:
             shares[name] = self.attribute(x, scene, name).count(getattr(wanted, name)) / len(x)
         for part, offsets in MOTIONS.items():

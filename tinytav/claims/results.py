@@ -1,4 +1,10 @@
-"""A folder of edited clips and what is said of them: made a clip at a time, kept, and shown as tables and pictures."""
+"""Puts the paper's claims to the test in the toy world, where the true answer to every edit can be drawn.
+
+    python -m tinytav claims --processes 2
+
+Every clip of a study is edited by every variant of the method, and the judge says what came out (studies.py). What is
+finished stays in the folder, so a run that was stopped goes on. Writes scores.json, TABLES.md and pictures.
+"""
 import argparse
 import hashlib
 import json
@@ -6,67 +12,41 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from tinytav.claims.significance import interval, means
+from tinytav.claims import cost, pictures, tables
+from tinytav.claims.studies import QUICK, SEEDS, STUDIES, seeds_of
 from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.atomic import replace, replace_text
+from tinytav.stable_diffusion import checkpoint
 from tinytav.stable_diffusion.checkpoint import read_json
 
-MARGIN = 150        # pixels before a picture's rows, for their names
+HERE = Path(__file__).parent
+PICTURE_ROWS = ("source", "true edit", "full method", "untuned", "no inversion")       # of claims.png
+PICTURE_OF = 3, 0                                                                      # its clip and edit
 EYE = "clip/model.safetensors"      # in the weights' folder: the CLIP that three of the scores ask
+CONTROL = "controlnet/diffusion_pytorch_model.safetensors"                  # what pose control uses as well
 
 
-def parser(description, out, clips):
-    """The flags that claims, sweep, pose and place have in common."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--weights", type=Path, default=Path("weights/toy"), help=" ")
-    p.add_argument("--out", type=Path, default=Path(out), help="folder for what is made")
-    p.add_argument("--clips", type=int, default=clips, help=" ")
-    p.add_argument("--processes", type=int, default=1, help="clips worked on at once, a core each")
-    return p
+def work(args, job):
+    """One clip of a study by every row: a file of frames and one of scores for each, unless they are there."""
+    torch.set_num_threads(1)
+    (name, study), i = job
+    studio, folder = study.studio(args.weights, i, args.settings), args.out / name / str(i)
+    for reference in study.references:
+        keep(folder, f"{reference}-{SEEDS[0]}", lambda: studio.reference(reference), studio)
+    rows = [(variant, seed, row) for row, variant in study.rows.items() for seed in seeds_of(name, row, args.seeds)]
+    rows.sort(key=lambda row: (str(row[0].net), row[1]))            # those that share a net stand together
+    for variant, seed, row in rows:
+        keep(folder, f"{row}-{seed}", lambda: studio.edit(variant, seed), studio)
+    shown = {row: frames.to_uint8(x).permute(0, 3, 1, 2) for row, x in studio.shown.items()}
+    draw(folder, "rows.png", (*study.references, *study.rows), 0, shown)
+    return name, i
 
 
-def every_clip(work, args, sd, known=None, files=(EYE,)):
-    """work(args, i) for each clip, with the weights' own settings as args.settings.
-
-    All scores are kept in scores.json too. known: such a file of an earlier run; its scores are not made again. files: what is
-    used of the weights' folder beside Stable Diffusion's own parts. Results of other such files are not gone on with.
-    """
-    args.settings = vars(sd.defaults)
-    made_with = args.settings | fingerprints(sd, args.weights, files)
-    same_settings(args.out / "settings.json", made_with)
-    if known:
-        take_over(known, args.out, made_with)
-    with get_context("spawn").Pool(args.processes) as pool:
-        for i in pool.imap_unordered(partial(work, args), range(args.clips)):
-            collect(args.out, args.out / "scores.json")
-            print(f"clip {i} is done", flush=True)
-
-
-def fingerprints(sd, weights, files=(EYE,)):
-    """Of the weights and of further files in their folder: {name: hash}. Raises InputError if a file is missing."""
-    found = dict(fingerprint=sd.fingerprint)
-    for file in files:
-        if not (weights / file).is_file():
-            raise InputError(f"{weights / file} is missing: the scores need it.")
-        found[file] = hashlib.sha256((weights / file).read_bytes()).hexdigest()[:16]
-    return found
-
-
-def same_settings(file, settings):
-    """Raises InputError if what lies in the folder was made with others."""
-    if file.exists() and read_json(file) != settings:
-        raise InputError(f"{file.parent} holds results of other weights or settings: name another folder with --out.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, json.dumps(settings, indent=2) + "\n")
-
-
-def write(folder, name, make, studio):
+def keep(folder, name, make, studio):
     """make() -> frames (edits, f, 3, h, w), kept in name.safetensors, and what is said of them in name.json.
 
     What is there is not made again. If the scores are there, no frames are made. To score the frames again, delete the
@@ -81,61 +61,145 @@ def write(folder, name, make, studio):
         folder.mkdir(parents=True, exist_ok=True)
         replace(clips, lambda file: save_file(dict(frames=results), file))
     if not scores.exists():
-        found = json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1))
-        replace_text(scores, found)
+        replace_text(scores, json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1)))
 
 
-def collect(folder, file):
-    """Writes one file of all scores under a folder, and of the settings that they were made with."""
-    paths = sorted(folder.glob("*/**/*.json"))
-    scores = {str(path.relative_to(folder).with_suffix("")): json.loads(path.read_text()) for path in paths}
-    lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in scores.items()]
-    settings = json.dumps(read_json(folder / "settings.json"))
-    replace_text(file, f'{{"settings": {settings}, "scores": {{\n' + ",\n".join(lines) + "\n}}\n")
+def draw(folder, picture, names, edit, shown=()):
+    """One edit by each of these rows whose frames are in a clip's folder -> a picture in it, below the rows `shown`."""
+    files = {name: folder / f"{name}-{SEEDS[0]}.safetensors" for name in names}
+    rows = dict(shown) | {name: load_file(file)["frames"][edit] for name, file in files.items() if file.exists()}
+    if rows:                # of scores that were taken over there are no frames
+        pictures.labelled(folder / picture, rows)
+
+
+# ---- scores of this run and of earlier ones ------------------------------------------------------
+
+def fingerprints(sd, weights, files=(EYE,)):
+    """Of the weights and of further files in their folder: {name: hash}. Raises InputError if a file is missing."""
+    found = dict(fingerprint=sd.fingerprint)
+    for file in files:
+        if not (weights / file).is_file():
+            raise InputError(f"{weights / file} is missing: the scores need it.")
+        found[file] = hashlib.sha256((weights / file).read_bytes()).hexdigest()[:16]
+    return found
+
+
+def agree(known, settings):
+    """Were results with the settings `known` made as these are? A ControlNet counts where both name one."""
+    return all(known.get(key) == value or (key == CONTROL and key not in known) for key, value in settings.items())
+
+
+def same_settings(file, settings):
+    """Adds settings to a folder's. Raises InputError if what lies in the folder was made with others."""
+    known = read_json(file) if file.exists() else {}
+    if known and not agree(known, settings):
+        raise InputError(f"{file.parent} holds results of other weights or settings: name another folder with --out.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(known | settings, indent=2) + "\n")
 
 
 def take_over(file, folder, settings):
-    """Puts the scores of a file by `collect` into a folder, but for those that are there or can be made from its frames.
+    """Puts the scores of a scores.json into a folder, but for those that are there or whose frames are there.
 
     Raises InputError if they were made with other settings.
     """
     known = read_json(file)
-    if known.get("settings") != settings:
+    if not agree(known.get("settings", {}), settings):
         raise InputError(f"{file} holds scores of other weights or settings: leave out --known, or name another file.")
+    same_settings(folder / "settings.json", known["settings"])
     for name, found in known["scores"].items():
-        path = folder / f"{name}.json"
-        if path.exists() or path.with_suffix(".safetensors").exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(found))
+        path, clips = folder / f"{name}.json", folder / f"{name}.safetensors"
+        if not path.exists() and not clips.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(found))
 
 
-def row(name, values):
-    return f"| {name} | " + " | ".join(values) + " |"
+def collect(folder):
+    """Writes scores.json: all scores under a folder, and the settings that they were made with. Returns the scores."""
+    paths = sorted(folder.glob("*/*/*.json"))
+    scores = {str(path.relative_to(folder).with_suffix("")): json.loads(path.read_text()) for path in paths}
+    lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in scores.items()]
+    settings = json.dumps(read_json(folder / "settings.json"))
+    replace_text(folder / "scores.json", f'{{"settings": {settings}, "scores": {{\n' + ",\n".join(lines) + "\n}}\n")
+    return scores
 
 
-def table_of(folder, clips, names, columns):
-    """One row a name: means of folder/i/name.json over clips, with their 95 % intervals. columns: {key: what it is called}.
+# ---- the command ---------------------------------------------------------------------------------
 
-    All scores are shares, but PSNR.
-    """
-    lines = [row("", columns.values()), "|---|" + "---|" * len(columns)]
-    for name in names:
-        found = [json.loads((folder / f"{i}/{name}.json").read_text()) for i in range(clips)]
-        cells = []
-        for key in columns:
-            mean, low, high = interval(means(found, key))
-            cells.append(f"{mean:.2f}" if key == "psnr" else f"{100 * mean:.0f} % ({100 * low:.0f}–{100 * high:.0f})")
-        lines.append(row(name, cells))
-    return "\n".join(lines)
+def parse():
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("--weights", type=Path, default=Path("weights/toy"), help="the toy's folder; else weights/toy")
+    p.add_argument("--out", type=Path, help="folder for what is made; else claims, or claims-quick with --quick")
+    p.add_argument("--studies", nargs="+", metavar="NAME", choices=STUDIES,
+                   help=f"which studies to make, of {', '.join(STUDIES)}; else user and full")
+    p.add_argument("--variants", nargs="+", metavar="NAME", help="makes only these rows; else all")
+    p.add_argument("--clips", type=int, help="makes only so many clips of each study")
+    p.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS),
+                   help="how many seeds a row has on which a claim rests; else 3")
+    p.add_argument("--processes", type=int, default=1, help="how many clips are worked on at once, a core each; else 1")
+    p.add_argument("--known", type=Path, metavar="FILE",
+                   help="takes over the scores in this scores.json of an earlier run and makes only what is missing")
+    p.add_argument("--quick", action="store_true",
+                   help="makes two clips, two edits and five variants, and fails if their order is not the known one")
+    p.add_argument("--tables", action="store_true",
+                   help="makes nothing, but writes TABLES.md and weights/toy/chart.png from the project's own scores")
+    p.add_argument("--costs", action="store_true", help="makes nothing, but prints what attention between frames costs")
+    args = p.parse_args()
+    if args.quick and (args.known or args.studies or args.variants or args.clips):
+        p.error("--quick makes edits of its own: leave out --known, --studies, --variants and --clips.")
+    args.out = args.out or Path("claims-quick" if args.quick else "claims")     # clips of --quick have fewer edits
+    studies = args.studies or (["user"] if args.variants else ["user", "full"])
+    args.plan = {"user": QUICK} if args.quick else {name: STUDIES[name] for name in studies}
+    rows = {row for study in args.plan.values() for row in study.rows}
+    if not rows.issuperset(args.variants or ()):
+        p.error(f"--variants takes rows of {', '.join(studies)}: {', '.join(map(repr, sorted(rows)))}.")
+    for name, study in args.plan.items():
+        chosen = {row: variant for row, variant in study.rows.items() if not args.variants or row in args.variants}
+        args.plan[name] = study._replace(rows=chosen, clips=args.clips or study.clips)
+    return args
 
 
-def labelled(path, rows):
-    """{name: pictures (n, 3, h, w) uint8} -> PNG, a row each, its name before it."""
-    strips = np.stack([x.permute(2, 0, 3, 1).flatten(1, 2).numpy() for x in rows.values()])        # (rows, h, n w, 3)
-    height = strips.shape[1]
-    image = Image.new("RGB", (MARGIN + strips.shape[2], len(rows) * height), "white")
-    for i, (name, strip) in enumerate(zip(rows, strips)):
-        image.paste(Image.fromarray(strip), (MARGIN, i * height))
-        ImageDraw.Draw(image).text((4, i * height + height // 2 - 6), name, "black")
-    frames.write_picture(path, np.asarray(image))
+def make(args):
+    """Makes all clips of the plan. Returns their scores, and those of earlier runs in the folder."""
+    sd = checkpoint.load(args.weights)
+    args.settings = vars(sd.defaults)
+    posed = any(study.kind == "pose" for study in args.plan.values())
+    made_with = args.settings | fingerprints(sd, args.weights, (EYE, CONTROL) if posed else (EYE,))
+    same_settings(args.out / "settings.json", made_with)
+    if args.known:
+        take_over(args.known, args.out, made_with)
+    jobs = [(study, i) for study in args.plan.items() for i in range(study[1].clips)]
+    with get_context("spawn").Pool(args.processes) as pool:
+        for name, i in pool.imap_unordered(partial(work, args), jobs):
+            scores = collect(args.out)
+            print(f"{name}: clip {i} is done", flush=True)
+    return scores
+
+
+def show(scores, file, chart, earlier=None):
+    """Writes the tables and the chart, and prints the tables."""
+    text, rows = tables.text(scores, earlier), tables.charted(scores)
+    replace_text(file, text)
+    if rows:
+        pictures.chart(chart, rows)
+    print(text)
+
+
+def main():
+    args = parse()
+    if args.costs:
+        print(cost.table(checkpoint.load(args.weights)))
+        return 0
+    if args.tables:
+        show(read_json(HERE / "scores.json")["scores"], HERE / "TABLES.md", args.weights / "chart.png",
+             read_json(HERE / "earlier.json"))
+        return 0
+    scores = make(args)
+    show(scores, args.out / "TABLES.md", args.out / "chart.png")
+    clip, edit = PICTURE_OF if (args.out / f"user/{PICTURE_OF[0]}").exists() else (0, 0)
+    draw(args.out / f"user/{clip}", "../../claims.png", PICTURE_ROWS, edit)
+    if not args.quick:
+        return 0
+    broken = list(tables.broken_orderings(scores))
+    print("\n".join(broken) or "all robust orderings hold")
+    return 1 if broken else 0

@@ -1,0 +1,64 @@
+"""Clips whose true edits are known, and what a caption names of them."""
+from dataclasses import replace
+from random import Random
+from typing import NamedTuple
+
+from tinytav.toy import world
+from tinytav.toy.world import ATTRIBUTES, GIST, Motion, Scene
+
+FRAMES = 8
+
+
+class Edit(NamedTuple):
+    name: str           # the attribute that is edited
+    scene: Scene        # the true answer
+
+
+class KnownClip(NamedTuple):
+    scene: Scene
+    motion: Motion
+    edits: list[Edit]
+    other: Motion | None = None     # another motion, for edits that show it
+
+
+def clip_motion(rng):
+    """A motion whose figure drifts far, so that a figure that stays where it is can be detected."""
+    motion, drift = world.random_motion(rng), rng.choice((-0.16, 0.16))
+    return replace(motion, drift=drift, start=replace(motion.start, x=0.5 - drift / 2))
+
+
+def change(scene, name, rng):
+    return Edit(name, replace(scene, **{name: rng.choice([v for v in ATTRIBUTES[name] if v != getattr(scene, name)])}))
+
+
+def make_clip(kind, i):
+    """Clip i of a kind ("test", "choice" or another word). `other` is the motion of the next clip of this kind.
+
+    In every third clip the subject and place edits were never seen in training.
+    """
+    rng = Random(f"{kind}/{i}")
+    motion, other = clip_motion(rng), clip_motion(Random(f"{kind}/{i + 1}"))
+    names = ("subject", "place", ("clothes", "hat")[i % 2], ("time", "style")[i // 2 % 2])
+    while True:
+        scene = world.random_scene(rng)
+        edits = [change(scene, name, rng) for name in names]
+        if [world.is_held_out(edit.scene) for edit in edits[:2]] == [i % 3 == 2] * 2:
+            return KnownClip(scene, motion, edits, other)
+
+
+def said(captions, edited=()):
+    """The attributes that a caption names. "user": the gist, and what is edited. "full": all of them."""
+    return tuple(name for name in ATTRIBUTES if captions == "full" or name in (*GIST, *edited))
+
+
+def other_motion(motion, rng):
+    """Another motion in front of the same background: limbs and size are others, the figure drifts the other way."""
+    other = world.random_motion(rng)
+    start = replace(other.start, camera=motion.start.camera, x=0.5 + motion.drift / 2)
+    return replace(other, start=start, travel=motion.travel, drift=-motion.drift)
+
+
+def pose_clip(i):
+    """Clip i, whose one edit is the same scene in another motion."""
+    clip = make_clip("pose", i)
+    return clip._replace(edits=[Edit("pose", clip.scene)], other=other_motion(clip.motion, Random(f"other/{i}")))

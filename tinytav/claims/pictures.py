@@ -1,0 +1,52 @@
+"""Pictures of results: a chart of shares with their intervals, and rows of frames with their names."""
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tinytav.files import frames
+
+ROW, TOP = 30, 58                       # pixels: of the chart's rows, and above the first
+LABELS, PANEL, GAP = 320, 130, 32       # pixels: of the names, of a panel's width, between panels
+TICKS = (0, 50, 100)                    # per cent, the axis of every panel
+GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"
+MARGIN, LETTERS, WRAP = 190, 24, 14     # of rows of frames: pixels for a name and of its letters, letters in a line
+
+
+def chart(path, found):
+    """{row: {panel: (mean, low, high)}}, shares from 0 to 1 -> PNG: a bar over the interval, a dot at the mean."""
+    panels = list(next(iter(found.values())))
+    size = LABELS + len(panels) * (PANEL + GAP), TOP + ROW * len(found) + 10
+    image = Image.new("RGB", size, "white")
+    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(18), ImageFont.load_default(15)
+    for i, panel in enumerate(panels):
+        draw.text((position(i, 0), 4), panel, "black", font)
+        for tick in TICKS:
+            x = position(i, tick / 100)
+            draw.line([x, TOP - 4, x, TOP + len(found) * ROW], GRID)
+            draw.text((x, TOP - 24), f"{tick} %" if tick == TICKS[-1] else str(tick), "#666666", small, anchor="ma")
+    for j, (name, shares) in enumerate(found.items()):
+        y = TOP + j * ROW + ROW // 2
+        draw.text((8, y), name, "black", font, anchor="lm")
+        for i, panel in enumerate(panels):
+            mean, low, high = (position(i, share) for share in shares[panel])
+            draw.rectangle([low, y - 5, high, y + 5], BAR)
+            draw.ellipse([mean - 5, y - 5, mean + 5, y + 5], DOT)
+    frames.write_picture(path, np.asarray(image))
+
+
+def position(panel, share):
+    """Where on the chart a share is in a panel, in pixels from the left."""
+    return LABELS + panel * (PANEL + GAP) + PANEL * share
+
+
+def labelled(path, rows):
+    """{name: pictures (n, 3, h, w) uint8} -> PNG, a row each, its name before it."""
+    strips = [x.permute(2, 0, 3, 1).flatten(1, 2).numpy() for x in rows.values()]               # (h, n w, 3) each
+    height, width, _ = strips[0].shape
+    image = Image.new("RGB", (MARGIN + width, len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(LETTERS)
+    for i, (name, strip) in enumerate(zip(rows, strips)):
+        image.paste(Image.fromarray(strip), (MARGIN, i * height))
+        draw.text((8, i * height + height // 2), textwrap.fill(name, WRAP), "black", font, anchor="lm")
+    frames.write_picture(path, np.asarray(image))

@@ -1,0 +1,202 @@
+"""One clip's way through a variant of the method to its score."""
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from tinytav import edit_friendly, pipeline
+from tinytav.claims import beyond
+from tinytav.claims.clips import FRAMES, said
+from tinytav.claims.judge import MOTIONS, Judge
+from tinytav.control import Control
+from tinytav.inflation import inflate
+from tinytav.measure import metrics
+from tinytav.measure.attention import word_positions
+from tinytav.stable_diffusion import checkpoint
+from tinytav.stable_diffusion.controlnet import load_controlnet
+from tinytav.toy import skeleton, world
+from tinytav.toy.world import ATTRIBUTES
+from tinytav.tuning import Tuner
+
+COARSE = 4          # the coarse part of a frame's noise: means over a grid of 4x4 cells
+APPEARANCE = ("subject", "clothes")
+WANTED = ("phase", "x", *APPEARANCE)    # of pose control: what must be right in most frames for a success
+TUNED = {"the paper's": lambda net: net.tuned(),
+         "all": lambda net: dict(net.named_parameters()),
+         # re-entrant checkpointing leaves the down blocks without gradients: 70 of Stable Diffusion's 112 tensors
+         "official": lambda net: {name: p for name, p in net.tuned().items() if not name.startswith("down_blocks.")}}
+
+
+class Net(NamedTuple):
+    """A video net. With tuned=None, "spatial" and "frame" it is the image net: an untuned T-Attn adds nothing."""
+    tuned: str | None = "the paper's"       # which tensors, a key of TUNED; None: untuned
+    attention: str = "sparse-causal"
+    norm: str = "clip"
+    steps: float = 1                        # times the weights' own number of steps
+    rate: float = 1                         # times the weights' own learning rate
+
+
+class Variant(NamedTuple):
+    """One way to edit: a net, the noise to begin with, and how to sample."""
+    net: Net = Net()
+    noise: str = "inverted"                 # a kind that Studio.noise knows, or edit-friendly
+    guide_from: str = "empty"               # the prompt that guidance goes away from: empty, or the source's
+    guidance: float | None = None           # None: the weights' own
+    blend: bool = False                     # outside the edited word's attention keep the inverted clip
+    all_named: bool = False                 # the edit's prompt names everything, whatever the clip's own names
+    control: float = 0                      # the scale of a ControlNet's residuals; 0: none
+
+
+def coarse(noise):
+    """Noise (b, 4, f, h, w) -> its mean in each cell of a grid, the same shape."""
+    pictures = noise.flatten(0, 1)                                                          # (b 4) f h w
+    means = F.adaptive_avg_pool2d(pictures, COARSE)
+    return F.interpolate(means, size=noise.shape[3:], mode="nearest").view(noise.shape)
+
+
+class Studio:
+    """One clip, encoded, with its judges.
+
+    settings: the weights' own, of which steps, lr, ddim_steps and guidance are used. captions: "user" or "full".
+    """
+    control, shown = None, {}       # a ControlNet with its hints; rows that pictures show beside the results
+
+    def __init__(self, folder, clip, settings, captions="user", dtype=torch.float32):
+        self.sd, self.eye = checkpoint.load(folder, dtype=dtype), metrics.Features(Path(folder) / "clip")
+        self.clip, self.settings, self.captions = clip, settings, captions
+        self.judge = self.asked = Judge(clip.motion, FRAMES)        # asked: of the motion that the edits should show
+        self.source = self.judge.draw(clip.scene)
+        self.mean, self.std = pipeline.encode(self.sd.vae, self.source)
+        own = world.caption(clip.scene, keep=said(captions))
+        self.prompts = [world.caption(edit.scene, keep=said(captions, (edit.name,))) for edit in clip.edits]
+        self.empty, self.own = self.sd.encode_prompts(["", own]).split(1)
+        self.texts = self.eye.texts(self.prompts)
+        self.tuned_net = lru_cache(maxsize=1)(self.tuned_net)       # variants that share a net follow each other
+
+    def reference(self, name):
+        """Frames (edits, f, 3, h, w) of no net, through the VAE, by name.
+
+        They are the source, the true edit, one frame of it held still, and the true edit in the other motion.
+        """
+        judge = {"source": self.judge, "other motion": Judge(self.clip.other, FRAMES)}.get(name, self.asked)
+        scenes = [self.clip.scene if name == "source" else edit.scene for edit in self.clip.edits]
+        latents = torch.cat([pipeline.encode(self.sd.vae, judge.draw(scene))[0] for scene in scenes])
+        made = self.decode(latents)
+        return made[:, FRAMES // 2, None].expand_as(made) if name == "still" else made
+
+    def edit(self, variant, seed):
+        """All edits by a variant -> frames (edits, f, 3, h, w)."""
+        net = self.tuned_net(variant.net, seed)
+        if variant.noise == "edit-friendly":
+            latents = self.edit_friendly(net, seed)
+        elif variant.blend:
+            latents = self.blended(net)
+        else:
+            latents = self.sample(net, self.noise(variant.noise, net, seed), variant)
+        return self.decode(latents)
+
+    def tuned_net(self, kind, seed):
+        """A Net of this clip."""
+        torch.manual_seed(seed)
+        net = inflate(deepcopy(self.sd.unet), FRAMES, kind.attention, kind.norm)
+        if kind.tuned:
+            tuner = Tuner(net, self.sd.schedule, self.mean, self.std, self.own, kind.rate * self.settings["lr"], seed,
+                          TUNED[kind.tuned](net))
+            for _ in range(round(kind.steps * self.settings["steps"])):
+                tuner.step()
+        return net
+
+    def noise(self, kind, net, seed=33):
+        """What sampling begins with: (1, 4, f, h, w), or one for each edit."""
+        if kind == "random":                    # another one in every frame
+            return pipeline.gaussian(self.mean.shape, seed)
+        if kind == "shared":                    # by all frames
+            return pipeline.gaussian((1, 4, 1, *self.mean.shape[3:]), seed).expand_as(self.mean)
+        if kind == "source caption":
+            return self.invert(net, self.mean, self.own)
+        if kind == "fixed point":
+            steps = self.settings["ddim_steps"]
+            return pipeline.last(beyond.fixed_point(net, self.sd.schedule, self.mean, self.empty, steps))
+        source = self.invert(net, self.mean, self.empty)
+        if kind == "inverted":
+            return source
+        drawn = [pipeline.encode(self.sd.vae, self.asked.draw(edit.scene))[0] for edit in self.clip.edits]
+        true = torch.cat([self.invert(net, latents, self.empty) for latents in drawn])
+        return {"true edit": true, "coarse of the true edit": coarse(true) + source - coarse(source),
+                "fine of the true edit": true - coarse(true) + coarse(source)}[kind]
+
+    def invert(self, net, latents, context):
+        return pipeline.last(pipeline.invert(net, self.sd.schedule, latents, context, self.settings["ddim_steps"]))
+
+    def wanted(self, all_named=False):
+        """The contexts of the edits' prompts, (edits, m, d)."""
+        full = [world.caption(edit.scene) for edit in self.clip.edits]
+        return self.sd.encode_prompts(full if all_named else self.prompts)
+
+    def sample(self, net, noise, variant=Variant()):
+        """The edits from one noise, or from one each: latents (edits, 4, f, h, w)."""
+        wanted = self.wanted(variant.all_named)
+        away = (self.own if variant.guide_from == "source" else self.empty).expand_as(wanted)
+        guidance = self.settings["guidance"] if variant.guidance is None else variant.guidance
+        if variant.control:
+            self.control.scale = variant.control
+        return pipeline.last(pipeline.sample(
+            net, self.sd.schedule, noise.expand(len(wanted), -1, -1, -1, -1), wanted, away,
+            self.settings["ddim_steps"], guidance, self.control if variant.control else None))
+
+    def edit_friendly(self, net, seed):
+        """The edits by edit-friendly noise: latents (edits, 4, f, h, w)."""
+        schedule, steps, wanted = self.sd.schedule, self.settings["ddim_steps"], self.wanted()
+        inverted = list(edit_friendly.invert(net, schedule, self.mean, self.own, steps, seed))
+        return pipeline.last(edit_friendly.sample(net, schedule, inverted, wanted, self.empty.expand_as(wanted),
+                                                  self.settings["guidance"]))
+
+    def blended(self, net):
+        """The edits, blended with the inverted clip: latents (edits, 4, f, h, w)."""
+        inversion = pipeline.invert(net, self.sd.schedule, self.mean, self.empty, self.settings["ddim_steps"])
+        trajectory, made = [self.mean, *inversion], []
+        for edit, prompt, context in zip(self.clip.edits, self.prompts, self.wanted().split(1)):
+            words = word_positions(self.sd.tokenizer, prompt, getattr(edit.scene, edit.name))
+            made.append(beyond.blended(net, self.sd.schedule, trajectory, context, self.empty, words,
+                                       self.settings["guidance"]))
+        return torch.cat(made)
+
+    def decode(self, latents):
+        return torch.stack([pipeline.decode(self.sd.vae, z[None]) for z in latents])
+
+    def score(self, results):
+        """What judge and CLIP say of the clip's edits (edits, f, 3, h, w): a dict of numbers for each."""
+        return [self.score_one(*each) for each in zip(results, self.clip.edits, self.texts)]
+
+    def score_one(self, x, edit, text):
+        shares = self.asked.answers(x, edit.scene, said(self.captions, (edit.name,)))
+        features = self.eye.images(x)
+        return shares | dict(
+            name=edit.name, held_out=world.is_held_out(edit.scene), edited=shares[edit.name],
+            kept=sum(shares[name] for name in ATTRIBUTES if name != edit.name) / (len(ATTRIBUTES) - 1),
+            motion=sum(shares[part] for part in MOTIONS) / len(MOTIONS),
+            success=all(shares[name] > 0.5 for name in (edit.name, *MOTIONS, "moves")),      # in most of the frames
+            all_pairs=metrics.consistency_all_pairs(features), neighbours=metrics.consistency_neighbours(features),
+            text=metrics.textual_alignment(features, text))
+
+
+class Posing(Studio):
+    """Pose control: asks a tuned net for the same scene in the clip's `other` motion, which only stick figures show.
+
+    The judge says whether limbs and position are those of the other motion, and whether the appearance is the clip's.
+    """
+
+    def __init__(self, folder, clip, settings, captions="user"):
+        super().__init__(folder, clip, settings, captions)
+        self.asked = Judge(clip.other, FRAMES)
+        hints = skeleton.hint(skeleton.clip(clip.scene.activity, clip.other, FRAMES, self.source.shape[-1]))
+        self.control = Control(load_controlnet(Path(folder) / "controlnet"), hints)
+        self.shown = {"stick figures": 2 * hints - 1}
+
+    def score_one(self, x, edit, text):
+        shares = self.asked.answers(x, edit.scene, said(self.captions))
+        others = [shares[name] for name in ATTRIBUTES if name not in APPEARANCE]
+        return shares | dict(rest=sum(others) / len(others), success=all(shares[name] > 0.5 for name in WANTED))

@@ -1,0 +1,184 @@
+"""Tables and verdicts, from the scores of edits alone: means over clips, how sure they are, and whether rows differ."""
+import numpy as np
+
+from tinytav.claims.clips import said
+from tinytav.claims.judge import MOTIONS
+from tinytav.claims.studies import BEYOND, CLAIMED, CLAIMS, FURTHER, NAMES, POINTS, ROBUST, STUDIES
+from tinytav.toy.world import ATTRIBUTES
+
+RESAMPLES = 10_000      # of the bootstrap
+EXACT = 14              # clips: up to so many, every combination of signs is tried
+LEVEL = 0.05            # of all claims together, by Holm's correction
+CHART = ("success", "edited", "unsaid", "agreement", "motion")      # the panels, which the claims are about
+COMPARED = (*CHART, "psnr")                                         # shown of differences from the full method
+
+
+def text(scores, earlier=None):
+    """TABLES.md. scores: {"STUDY/CLIP/ROW-SEED": [the scores of an edit, ...]}.
+
+    earlier: tables whose scores were not kept, {title: {"note", "heads", "rows"}}.
+    """
+    parts = ["# Tables", "`python -m tinytav claims --tables` writes this file. README.md says how to read it."]
+    for name, study in STUDIES.items():
+        rows = finished(scores, name)
+        if rows:
+            parts += [f"## {study.title}", table(rows, study)]
+        if "full method" in rows:
+            parts.append(by_attribute(rows["full method"]))
+        if name == "user":
+            parts += [verdicts(rows), against_full_method(rows, FURTHER), against_full_method(rows, BEYOND)]
+    for title, each in (earlier or {}).items():
+        parts += [f"## {title}", each["note"], grid(each["heads"], each["rows"])]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def finished(scores, study):
+    """{row: clips} of a study's rows and seeds that all its clips have, in the study's order.
+
+    clips, as `means` takes it: for each clip the scores of its edits, all seeds together, with "unsaid".
+    """
+    found = {}
+    for key, edits in scores.items():
+        folder, clip, name = key.split("/")
+        if folder == study:
+            found.setdefault(name, {})[int(clip)] = [unsaid(edit, STUDIES[study].captions) for edit in edits]
+    everywhere, rows = set().union(*found.values()), {}
+    for name, clips in found.items():
+        if clips.keys() == everywhere:
+            row, _, _ = name.rpartition("-")
+            rows[row] = [before + clips[i] for before, i in zip(rows.get(row, [[]] * len(clips)), sorted(clips))]
+    return {row: rows[row] for row in (*STUDIES[study].references, *STUDIES[study].rows) if row in rows}
+
+
+def unsaid(edit, captions):
+    """Adds the mean over the attributes that the edit's caption does not name; NaN if it names all."""
+    shares = [edit[name] for name in ATTRIBUTES if name not in said(captions, (edit.get("name"),))]
+    return edit | dict(unsaid=np.mean(shares) if shares else np.nan)
+
+
+def grid(heads, rows):
+    """A Markdown table of texts."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def table(rows, study):
+    """One line a row: means over clips, seeds and edits, shares with their 95 % intervals, and the number of edits."""
+    lines = []
+    for name, clips in rows.items():
+        cells = [cell(key, *interval(means(clips, key))) for key in study.columns]
+        lines.append([name, *cells, str(sum(map(len, clips)))])
+    if "source" in rows and "edited" in study.columns:      # of what is not edited guessing is no fair bound
+        chance = np.mean([1 / len(ATTRIBUTES[edit["name"]]) for clip in rows["source"] for edit in clip])
+        lines.append(["chance", *(f"{100 * chance:.0f} %" if key == "edited" else "" for key in study.columns), ""])
+    return grid(["", *(NAMES[key] for key in study.columns), "edits"], lines)
+
+
+def cell(key, mean, low, high):
+    """A score with its interval, as a table shows it."""
+    if np.isnan(mean):
+        return ""
+    return f"{mean:.2f}" if key in POINTS else f"{100 * mean:.0f} % ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def differences(rows, better, worse, key):
+    """For each clip the mean of one row less that of the other."""
+    return np.subtract(*(means(rows[name], key) for name in (better, worse)))
+
+
+def with_interval(found, key):
+    """The mean of clips' differences and its 95 % bootstrap interval as text, in the score's unit."""
+    mean, low, high = (1 if key in POINTS else 100) * np.array(interval(found))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def verdicts(rows, claims=CLAIMS):
+    """For each claim whose rows are made its difference on the same clips, p and a verdict; "" without any.
+
+    p is corrected for all of `claims`, also for those whose rows are not made.
+    """
+    pairs = [(claim, better, worse, key) for claim, better, worse, keys in claims for key in keys]
+    made = [pair for pair in pairs if pair[1] in rows and pair[2] in rows]
+    found = [differences(rows, *pair[1:]) for pair in made]
+    p_values = holm([*map(p_value, found), *[1.] * (len(pairs) - len(made))])
+    lines = []
+    for (claim, better, worse, key), differs, p in zip(made, found, p_values):
+        says = "undecided" if p > LEVEL else "holds" if differs.mean() > 0 else "does not hold"
+        lines.append([claim, better, worse, NAMES[key], with_interval(differs, key), f"{p:.3f}", says])
+    return lines and grid(["claim", "better", "worse", "score", "difference", "p", ""], lines)
+
+
+def against_full_method(rows, names):
+    """Those of these rows that are made less the full method, on the same clips; "" without any.
+
+    The intervals are not corrected for their number.
+    """
+    lines = [[name, *(with_interval(differences(rows, name, "full method", key), key) for key in COMPARED)]
+             for name in names if {name, "full method"} <= rows.keys()]
+    return lines and grid(["less the full method", *(NAMES[key] for key in COMPARED)], lines)
+
+
+def by_attribute(clips):
+    """How often each kind of edit is right, and edits to triples that were never trained on; each seed counts."""
+    edits = [edit for clip in clips for edit in clip]
+    kinds = {attribute: [edit for edit in edits if edit["name"] == attribute] for attribute in ATTRIBUTES}
+    kinds["held out"] = [edit for edit in edits if edit["held_out"]]
+    shown = ("edited", "agreement", *MOTIONS, "success")
+    lines = [[kind, str(len(found)), *(f"{100 * np.mean([edit[key] for edit in found]):.0f} %" for key in shown)]
+             for kind, found in kinds.items() if found]
+    return grid(["full method, by edit", "edits", *(NAMES.get(key, key) for key in shown)], lines)
+
+
+def charted(scores):
+    """{row: {panel: (mean, low, high)}} of the rows on which a claim rests, the most successful first."""
+    rows = {name: clips for name, clips in finished(scores, "user").items() if name in CLAIMED}
+    found = {name: {NAMES[key]: interval(means(clips, key)) for key in CHART} for name, clips in rows.items()}
+    return dict(sorted(found.items(), key=lambda row: -row[1][NAMES[CHART[0]]][0]))
+
+
+def broken_orderings(scores):
+    """A sentence for each ordering of ROBUST that these clips break."""
+    rows = finished(scores, "user")
+    for better, worse, key, margin in ROBUST:
+        high, low = (means(rows[name], key).mean() for name in (better, worse))
+        if high < low + margin:
+            yield f"{better} ({high:.3f}) is not at least {margin} above {worse} ({low:.3f}) in {NAMES[key]}"
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+def means(clips, key):
+    """The mean over a clip's edits and seeds, for each clip."""
+    return np.array([np.mean([scores[key] for scores in clip]) for clip in clips])
+
+
+def interval(values):
+    """Of one value a clip: (mean, low, high), a 95 % bootstrap interval. Clips are drawn again and again."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    return values.mean(), low, high
+
+
+def p_value(found):
+    """Of a mean difference over clips, two-sided: the sign-flip test.
+
+    If two rows did not differ, each clip's difference would be as likely to have the other sign. p is the share of all
+    2^n combinations of signs that give a mean as far from zero. It is exact also for few clips, where p-values from a
+    bootstrap are too small. For more than EXACT clips 2^EXACT combinations are drawn.
+    """
+    n = len(found)
+    if n <= EXACT:
+        signs = 1 - 2 * (np.arange(2 ** n)[:, None] >> np.arange(n) & 1)
+    else:
+        signs = np.random.default_rng(0).choice((-1, 1), size=(2 ** EXACT, n))
+        signs[0] = 1
+    tolerance = 1e-9        # sums of the same numbers in another order
+    return np.mean(abs(signs @ found) >= abs(found.sum()) - tolerance)
+
+
+def holm(p_values):
+    """p-values corrected for their number, in the given order: Holm, Scandinavian Journal of Statistics 6, 1979."""
+    order = np.argsort(p_values)
+    steps = (len(order) - np.arange(len(order))) * np.asarray(p_values)[order]
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(steps).clip(max=1)
+    return corrected
