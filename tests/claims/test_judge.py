@@ -3,12 +3,14 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 from tinytav import pipeline
-from tinytav.claims.experiment import make_clip, said
-from tinytav.claims.judge import MOTIONS, Judge, pixels
+from tinytav.claims.clips import make_clip, said
+from tinytav.claims.judge import MOTIONS, Judge
+from tinytav.files.frames import to_tensor
 from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.toy import draw, world
@@ -30,7 +32,7 @@ def blur(vae):
 
 @pytest.fixture(scope="module")
 def judges():
-    return [Judge(clip.motion) for clip in CLIPS]
+    return [Judge(clip.motion, frames=4) for clip in CLIPS]
 
 
 def mean(shares, name):
@@ -41,7 +43,7 @@ def judged(judges, blur, change):
     """answers() for every clip when its views are replaced by change(views)."""
     found = []
     for judge, clip in zip(judges, CLIPS):
-        pictures = pixels([draw.render(clip.scene, view) for view in change(judge.views)])
+        pictures = to_tensor(np.stack([draw.render(clip.scene, view) for view in change(judge.views)]))
         found.append(judge.answers(blur(pictures), clip.scene))
     return found
 
@@ -70,9 +72,9 @@ def test_a_wrong_edit_is_called_wrong_and_most_of_the_rest_right(judges, blur, i
 
 def test_motion_that_is_not_there_scores_as_chance_does(judges, blur):
     frozen = judged(judges, blur, lambda views: [replace(view, phase=views[0].phase) for view in views])
-    back = judged(judges, blur, lambda views: [replace(view, phase=other.phase) for view, other in zip(views, views[::-1])])
-    order = [3, 6, 1, 7, 4, 0, 2, 5]
-    shuffled = judged(judges, blur, lambda views: [replace(view, phase=views[i].phase) for view, i in zip(views, order)])
+    back, shuffled = (
+        judged(judges, blur, lambda views: [replace(view, phase=views[i].phase) for view, i in zip(views, order)])
+        for order in ((3, 2, 1, 0), (2, 0, 3, 1)))
     for shares in (frozen, back, shuffled):
         assert mean(shares, "phase") < 0.45 and mean(shares, "x") > 0.9 and mean(shares, "camera") > 0.8
     still = judged(judges, blur, lambda views: [replace(view, x=views[0].x) for view in views])
@@ -81,7 +83,6 @@ def test_motion_that_is_not_there_scores_as_chance_does(judges, blur):
     assert mean(still, "camera") < 0.6 and mean(still, "x") > 0.9
 
 
-@pytest.mark.slow
 def test_whichever_frame_is_held_still_the_clip_does_not_move(judges, blur):
     judge, clip = judges[0], CLIPS[0]
     true = blur(judge.draw(clip.scene))
@@ -101,7 +102,7 @@ def test_look_agreement_tells_a_clip_of_many_looks(judges):
 
 
 def test_agreement_is_about_what_the_caption_leaves_open(judges, blur):
-    """A clip whose clothes change from frame to frame: agreement falls if the caption is silent about them, and only then."""
+    """A clip whose clothes change from frame to frame: agreement falls only if the caption is silent about them."""
     judge, clip = judges[0], CLIPS[0]
     colours = ATTRIBUTES["clothes"]
     changing = [replace(clip.scene, clothes=colours[i % 4]) for i in range(len(judge.views))]
@@ -119,15 +120,3 @@ def test_agreement_does_not_ask_whether_the_value_is_the_sources(judges, blur):
     other = replace(clip.scene, clothes=colours[colours.index(clip.scene.clothes) - 1])
     shares = judge.answers(blur(judge.draw(other)), clip.scene, said("user"))
     assert shares["agreement"] > 0.95 and shares["clothes"] == 0
-
-
-def test_edits_change_one_attribute_and_a_third_are_held_out():
-    for i in range(12):
-        clip = make_clip("test", i)
-        for edit in clip.edits:
-            assert [name for name in ATTRIBUTES if getattr(edit.scene, name) != getattr(clip.scene, name)] == [edit.name]
-            assert edit.scene.look == clip.scene.look
-        assert [world.is_held_out(edit.scene) for edit in clip.edits[:2]] == [i % 3 == 2] * 2
-        assert abs(clip.motion.drift) == 0.16
-    kinds = [edit.name for i in range(12) for edit in make_clip("test", i).edits]
-    assert {name: kinds.count(name) for name in set(kinds)} == dict(subject=12, place=12, clothes=6, hat=6, time=6, style=6)

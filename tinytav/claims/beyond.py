@@ -19,7 +19,7 @@ def fixed_point(net, schedule, latents, context, steps):
     """DDIM inversion that sampling without guidance takes back almost exactly: yields latents as pipeline.invert does.
 
     Sampling predicts the noise at the noisier end of a step. Plain inversion predicts it from the cleaner end's
-    latents. Here the noisier end is found by iteration: x = move(start, eps(x)). Pan et al., arXiv 2309.04907, section 3.
+    latents. Here the noisier end is found by iteration, x = move(start, eps(x)): Pan et al., arXiv 2309.04907.
     """
     x = latents
     for t, t_next in reversed(schedule.pairs(steps)):
@@ -35,10 +35,9 @@ def fixed_point(net, schedule, latents, context, steps):
 def blended(net, schedule, trajectory, context, empty, positions, guidance):
     """One edit (1, 4, f, h, w) that keeps the inverted clip wherever the edited words draw no attention.
 
-    trajectory: the clip's latents and those of each step of its inversion. positions: of the edited words in the prompt.
-    After each step the latents outside the words' mask are those of the trajectory. The mask is where the words'
-    cross-attention, averaged over the steps so far, exceeds a part of its maximum: Hertz et al., arXiv 2208.01626,
-    section 3, and its code's LocalBlend.
+    trajectory: the clip's latents and those of each step of its inversion. positions: of the edited words. After each
+    step the latents outside the words' mask are those of the trajectory. The mask is where their cross-attention,
+    averaged over the steps so far, exceeds a part of its maximum: LocalBlend of Hertz et al., arXiv 2208.01626.
     """
     *before, x = trajectory
     maps = WordMaps(net.frames, positions, *x.shape[3:])

@@ -17,7 +17,7 @@ def table(sd):
         latents, found = torch.randn(1, 4, count, 16, 16), []
         for attention in ("sparse-causal", "full"):
             net = inflate(sd.unet, count, attention)
-            found.append((gflop(net, latents, context), kept(net, latents, context) / 1e6, seconds(net, latents, context)))
+            found.append([measure(net, latents, context) for measure in (gflop, megabytes, seconds)])
         lines.append([str(count), *(f"{x:.2f}" for pair in zip(*found) for x in pair)])
     heads = [f"{attention}, {unit}" for unit in ("GFLOP", "MB", "s") for attention in ("ST-Attn", "full")]
     return grid(["frames", *heads], lines)
@@ -32,8 +32,8 @@ def gflop(net, latents, context):
     return sum(ops.get(torch.ops.aten.bmm, 0) for ops in operations) / 1e9
 
 
-def kept(net, latents, context):
-    """Bytes that a call keeps for its backward pass while the net is tuned: each storage once, and no weights."""
+def megabytes(net, latents, context):
+    """10^6 bytes that a call keeps for its backward pass while the net is tuned: each storage once, and no weights."""
     for p in net.tuned().values():
         p.requires_grad_()
     storages = {}
@@ -46,7 +46,7 @@ def kept(net, latents, context):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(latents, torch.zeros(1), context).sum().backward()      # until then all is held, so no address comes twice
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    return sum(size for address, size in storages.items() if address not in weights)
+    return sum(size for address, size in storages.items() if address not in weights) / 1e6
 
 
 @torch.no_grad()

@@ -80,8 +80,8 @@ class Judge:
     def answers(self, x, scene, said=ALL):
         """Clip x (f, 3, h, w), asked whether it is this scene in this motion: {question: share of frames}.
 
-        said: the attributes that the caption names. Each attribute and each part of the motion is right in a frame if no
-        alternative is nearer. All that is unsaid is taken to be as most frames show it while the other questions are
+        said: the attributes that the caption names. Each attribute and each part of the motion is right in a frame if
+        no alternative is nearer. All that is unsaid is taken to be as most frames show it while the other questions are
         asked. Raises ValueError for a clip that is not finite.
 
         "look": the share of frames with the most frequent look. "agreement": the same of each unsaid attribute and each

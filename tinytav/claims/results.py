@@ -20,8 +20,8 @@ from tinytav.claims.studies import QUICK, SEEDS, STUDIES, seeds_of
 from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.atomic import replace, replace_text
-from tinytav.stable_diffusion import checkpoint
 from tinytav.stable_diffusion.checkpoint import read_json
+from tinytav.weights import load
 
 HERE = Path(__file__).parent
 PICTURE_ROWS = ("source", "true edit", "full method", "untuned", "no inversion")       # of claims.png
@@ -41,8 +41,7 @@ def work(args, job):
     rows.sort(key=lambda row: (str(row[0].net), row[1]))            # those that share a net stand together
     for variant, seed, row in rows:
         keep(folder, f"{row}-{seed}", lambda: studio.edit(variant, seed), studio)
-    shown = {row: frames.to_uint8(x).permute(0, 3, 1, 2) for row, x in studio.shown.items()}
-    draw(folder, "rows.png", (*study.references, *study.rows), 0, shown)
+    draw(folder, "rows.png", (*study.references, *study.rows), 0, studio.shown)
     return name, i
 
 
@@ -53,15 +52,16 @@ def keep(folder, name, make, studio):
     .json. Raises InputError for frames that are not finite.
     """
     clips, scores = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if not clips.exists() and not scores.exists():
+    if scores.exists():
+        return
+    if not clips.exists():
         made = make()
         if not made.isfinite().all():
             raise InputError(f"{name} of {folder} has values that are not finite: the tuning has probably diverged.")
         results = torch.stack([frames.to_uint8(x).permute(0, 3, 1, 2) for x in made]).contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         replace(clips, lambda file: save_file(dict(frames=results), file))
-    if not scores.exists():
-        replace_text(scores, json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1)))
+    replace_text(scores, json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1)))
 
 
 def draw(folder, picture, names, edit, shown=()):
@@ -148,20 +148,20 @@ def parse():
     if args.quick and (args.known or args.studies or args.variants or args.clips):
         p.error("--quick makes edits of its own: leave out --known, --studies, --variants and --clips.")
     args.out = args.out or Path("claims-quick" if args.quick else "claims")     # clips of --quick have fewer edits
-    studies = args.studies or (["user"] if args.variants else ["user", "full"])
-    args.plan = {"user": QUICK} if args.quick else {name: STUDIES[name] for name in studies}
-    rows = {row for study in args.plan.values() for row in study.rows}
-    if not rows.issuperset(args.variants or ()):
-        p.error(f"--variants takes rows of {', '.join(studies)}: {', '.join(map(repr, sorted(rows)))}.")
-    for name, study in args.plan.items():
-        chosen = {row: variant for row, variant in study.rows.items() if not args.variants or row in args.variants}
-        args.plan[name] = study._replace(rows=chosen, clips=args.clips or study.clips)
+    args.plan = {"user": QUICK} if args.quick else {}
+    for name in () if args.quick else args.studies or (["user"] if args.variants else ["user", "full"]):
+        study = STUDIES[name]
+        unknown = set(args.variants or ()) - study.rows.keys()
+        if unknown:
+            p.error(f"the study {name} has no row {unknown.pop()!r}. It has {', '.join(map(repr, study.rows))}.")
+        args.plan[name] = study._replace(rows={row: study.rows[row] for row in args.variants or study.rows},
+                                         clips=args.clips or study.clips)
     return args
 
 
 def make(args):
     """Makes all clips of the plan. Returns their scores, and those of earlier runs in the folder."""
-    sd = checkpoint.load(args.weights)
+    sd = load(args.weights)
     args.settings = vars(sd.defaults)
     posed = any(study.kind == "pose" for study in args.plan.values())
     made_with = args.settings | fingerprints(sd, args.weights, (EYE, CONTROL) if posed else (EYE,))
@@ -188,7 +188,7 @@ def show(scores, file, chart, earlier=None):
 def main():
     args = parse()
     if args.costs:
-        print(cost.table(checkpoint.load(args.weights)))
+        print(cost.table(load(args.weights)))
         return 0
     if args.tables:
         show(read_json(HERE / "scores.json")["scores"], HERE / "TABLES.md", args.weights / "chart.png",

@@ -12,14 +12,15 @@ from tinytav.claims import beyond
 from tinytav.claims.clips import FRAMES, said
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.control import Control
+from tinytav.files.frames import to_uint8
 from tinytav.inflation import inflate
 from tinytav.measure import metrics
 from tinytav.measure.attention import word_positions
-from tinytav.stable_diffusion import checkpoint
 from tinytav.stable_diffusion.controlnet import load_controlnet
 from tinytav.toy import skeleton, world
 from tinytav.toy.world import ATTRIBUTES
-from tinytav.tuning import Tuner
+from tinytav.tuning import Tuner, tune
+from tinytav.weights import load
 
 COARSE = 4          # the coarse part of a frame's noise: means over a grid of 4x4 cells
 APPEARANCE = ("subject", "clothes")
@@ -64,10 +65,10 @@ class Studio:
     """
     control, shown = None, {}       # a ControlNet with its hints; rows that pictures show beside the results
 
-    def __init__(self, folder, clip, settings, captions="user", dtype=torch.float32):
-        self.sd, self.eye = checkpoint.load(folder, dtype=dtype), metrics.Features(Path(folder) / "clip")
+    def __init__(self, folder, clip, settings, captions="user", frames=FRAMES, dtype=torch.float32):
+        self.sd, self.eye = load(folder, dtype=dtype), metrics.Features(Path(folder) / "clip")
         self.clip, self.settings, self.captions = clip, settings, captions
-        self.judge = self.asked = Judge(clip.motion, FRAMES)        # asked: of the motion that the edits should show
+        self.judge = self.asked = Judge(clip.motion, frames)        # asked: of the motion that the edits should show
         self.source = self.judge.draw(clip.scene)
         self.mean, self.std = pipeline.encode(self.sd.vae, self.source)
         own = world.caption(clip.scene, keep=said(captions))
@@ -81,11 +82,11 @@ class Studio:
 
         They are the source, the true edit, one frame of it held still, and the true edit in the other motion.
         """
-        judge = {"source": self.judge, "other motion": Judge(self.clip.other, FRAMES)}.get(name, self.asked)
+        judge = {"source": self.judge, "other motion": Judge(self.clip.other, len(self.source))}.get(name, self.asked)
         scenes = [self.clip.scene if name == "source" else edit.scene for edit in self.clip.edits]
         latents = torch.cat([pipeline.encode(self.sd.vae, judge.draw(scene))[0] for scene in scenes])
         made = self.decode(latents)
-        return made[:, FRAMES // 2, None].expand_as(made) if name == "still" else made
+        return made[:, len(self.source) // 2, None].expand_as(made) if name == "still" else made
 
     def edit(self, variant, seed):
         """All edits by a variant -> frames (edits, f, 3, h, w)."""
@@ -101,12 +102,12 @@ class Studio:
     def tuned_net(self, kind, seed):
         """A Net of this clip."""
         torch.manual_seed(seed)
-        net = inflate(deepcopy(self.sd.unet), FRAMES, kind.attention, kind.norm)
+        net = inflate(deepcopy(self.sd.unet), len(self.source), kind.attention, kind.norm)
         if kind.tuned:
             tuner = Tuner(net, self.sd.schedule, self.mean, self.std, self.own, kind.rate * self.settings["lr"], seed,
                           TUNED[kind.tuned](net))
-            for _ in range(round(kind.steps * self.settings["steps"])):
-                tuner.step()
+            for _ in tune(tuner, round(kind.steps * self.settings["steps"])):
+                pass
         return net
 
     def noise(self, kind, net, seed=33):
@@ -189,12 +190,12 @@ class Posing(Studio):
     The judge says whether limbs and position are those of the other motion, and whether the appearance is the clip's.
     """
 
-    def __init__(self, folder, clip, settings, captions="user"):
-        super().__init__(folder, clip, settings, captions)
-        self.asked = Judge(clip.other, FRAMES)
-        hints = skeleton.hint(skeleton.clip(clip.scene.activity, clip.other, FRAMES, self.source.shape[-1]))
+    def __init__(self, folder, clip, settings, captions="user", frames=FRAMES):
+        super().__init__(folder, clip, settings, captions, frames)
+        self.asked = Judge(clip.other, frames)
+        hints = skeleton.hint(skeleton.clip(clip.scene.activity, clip.other, frames, self.source.shape[-1]))
         self.control = Control(load_controlnet(Path(folder) / "controlnet"), hints)
-        self.shown = {"stick figures": 2 * hints - 1}
+        self.shown = {"stick figures": to_uint8(2 * hints - 1).permute(0, 3, 1, 2)}
 
     def score_one(self, x, edit, text):
         shares = self.asked.answers(x, edit.scene, said(self.captions))

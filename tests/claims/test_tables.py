@@ -1,0 +1,186 @@
+"""The claims' arithmetic on scores written by hand, and the tables that the project holds."""
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinytav.claims import tables
+from tinytav.claims.studies import BEYOND, CLAIMED, CLAIMS, FURTHER, NAMES, QUICK, ROBUST, SEEDS, STUDIES, seeds_of
+from tinytav.toy.world import ATTRIBUTES
+
+CLAIMS_FOLDER = Path(tables.__file__).parent
+SCORE = dict.fromkeys((*NAMES, *ATTRIBUTES), 0.5) | dict(name="place", held_out=False)
+# Each in its own column: exchanged columns would show.
+DISTINCT = dict(agreement=0.51, look=0.52, phase=0.53, x=0.54, camera=0.55, kept=0.56, edited=0.57, hat=0.8)
+USER = STUDIES["user"]
+
+
+def rows_of(scores):
+    return tables.finished(scores, "user")
+
+
+def of_clips(row, clips, seed=33):
+    """{key: scores} of a row. clips: for each clip the changes to SCORE of each edit."""
+    return {f"user/{i}/{row}-{seed}": [SCORE | edit for edit in edits] for i, edits in enumerate(clips)}
+
+
+@pytest.fixture
+def scores():
+    """Two clips of two edits each: in the first clip one succeeds, in the second none."""
+    clips = [[DISTINCT | dict(success=success, held_out=held_out) for success in pair]
+             for held_out, pair in ((False, (1, 0)), (True, (0, 0)))]
+    return of_clips("full method", clips) | of_clips("source", clips)
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+def test_a_mean_is_over_clips_and_its_interval_spans_them(scores):
+    clips = rows_of(scores)["full method"]
+    assert tables.interval(tables.means(clips, "success")) == (0.25, 0, 0.5)
+    assert tables.interval(tables.means(clips, "psnr")) == (0.5, 0.5, 0.5)
+
+
+def test_an_interval_ends_at_the_percentiles_of_the_exact_bootstrap():
+    """Of four values all 4^4 samples with replacement are listed: 2.5 % of their means lie beyond each end."""
+    values = np.array([0., 1., 2., 10.])
+    exact = np.sort([np.mean(drawn) for drawn in product(values, repeat=4)])
+    mean, low, high = tables.interval(values)
+    assert mean == 3.25
+    assert np.mean(exact < low) <= 0.025 <= np.mean(exact <= low)
+    assert np.mean(exact > high) <= 0.025 <= np.mean(exact >= high)
+
+
+def test_p_of_sign_flips_is_the_share_of_signs_that_differ_as_much():
+    assert tables.p_value(np.array([1., 2., 3.])) == 2 / 8
+    assert tables.p_value(np.array([3., -1., 1.])) == 6 / 8          # the sums are 5, 3, 3, 1 and -1, -3, -3, -5
+    many = np.random.default_rng(1).normal(0.2, 1, 16)
+    exact = np.mean([abs(np.dot(signs, many)) >= abs(many.sum()) for signs in product((1, -1), repeat=16)])
+    assert tables.p_value(many) == pytest.approx(exact, abs=0.02)
+
+
+def test_holm_corrects_for_the_number_of_claims():
+    assert tables.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert tables.holm([0.6, 0.5]) == pytest.approx([1, 1])
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+def test_rows_that_all_clips_have_are_shown_in_the_studys_order_with_all_their_seeds(scores):
+    scores |= of_clips("full method", [[dict(success=1)]] * 2, seed=34) | of_clips("untuned", [[{}]])
+    scores |= {"place/0/source-33": [SCORE]}            # of another study; and of "untuned" there is one clip alone
+    rows = rows_of(scores)
+    assert list(rows) == ["source", "full method"]
+    assert [[edit["success"] for edit in clip] for clip in rows["full method"]] == [[1, 0, 1], [0, 0, 1]]
+
+
+def test_the_table_has_a_row_a_variant_and_the_level_of_chance(scores):
+    heads, _, source, full, chance = tables.table(rows_of(scores), USER).splitlines()
+    assert heads.count("|") == source.count("|") == full.count("|") == chance.count("|")
+    assert heads.split(" | ")[1:10] == ["success", "edit right", "rest kept", "unsaid kept", "agreement", "look agrees",
+                                        "limbs", "position", "camera"]
+    means = [cell.partition(" %")[0] for cell in full.split(" | ")[1:10]]
+    unsaid = (0.8 + 3 * 0.5) / 4                    # hat; clothes, time and style: the caption names the rest
+    assert means == ["25", "57", "56", f"{100 * unsaid:.0f}", "51", "52", "53", "54", "55"]
+    assert full.startswith("| full method | 25 % (0–50) |") and full.endswith("| 4 |")
+    assert chance.startswith("| chance |  | 17 % |")                    # place: one of six
+    assert tables.unsaid(SCORE, "full")["unsaid"] is np.nan
+
+
+def test_a_claim_holds_where_the_difference_on_the_same_clips_is_significant():
+    full, source = [], []
+    for i in range(12):
+        values = (0.5 + 0.01 * i, 0.25)
+        full.append([dict(success=i % 2, phase=value, psnr=0.25) for value in values])
+        source.append([dict(success=1 - i % 2, phase=value - 0.25) for value in values])
+    claims = (("moving wins", "full method", "source", ("success", "phase", "psnr")),)
+    rows = rows_of(of_clips("full method", full) | of_clips("source", source))
+    *_, success, phase, psnr = tables.verdicts(rows, claims).splitlines()
+    assert "| success | +0.0 (" in success and success.endswith("| 1.000 | undecided |")
+    assert phase.endswith("| limbs | +25.0 (+25.0 to +25.0) | 0.001 | holds |")             # 3 * 2 / 4096
+    assert psnr.endswith("| PSNR | -0.2 (-0.2 to -0.2) | 0.001 | does not hold |")
+
+
+def test_two_clips_prove_nothing(scores):
+    scores |= of_clips("full method", [[dict(psnr=0.75)]] * 2)
+    line = tables.verdicts(rows_of(scores), (("moving wins", "full method", "source", ("psnr",)),)).splitlines()[-1]
+    assert line.endswith("| 0.500 | undecided |")
+
+
+def test_p_is_corrected_for_claims_that_are_not_made_too(scores, monkeypatch):
+    claims = ("moving wins", "full method", "source", ("psnr",)), ("not made", "untuned", "source", ("psnr", "look"))
+    monkeypatch.setattr(tables, "p_value", lambda found: 0.03)
+    assert tables.verdicts(rows_of(scores), claims).splitlines()[-1].endswith("| 0.090 | undecided |")
+    assert not tables.verdicts(rows_of(scores), claims[1:])                                     # none is made
+
+
+def test_other_rows_are_compared_with_the_full_method_on_the_same_clips(scores):
+    values = (0.5, 0.25), (0.75, 0.5)
+    for row, more in (("full method", 0), ("edit-friendly noise", 0.2)):
+        scores |= of_clips(row, [[dict(hat=value + more) for value in pair] for pair in values])
+    heads, _, line = tables.against_full_method(rows_of(scores), BEYOND).splitlines()
+    assert heads.split(" | ")[3] == "unsaid kept"
+    assert not tables.against_full_method(rows_of(scores), FURTHER)                             # none of them is made
+    cells = line.split(" | ")
+    assert cells[0] == "| edit-friendly noise" and cells[3] == "+5.0 (+5.0 to +5.0)"            # one attribute of four
+
+
+def test_each_kind_of_edit_is_counted_apart(scores):
+    lines = tables.by_attribute(rows_of(scores)["full method"]).splitlines()
+    shares = "57 % | 51 % | 53 % | 54 % | 55 %"             # edit right, agreement, and the three motions
+    assert lines[2:] == [f"| place | 4 | {shares} | 25 % |", f"| held out | 2 | {shares} | 0 % |"]
+
+
+def test_the_text_has_what_is_made_and_the_earlier_tables():
+    source = of_clips("source", [[{}]])
+    earlier = {"Before": dict(note="Long ago.", heads=["a", "b"], rows=[["1", "2"]])}
+    text = tables.text(source, earlier)
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# Tables", f"## {USER.title}", "## Before"]
+    assert text.endswith("## Before\n\nLong ago.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+
+
+def test_the_chart_has_the_rows_on_which_a_claim_rests_the_most_successful_first(scores):
+    scores |= of_clips("untuned", [[dict(success=1)]] * 2) | of_clips("full attention", [[dict(success=1)]] * 2)
+    found = tables.charted(scores)
+    assert list(found) == ["untuned", "full method"]
+    assert list(found["untuned"]) == ["success", "edit right", "unsaid kept", "agreement", "motion"]
+    assert found["full method"]["success"] == (0.25, 0, 0.5)
+    assert found["full method"]["edit right"][0] == pytest.approx(0.57)
+
+
+def test_an_ordering_that_is_broken_is_named(scores):
+    scores = {}
+    for row in (*QUICK.references, *QUICK.rows):
+        good = dict.fromkeys(SCORE, 5.) | dict(name="place", held_out=False)
+        scores |= of_clips(row, [[good if row in ("full method", "true edit") else {}]])
+    broken = list(tables.broken_orderings(scores))
+    assert len(broken) == 3 and broken[0] == "no inversion (0.500) is not at least 0.03 above no inversion, spatial " \
+                                             "attention (0.500) in agreement"
+    assert not any("success" in sentence for sentence in broken)
+
+
+# ---- the studies ---------------------------------------------------------------------------------
+
+def test_each_claim_is_about_rows_that_have_three_seeds_where_seeds_change_them():
+    always_alike = {"untuned", "frame by frame"}
+    for row in CLAIMED:
+        assert seeds_of("user", row, 3) == (SEEDS[:1] if row in always_alike else SEEDS)
+    assert seeds_of("user", "full method", 2) == SEEDS[:2]
+    assert seeds_of("full", "full method", 3) == seeds_of("user", "norm per frame", 3) == SEEDS[:1]
+    assert {key for *_, keys in CLAIMS for key in keys} <= set(NAMES)
+    assert all(key in NAMES for study in STUDIES.values() for key in study.columns)
+
+
+def test_quick_makes_what_its_orderings_compare():
+    for better, worse, key, _ in ROBUST:
+        assert {better, worse} <= {*QUICK.references, *QUICK.rows} and key in NAMES
+    assert QUICK.clips == 2 and QUICK.edits == ("subject", "place")
+
+
+# ---- what the project holds ----------------------------------------------------------------------
+
+def test_tables_md_is_that_of_the_shipped_scores():
+    """No line of it is missing or from an earlier run."""
+    scores, earlier = (json.loads((CLAIMS_FOLDER / name).read_text()) for name in ("scores.json", "earlier.json"))
+    assert (CLAIMS_FOLDER / "TABLES.md").read_text() == tables.text(scores["scores"], earlier)
