@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tinytav.files import frames
 
 ROW, TOP = 30, 58                       # pixels: of the chart's rows, and above the first
-LABELS, PANEL, GAP = 320, 130, 32       # pixels: of the names, of a panel's width, between panels
+LABELS, PANEL, GAP = 320, 130, 44       # pixels: of the names, of a panel's width, between panels
 TICKS = (0, 50, 100)                    # per cent, the axis of every panel
 GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"
 MARGIN, LETTERS, WRAP = 190, 24, 14     # of rows of frames: pixels for a name and of its letters, letters in a line
