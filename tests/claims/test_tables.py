@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinytav.claims import tables
-from tinytav.claims.studies import BEYOND, CLAIMED, CLAIMS, FURTHER, NAMES, QUICK, ROBUST, SEEDS, STUDIES, seeds_of
+from tinytav.claims.studies import BEYOND, FURTHER, NAMES, QUICK, ROBUST, SEEDS, STUDIES
 from tinytav.toy.world import ATTRIBUTES
 
 CLAIMS_FOLDER = Path(tables.__file__).parent
@@ -127,7 +127,7 @@ def test_other_rows_are_compared_with_the_full_method_on_the_same_clips(scores):
 
 
 def test_each_kind_of_edit_is_counted_apart(scores):
-    lines = tables.by_attribute(rows_of(scores)["full method"]).splitlines()
+    lines = tables.by_attribute(rows_of(scores)).splitlines()
     shares = "57 % | 51 % | 53 % | 54 % | 55 %"             # edit right, agreement, and the three motions
     assert lines[2:] == [f"| place | 4 | {shares} | 25 % |", f"| held out | 2 | {shares} | 0 % |"]
 
@@ -163,11 +163,11 @@ def test_an_ordering_that_is_broken_is_named():
 
 def test_each_claim_is_about_rows_that_have_three_seeds_where_seeds_change_them():
     always_alike = {"untuned", "frame by frame"}
-    for row in CLAIMED:
-        assert seeds_of("user", row, 3) == (SEEDS[:1] if row in always_alike else SEEDS)
-    assert seeds_of("user", "full method", 2) == SEEDS[:2]
-    assert seeds_of("full", "full method", 3) == seeds_of("user", "norm per frame", 3) == SEEDS[:1]
-    assert {key for *_, keys in CLAIMS for key in keys} <= set(NAMES)
+    for row in USER.claimed():
+        assert USER.seeds(row, 3) == (SEEDS[:1] if row in always_alike else SEEDS)
+    assert USER.seeds("full method", 2) == SEEDS[:2]
+    assert STUDIES["full"].seeds("full method", 3) == USER.seeds("norm per frame", 3) == SEEDS[:1]
+    assert {key for study in STUDIES.values() for *_, keys in study.claims for key in keys} <= set(NAMES)
     assert all(key in NAMES for study in STUDIES.values() for key in study.columns)
 
 

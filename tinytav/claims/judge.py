@@ -53,15 +53,13 @@ class Judge:
         return ((drawn - x).square() * asked).sum((2, 3, 4)).argmin(0).tolist()
 
     def attribute(self, x, scene, name):
-        """Which value of an attribute each frame shows, all else as in the scene."""
+        """Which value of an attribute, or of a part of the look, each frame shows, all else as in the scene."""
+        if name in world.LOOKS:
+            looks = [replace(scene.look, **{name: i}) for i in range(world.LOOKS[name])]
+            return self.nearest(x, [self.draw(replace(scene, look=look)) for look in looks])
         values = world.ATTRIBUTES[name]
         found = self.nearest(x, [self.draw(replace(scene, **{name: value})) for value in values])
         return [values[i] for i in found]
-
-    def look_part(self, x, scene, part):
-        """Which variant of a part of the look each frame shows, all else as in the scene."""
-        looks = [replace(scene.look, **{part: i}) for i in range(world.LOOKS[part])]
-        return self.nearest(x, [self.draw(replace(scene, look=look)) for look in looks])
 
     def unsaid(self, x, scene, said=ALL):
         """What the frames show of all that the caption leaves open: the look, and the attributes not in `said`.
@@ -71,7 +69,7 @@ class Judge:
         """
         for _ in range(2):
             shown = {name: self.attribute(x, scene, name) for name in ALL if name not in said}
-            parts = {part: self.look_part(x, scene, part) for part in world.LOOKS}
+            parts = {part: self.attribute(x, scene, part) for part in world.LOOKS}
             look, _ = majority(list(zip(*parts.values())))
             usual = {name: majority(values)[0] for name, values in shown.items()}
             scene = replace(scene, look=world.Look(*look), **usual)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinytav.claims import cost, pictures, tables
-from tinytav.claims.studies import QUICK, SEEDS, STUDIES, seeds_of
+from tinytav.claims.studies import QUICK, SEEDS, STUDIES
 from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.atomic import replace, replace_text
@@ -24,8 +24,7 @@ from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.weights import load
 
 HERE = Path(__file__).parent
-PICTURE_ROWS = ("source", "true edit", "full method", "untuned", "no inversion")       # of claims.png
-PICTURE_OF = 3, 0                                                                      # its clip and edit
+PICTURE_ROWS, PICTURE_OF = ("source", "true edit", "full method", "untuned", "no inversion"), (3, 0)    # clip and edit
 EYE = "clip/model.safetensors"      # in the weights' folder: the CLIP that three of the scores ask
 CONTROL = "controlnet/diffusion_pytorch_model.safetensors"                  # what pose control uses as well
 
@@ -37,7 +36,7 @@ def work(args, job):
     studio, folder = study.studio(args.weights, i, args.settings), args.out / name / str(i)
     for reference in study.references:
         keep(folder, f"{reference}-{SEEDS[0]}", lambda: studio.reference(reference), studio)
-    rows = [(variant, seed, row) for row, variant in study.rows.items() for seed in seeds_of(name, row, args.seeds)]
+    rows = [(variant, seed, row) for row, variant in study.rows.items() for seed in study.seeds(row, args.seeds)]
     rows.sort(key=lambda row: (str(row[0].net), row[1]))            # those that share a net stand together
     for variant, seed, row in rows:
         keep(folder, f"{row}-{seed}", lambda: studio.edit(variant, seed), studio)

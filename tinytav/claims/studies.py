@@ -58,52 +58,6 @@ POSE = {
     **{f"untuned, {noise} noise": Variant(Net(tuned=None), noise, control=SCALE) for noise in NOISES},
 }
 
-# What a score is called in tables. All but POINTS are shares of frames or of edits.
-NAMES = dict(success="success", edited="edit right", kept="rest kept", unsaid="unsaid kept", agreement="agreement",
-             look="look agrees", phase="limbs", x="position", camera="camera", psnr="PSNR", all_pairs="all pairs",
-             neighbours="neighbours", text="text", motion="motion", subject="subject", clothes="clothes",
-             rest="other words")
-POINTS = ("psnr", "all_pairs", "neighbours", "text")
-
-
-class Study(NamedTuple):
-    """Rows that are made of the same clips, and how they are shown. Scores lie in STUDY/CLIP/ROW-SEED.json."""
-    title: str
-    rows: dict[str, Variant]
-    columns: tuple[str, ...]                    # of its table, keys of NAMES
-    references: tuple[str, ...] = ("source", "true edit")       # what Studio.reference draws
-    kind: str = "test"                          # of the clips
-    clips: int = 12
-    captions: str = "user"                      # or full
-    edits: tuple[str, ...] | None = None        # only those of these attributes
-
-    def studio(self, weights, i, settings):
-        """Clip i of the study, encoded."""
-        if self.kind == "pose":
-            return Posing(weights, pose_clip(i), settings, self.captions)
-        clip = make_clip(self.kind, i)
-        edits = [edit for edit in clip.edits if self.edits is None or edit.name in self.edits]
-        return Studio(weights, clip._replace(edits=edits), settings, self.captions)
-
-
-# What bounds the variants: no edit, the right one, one frame of it, and the right one in the next clip's motion.
-BOUNDS = ("source", "true edit", "still", "other motion")
-SCORES = ("success", "edited", "kept", "unsaid", "agreement", "look", "phase", "x", "camera", *POINTS)
-POSED = ("phase", "x", "subject", "clothes", "rest", "agreement", "camera", "success", "psnr")
-STUDIES = {
-    "user": Study("Captions as users write them", VARIANTS | BEYOND, SCORES, BOUNDS),
-    "full": Study("Captions that name everything", {name: VARIANTS[name] for name in FULLY_CAPTIONED}, SCORES, BOUNDS,
-                  captions="full"),
-    "place": Study("Changes of place", PLACE, ("camera", "edited", "phase", "x", "success", "psnr"), edits=("place",)),
-    "sweep": Study("Steps, learning rate, guidance", SWEEP, ("success", "edited", "agreement", "psnr"), kind="choice",
-                   clips=4),
-    "pose": Study("Pose control, captions as users write them", POSE, POSED, kind="pose", clips=6),
-    "pose-full": Study("Pose control, captions that name everything", POSE, POSED, kind="pose", clips=6,
-                       captions="full"),
-}
-QUICK = STUDIES["user"]._replace(clips=2, edits=("subject", "place"), rows={name: VARIANTS[name] for name in (
-    "full method", "untuned", "no inversion", "no inversion, spatial attention", "no inversion, untuned")})
-
 # What is claimed: (claim, better, worse, scores in which it should show). The paper's own ablations leave out tuning,
 # ST-Attn and inversion. The other claims ask further.
 CLAIMS = (
@@ -121,9 +75,68 @@ CLAIMS = (
     ("tuning all tensors at a rate of their own destroys knowledge", "full method", "all tensors, own rate",
      ("edited", "success")),
     ("better than frame by frame", "full method", "frame by frame", ("agreement", "neighbours", "success")))
-CLAIMED = {name for _, better, worse, _ in CLAIMS for name in (better, worse)}
+
+# What a score is called in tables. All but POINTS are shares of frames or of edits.
+NAMES = dict(success="success", edited="edit right", kept="rest kept", unsaid="unsaid kept", agreement="agreement",
+             look="look agrees", phase="limbs", x="position", camera="camera", psnr="PSNR", all_pairs="all pairs",
+             neighbours="neighbours", text="text", motion="motion", subject="subject", clothes="clothes",
+             rest="other words")
+POINTS = ("psnr", "all_pairs", "neighbours", "text")
+SEEDS = (33, 34, 35)        # of the rows on which a claim rests and that draw random numbers; the others have the first
+
+
+class Study(NamedTuple):
+    """Rows that are made of the same clips, and how they are shown. Scores lie in STUDY/CLIP/ROW-SEED.json."""
+    title: str
+    rows: dict[str, Variant]
+    columns: tuple[str, ...]                    # of its table, keys of NAMES
+    references: tuple[str, ...] = ("source", "true edit")       # what Studio.reference draws
+    kind: str = "test"                          # of the clips
+    clips: int = 12
+    captions: str = "user"                      # or full
+    edits: tuple[str, ...] | None = None        # only those of these attributes
+    claims: tuple = ()                          # corrected for their number together
+
+    def claimed(self):
+        """The rows on which a claim rests."""
+        return {name for _, better, worse, _ in self.claims for name in (better, worse)}
+
+    def seeds(self, row, count):
+        """The seeds of a row: `count` if a claim rests on it and they change what it makes, else one."""
+        net, noise, *_ = self.rows[row]
+        random = net.tuned is not None or noise in ("random", "shared", "edit-friendly")
+        return SEEDS[:count if random and row in self.claimed() else 1]
+
+    def studio(self, weights, i, settings):
+        """Clip i of the study, encoded."""
+        if self.kind == "pose":
+            return Posing(weights, pose_clip(i), settings, self.captions)
+        clip = make_clip(self.kind, i)
+        edits = [edit for edit in clip.edits if self.edits is None or edit.name in self.edits]
+        return Studio(weights, clip._replace(edits=edits), settings, self.captions)
+
+
+# What bounds the variants: no edit, the right one, one frame of it, and the right one in the next clip's motion.
+BOUNDS = ("source", "true edit", "still", "other motion")
+SCORES = ("success", "edited", "kept", "unsaid", "agreement", "look", "phase", "x", "camera", *POINTS)
+POSED = ("phase", "x", "subject", "clothes", "rest", "agreement", "camera", "success", "psnr")
+STUDIES = {
+    "user": Study("Captions as users write them", VARIANTS | BEYOND, SCORES, BOUNDS, claims=CLAIMS),
+    "full": Study("Captions that name everything", {name: VARIANTS[name] for name in FULLY_CAPTIONED}, SCORES, BOUNDS,
+                  captions="full"),
+    "place": Study("Changes of place", PLACE, ("camera", "edited", "phase", "x", "success", "psnr"), edits=("place",)),
+    "sweep": Study("Steps, learning rate, guidance", SWEEP, ("success", "edited", "agreement", "psnr"), kind="choice",
+                   clips=4),
+    "pose": Study("Pose control, captions as users write them", POSE, POSED, kind="pose", clips=6),
+    "pose-full": Study("Pose control, captions that name everything", POSE, POSED, kind="pose", clips=6,
+                       captions="full"),
+}
+QUICK = STUDIES["user"]._replace(clips=2, edits=("subject", "place"), rows={name: VARIANTS[name] for name in (
+    "full method", "untuned", "no inversion", "no inversion, spatial attention", "no inversion, untuned")})
+
 # Variants from inverted noise on which no claim rests. They are compared with the full method, as BEYOND is.
-FURTHER = [name for name, variant in VARIANTS.items() if name not in CLAIMED and variant.noise == "inverted"]
+FURTHER = [name for name, variant in VARIANTS.items()
+           if name not in STUDIES["user"].claimed() and variant.noise == "inverted"]
 # Orderings that the two clips of --quick show: (better, worse, score, margin). A quick run that breaks one fails.
 # That tuning helps from random noise is plain on these two; over twelve clips the difference is small (README.md).
 ROBUST = (("full method", "no inversion", "x", 0.2), ("full method", "no inversion", "phase", 0.1),
@@ -132,11 +145,3 @@ ROBUST = (("full method", "no inversion", "x", 0.2), ("full method", "no inversi
           ("full method", "source", "edited", 0.3), ("full method", "source", "text", 3),
           ("true edit", "full method", "success", 0), ("true edit", "full method", "psnr", 2),
           ("full method", "still", "success", 0.1), ("full method", "other motion", "success", 0.1))
-SEEDS = (33, 34, 35)        # of the rows on which a claim rests and that draw random numbers; the others have the first
-
-
-def seeds_of(study, row, count):
-    """The seeds of a row: `count` if a claim rests on it and they change what it makes, else one."""
-    variant = STUDIES[study].rows[row]
-    random = variant.net.tuned is not None or variant.noise in ("random", "edit-friendly")
-    return SEEDS[:count] if study == "user" and row in CLAIMED and random else SEEDS[:1]

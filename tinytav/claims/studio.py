@@ -68,12 +68,12 @@ class Studio:
     def __init__(self, folder, clip, settings, captions="user", frames=FRAMES, dtype=torch.float32):
         self.sd, self.eye = load(folder, dtype=dtype), metrics.Features(Path(folder) / "clip")
         self.clip, self.settings, self.captions = clip, settings, captions
+        self.schedule, self.steps, self.guidance = self.sd.schedule, settings["ddim_steps"], settings["guidance"]
         self.judge = self.asked = Judge(clip.motion, frames)        # asked: of the motion that the edits should show
         self.source = self.judge.draw(clip.scene)
         self.mean, self.std = pipeline.encode(self.sd.vae, self.source)
-        own = world.caption(clip.scene, keep=said(captions))
         self.prompts = [world.caption(edit.scene, keep=said(captions, (edit.name,))) for edit in clip.edits]
-        self.empty, self.own = self.sd.encode_prompts(["", own]).split(1)
+        self.empty, self.own = self.sd.encode_prompts(["", world.caption(clip.scene, keep=said(captions))]).split(1)
         self.texts = self.eye.texts(self.prompts)
         self.tuned_net = lru_cache(maxsize=1)(self.tuned_net)       # variants that share a net follow each other
 
@@ -84,27 +84,24 @@ class Studio:
         """
         judge = {"source": self.judge, "other motion": Judge(self.clip.other, len(self.source))}.get(name, self.asked)
         scenes = [self.clip.scene if name == "source" else edit.scene for edit in self.clip.edits]
-        latents = torch.cat([pipeline.encode(self.sd.vae, judge.draw(scene))[0] for scene in scenes])
-        made = self.decode(latents)
+        made = self.decode(torch.cat([self.encode(judge.draw(scene)) for scene in scenes]))
         return made[:, len(self.source) // 2, None].expand_as(made) if name == "still" else made
 
     def edit(self, variant, seed):
         """All edits by a variant -> frames (edits, f, 3, h, w)."""
         net = self.tuned_net(variant.net, seed)
         if variant.noise == "edit-friendly":
-            latents = self.edit_friendly(net, seed)
-        elif variant.blend:
-            latents = self.blended(net)
-        else:
-            latents = self.sample(net, self.noise(variant.noise, net, seed), variant)
-        return self.decode(latents)
+            return self.decode(self.edit_friendly(net, seed))
+        if variant.blend:
+            return self.decode(self.blended(net))
+        return self.decode(self.sample(net, self.noise(variant.noise, net, seed), variant))
 
     def tuned_net(self, kind, seed):
         """A Net of this clip."""
         torch.manual_seed(seed)
         net = inflate(deepcopy(self.sd.unet), len(self.source), kind.attention, kind.norm)
         if kind.tuned:
-            tuner = Tuner(net, self.sd.schedule, self.mean, self.std, self.own, kind.rate * self.settings["lr"], seed,
+            tuner = Tuner(net, self.schedule, self.mean, self.std, self.own, kind.rate * self.settings["lr"], seed,
                           TUNED[kind.tuned](net))
             for _ in tune(tuner, round(kind.steps * self.settings["steps"])):
                 pass
@@ -119,18 +116,17 @@ class Studio:
         if kind == "source caption":
             return self.invert(net, self.mean, self.own)
         if kind == "fixed point":
-            steps = self.settings["ddim_steps"]
-            return pipeline.last(beyond.fixed_point(net, self.sd.schedule, self.mean, self.empty, steps))
+            return pipeline.last(beyond.fixed_point(net, self.schedule, self.mean, self.empty, self.steps))
         source = self.invert(net, self.mean, self.empty)
         if kind == "inverted":
             return source
-        drawn = [pipeline.encode(self.sd.vae, self.asked.draw(edit.scene))[0] for edit in self.clip.edits]
+        drawn = [self.encode(self.asked.draw(edit.scene)) for edit in self.clip.edits]
         true = torch.cat([self.invert(net, latents, self.empty) for latents in drawn])
         return {"true edit": true, "coarse of the true edit": coarse(true) + source - coarse(source),
                 "fine of the true edit": true - coarse(true) + coarse(source)}[kind]
 
     def invert(self, net, latents, context):
-        return pipeline.last(pipeline.invert(net, self.sd.schedule, latents, context, self.settings["ddim_steps"]))
+        return pipeline.last(pipeline.invert(net, self.schedule, latents, context, self.steps))
 
     def wanted(self, all_named=False):
         """The contexts of the edits' prompts, (edits, m, d)."""
@@ -141,29 +137,30 @@ class Studio:
         """The edits from one noise, or from one each: latents (edits, 4, f, h, w)."""
         wanted = self.wanted(variant.all_named)
         away = (self.own if variant.guide_from == "source" else self.empty).expand_as(wanted)
-        guidance = self.settings["guidance"] if variant.guidance is None else variant.guidance
+        guidance = self.guidance if variant.guidance is None else variant.guidance
         if variant.control:
             self.control.scale = variant.control
-        return pipeline.last(pipeline.sample(
-            net, self.sd.schedule, noise.expand(len(wanted), -1, -1, -1, -1), wanted, away,
-            self.settings["ddim_steps"], guidance, self.control if variant.control else None))
+        noise = noise.expand(len(wanted), -1, -1, -1, -1)
+        return pipeline.last(pipeline.sample(net, self.schedule, noise, wanted, away, self.steps, guidance,
+                                             self.control if variant.control else None))
 
     def edit_friendly(self, net, seed):
         """The edits by edit-friendly noise: latents (edits, 4, f, h, w)."""
-        schedule, steps, wanted = self.sd.schedule, self.settings["ddim_steps"], self.wanted()
-        inverted = list(edit_friendly.invert(net, schedule, self.mean, self.own, steps, seed))
-        return pipeline.last(edit_friendly.sample(net, schedule, inverted, wanted, self.empty.expand_as(wanted),
-                                                  self.settings["guidance"]))
+        wanted = self.wanted()
+        inverted = list(edit_friendly.invert(net, self.schedule, self.mean, self.own, self.steps, seed))
+        return pipeline.last(edit_friendly.sample(net, self.schedule, inverted, wanted, self.empty.expand_as(wanted),
+                                                  self.guidance))
 
     def blended(self, net):
         """The edits, blended with the inverted clip: latents (edits, 4, f, h, w)."""
-        inversion = pipeline.invert(net, self.sd.schedule, self.mean, self.empty, self.settings["ddim_steps"])
-        trajectory, made = [self.mean, *inversion], []
-        for edit, prompt, context in zip(self.clip.edits, self.prompts, self.wanted().split(1)):
-            words = word_positions(self.sd.tokenizer, prompt, getattr(edit.scene, edit.name))
-            made.append(beyond.blended(net, self.sd.schedule, trajectory, context, self.empty, words,
-                                       self.settings["guidance"]))
-        return torch.cat(made)
+        trajectory = [self.mean, *pipeline.invert(net, self.schedule, self.mean, self.empty, self.steps)]
+        words = [word_positions(self.sd.tokenizer, prompt, getattr(edit.scene, edit.name))
+                 for edit, prompt in zip(self.clip.edits, self.prompts)]
+        return torch.cat([beyond.blended(net, self.schedule, trajectory, context, self.empty, each, self.guidance)
+                          for context, each in zip(self.wanted().split(1), words)])
+
+    def encode(self, x):
+        return pipeline.encode(self.sd.vae, x)[0]
 
     def decode(self, latents):
         return torch.stack([pipeline.decode(self.sd.vae, z[None]) for z in latents])

@@ -3,7 +3,7 @@ import numpy as np
 
 from tinytav.claims.clips import said
 from tinytav.claims.judge import MOTIONS
-from tinytav.claims.studies import BEYOND, CLAIMED, CLAIMS, FURTHER, NAMES, POINTS, ROBUST, STUDIES
+from tinytav.claims.studies import BEYOND, FURTHER, NAMES, POINTS, ROBUST, STUDIES
 from tinytav.toy.world import ATTRIBUTES
 
 RESAMPLES = 10_000      # of the bootstrap
@@ -22,11 +22,8 @@ def text(scores, earlier=None):
     for name, study in STUDIES.items():
         rows = finished(scores, name)
         if rows:
-            parts += [f"## {study.title}", table(rows, study)]
-        if "full method" in rows:
-            parts.append(by_attribute(rows["full method"]))
-        if name == "user":
-            parts += [verdicts(rows), against_full_method(rows, FURTHER), against_full_method(rows, BEYOND)]
+            parts += [f"## {study.title}", table(rows, study), by_attribute(rows), verdicts(rows, study.claims),
+                      against_full_method(rows, FURTHER), against_full_method(rows, BEYOND)]
     for title, each in (earlier or {}).items():
         parts += [f"## {title}", each["note"], grid(each["heads"], each["rows"])]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -91,7 +88,7 @@ def with_interval(found, key):
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def verdicts(rows, claims=CLAIMS):
+def verdicts(rows, claims):
     """For each claim whose rows are made its difference on the same clips, p and a verdict; "" without any.
 
     p is corrected for all of `claims`, also for those whose rows are not made.
@@ -117,21 +114,21 @@ def against_full_method(rows, names):
     return lines and grid(["less the full method", *(NAMES[key] for key in COMPARED)], lines)
 
 
-def by_attribute(clips):
-    """How often each kind of edit is right, and edits to triples that were never trained on; each seed counts."""
-    edits = [edit for clip in clips for edit in clip]
+def by_attribute(rows):
+    """How often the full method's edits of each kind, and to triples never trained on, are right; "" without any."""
+    edits = [edit for clip in rows.get("full method", ()) for edit in clip]
     kinds = {attribute: [edit for edit in edits if edit["name"] == attribute] for attribute in ATTRIBUTES}
     kinds["held out"] = [edit for edit in edits if edit["held_out"]]
     shown = ("edited", "agreement", *MOTIONS, "success")
     lines = [[kind, str(len(found)), *(f"{100 * np.mean([edit[key] for edit in found]):.0f} %" for key in shown)]
              for kind, found in kinds.items() if found]
-    return grid(["full method, by edit", "edits", *(NAMES.get(key, key) for key in shown)], lines)
+    return lines and grid(["full method, by edit", "edits", *(NAMES[key] for key in shown)], lines)
 
 
 def charted(scores):
     """{row: {panel: (mean, low, high)}} of the rows on which a claim rests, the most successful first."""
-    rows = {name: clips for name, clips in finished(scores, "user").items() if name in CLAIMED}
-    found = {name: {NAMES[key]: interval(means(clips, key)) for key in CHART} for name, clips in rows.items()}
+    found = {name: {NAMES[key]: interval(means(clips, key)) for key in CHART}
+             for name, clips in finished(scores, "user").items() if name in STUDIES["user"].claimed()}
     return dict(sorted(found.items(), key=lambda row: -row[1][NAMES[CHART[0]]][0]))
 
 
