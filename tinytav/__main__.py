@@ -20,7 +20,6 @@ COMMANDS = {
     "place": ("tinytav.claims.place", "why the background may move wrongly after a change of place"),
     "card": ("tinytav.claims.card", "the numbers and pictures of the toy's model card"),
     "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
-    "lora-example": ("tinytav.toy.lora_example", "train a LoRA on the toy: white clothes"),
     "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),
 }
 
