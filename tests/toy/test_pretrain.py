@@ -222,6 +222,22 @@ def test_another_trainings_checkpoint_is_refused(begin, option):
         begin(**option)
 
 
+def test_each_step_and_part_has_its_own_randomness(begin):
+    def randomness(seed):
+        seen = []
+
+        def noted(chosen, rng, generator):
+            seen.append((*chosen.tolist(), rng.random(), generator.initial_seed()))
+            return loss_of(chosen, rng, generator)
+
+        one, loss_of = begin(threads=2, seed=seed)
+        one.step(noted)
+        one.step(noted)
+        return set(seen)
+
+    assert len(randomness(0) | randomness(1)) == 8 and randomness(0) == randomness(0)
+
+
 def test_the_learning_rate_rises_and_falls_to_zero(begin):
     first, loss_of = begin(steps=99, lr=1.0)
     rates = []

@@ -92,6 +92,7 @@ def test_far_limbs_are_a_quarter_darker_than_near_ones():
         view = replace(VIEW, phase=phase)
         picture = draw.render(replace(SCENE, activity="running"), view)
         pose = draw.pose("running", phase)
+        assert all((hand[0] - 4) * foot[0] < 0 for hand, foot in zip(pose.hands, pose.feet))    # arms against legs
         seen = []
         for x, y in pose.feet:
             knee = draw.joint(pose.hip, (x, y - 1), pose.knee)
