@@ -190,7 +190,7 @@ def train_clip(args):
     scenes, pictures = [scene for scene, _ in imagined], draw_many(imagined)
     model = CLIP(CLIPConfig.from_json(config))
     initialise_clip(model)
-    model.text_model.requires_grad_(not args.keep_text)
+    model.text_model.requires_grad_(not args.keep)
 
     def loss_of(chosen, rng, generator):
         names = [world.named(scenes[i], rng) for i in chosen]
@@ -208,11 +208,11 @@ def train_clip(args):
     write(args.out / "text_encoder/model.safetensors", config, tower)
 
 
-def difference(x, y, squared):
-    """How far pictures y (n, 3, h, w) are from x: absolute error, `squared` times squared error, error of the edges."""
+def difference(x, y):
+    """How far pictures y (n, 3, h, w) are from x: absolute error, squared error, and error of the edges."""
     error = y - x
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()         # makes outlines crisp
-    return error.abs().mean() + squared * error.square().mean() + 0.5 * edges
+    return error.abs().mean() + 3 * error.square().mean() + 0.5 * edges
 
 
 def train_vae(args):
@@ -220,17 +220,17 @@ def train_vae(args):
     pictures = draw_many(imagine(args.seed, args.pictures))
     model = VAE(VAEConfig.from_json(VAE_JSON))
     for part in (model.encoder, model.quant_conv):
-        part.requires_grad_(not args.keep_encoder)
+        part.requires_grad_(not args.keep)
 
     def loss_of(chosen, rng, generator):
         x = pixels(pictures[chosen], args.device)
         mean, std = (z.float() for z in model.encode(x))
         y = model.decode(mean + std * noise_like(std, generator)).float()
         kl = (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean() / 2
-        return difference(x, y, args.squared) + 3e-4 * kl
+        return difference(x, y) + 3e-4 * kl
 
     weights = train(args, model, f"vae/{WEIGHTS}", loss_of)
-    if args.keep_encoder:
+    if args.keep:
         config = json.loads((args.start / "vae/config.json").read_text())
     else:
         model.load_state_dict(weights)
@@ -350,9 +350,7 @@ def arguments(argv):
     p.add_argument("--steps", type=count, required=True, help="how many updates to make")
     p.add_argument("--out", type=Path, required=True, help="the folder that all stages write to")
     p.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
-    p.add_argument("--keep-text", action="store_true", help="clip: freeze the text tower, because a U-Net needs it")
-    p.add_argument("--keep-encoder", action="store_true", help="vae: freeze the encoder, because a U-Net needs it")
-    p.add_argument("--squared", type=float, default=3.0, help="vae: weight of the squared error; more raises PSNR")
+    p.add_argument("--keep", action="store_true", help="freeze what a U-Net needs: clip's text tower, vae's encoder")
     p.add_argument("--pictures", type=count, default=60000, help="how many to draw and train on (default: 60000)")
     p.add_argument("--batch", type=count, help="pictures a step; else the stage's own number")
     p.add_argument("--lr", type=float, help="highest learning rate; else the stage's own")
@@ -363,8 +361,8 @@ def arguments(argv):
     args = p.parse_args(argv)
     recipe = RECIPES[args.stage]
     batch = args.batch or recipe.batch
-    if args.keep_encoder and not args.start:
-        p.error("--keep-encoder needs --from: there is no encoder to keep")
+    if args.keep and not (args.start and args.stage in ("clip", "vae")):
+        p.error("--keep is for clip and vae, and needs --from")
     if batch % args.threads:
         p.error(f"--threads {args.threads} cannot share a batch of {batch} equally: choose another number of either")
     if recipe.muon and not hasattr(torch.optim, "Muon"):
