@@ -155,14 +155,14 @@ def test_the_vaes_loss_counts_large_errors_and_lost_edges_more():
     (["--steps", "0", "--out", "x"], "0 is not from 1")])
 def test_options_that_do_not_fit_are_refused(capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
-        pretrain.main(["vae", "--steps", "1", *options])
+        pretrain.arguments(["vae", "--steps", "1", *options])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_an_older_torch_has_no_muon(monkeypatch, capsys):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(SystemExit):
-        pretrain.main(["unet", "--steps", "1", "--out", "x"])
+        pretrain.arguments(["unet", "--steps", "1", "--out", "x"])
     assert "the stage unet needs torch 2.9 or later" in capsys.readouterr().err
     assert pretrain.arguments(["clip", "--steps", "1", "--out", "x"]).stage == "clip"       # needs no Muon
 
