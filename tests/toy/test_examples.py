@@ -12,7 +12,7 @@ from tinytav.toy.examples import COLUMN, LABEL, ROW, SIDE
 
 
 def test_words_that_the_source_does_not_have_are_red():
-    same, other = (examples.label(prompt, "a man").astype(int) for prompt in ("a man", "a fox"))
+    same, other = (examples.label(prompt, "a man").astype(int) for prompt in ("a man,", "a fox,"))
     assert same.shape == (LABEL, SIDE, 3)
     assert (same[..., 0] == same[..., 1]).all() and same.min() < 100          # black letters on white
     red = (other[..., 0] - other[..., 1]) > 100
@@ -30,7 +30,7 @@ def test_each_clip_plays_below_its_own_prompt(tmp_path):
     run = SimpleNamespace(path=tmp_path, settings=SimpleNamespace(prompt="a man"))
     examples.write_edits(run, tmp_path / "edits.gif")
     gif = Image.open(tmp_path / "edits.gif")
-    assert gif.n_frames == 8 and gif.info["loop"] == 0 and gif.width <= 830
+    assert gif.n_frames == 8 and gif.info["loop"] == 0 and gif.info["duration"] == 120 and gif.width <= 830
     for k in range(8):
         gif.seek(k)
         picture = np.asarray(gif.convert("L"), dtype=int)
