@@ -31,6 +31,11 @@ def test_each_clip_plays_below_its_own_prompt(tmp_path):
     examples.write_edits(run, tmp_path / "edits.gif")
     gif = Image.open(tmp_path / "edits.gif")
     assert gif.n_frames == 8 and gif.info["loop"] == 0 and gif.info["duration"] == 120 and gif.width <= 830
+    letters = np.asarray(gif.convert("L")) < 128
+    for i, prompt in enumerate(["source: a man", *(f"prompt {i}" for i in range(4))]):
+        expected = np.asarray(Image.fromarray(examples.label(prompt, "source: a man")).convert("L")) < 128
+        top, left = i // 4 * ROW, i % 4 * COLUMN
+        assert (letters[top:top + LABEL, left:left + SIDE] == expected).mean() > 0.998
     for k in range(8):
         gif.seek(k)
         picture = np.asarray(gif.convert("L"), dtype=int)
