@@ -17,7 +17,6 @@ COMMANDS = {
     "claims": ("tinytav.claims.results", "the paper's claims and further studies, measured in the toy world"),
     "card": ("tinytav.toy.card", "the numbers and pictures of the toy's model card"),
     "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
-    "lora-example": ("tinytav.toy.lora_example", "train a LoRA on the toy: white clothes"),
     "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),
 }
 

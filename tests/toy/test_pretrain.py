@@ -1,38 +1,36 @@
 """Pre-training: CLIP's tokenizer from captions, a stage that is killed and goes on, and the folder that is written."""
 import json
 import shutil
-import subprocess
-import sys
-import time
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import filled
 
 import tinytav
+from tinytav.errors import InputError
 from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, check_fits, load_controlnet
+from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.toy import pretrain, skeleton, training, world
 
 
-def stage(name, out, minutes, *more):
-    return [name, "--minutes", str(minutes), "--pictures", "32", "--batch", "4", "--device", "cpu", "--out", str(out),
+def stage(name, out, steps, *more):
+    return [name, "--steps", str(steps), "--pictures", "8", "--batch", "2", "--device", "cpu", "--out", str(out),
             "--work", str(out / "work"), *more]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All parts of a Stable Diffusion, each trained for a moment."""
+    """All parts of a Stable Diffusion, each trained for two steps."""
     out = tmp_path_factory.mktemp("toy")
     for name in ("clip", "vae", "unet"):
-        pretrain.main(stage(name, out, 0.005))
+        pretrain.main(stage(name, out, 2))
     return out
 
 
@@ -89,7 +87,7 @@ def test_the_controlnet_fits_the_unet_and_is_trained(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     unet = filled(UNet(UNetConfig.from_json(pretrain.UNET_JSON)))          # one whose every layer passes gradients on
     pretrain.write(tmp_path / "unet" / pretrain.WEIGHTS, pretrain.UNET_JSON, unet.state_dict())
-    pretrain.main(stage("control", tmp_path, 0.05))
+    pretrain.main(stage("control", tmp_path, 2))
     sd, control = tinytav.load(tmp_path), load_controlnet(tmp_path / "controlnet")
     check_fits(control.cfg, sd.unet.cfg, sd.vae.cfg.factor)
     assert (tmp_path / "controlnet" / pretrain.WEIGHTS).stat().st_size < 8 * 2 ** 20
@@ -113,80 +111,167 @@ def test_before_training_a_controlnet_changes_nothing(folder):
 def test_before_training_a_stick_figure_already_reaches_the_controlnet(folder):
     sd, control = tinytav.load(folder), ControlNet(ControlNetConfig.from_json(pretrain.CONTROL_JSON))
     pretrain.begin_as_unet(control, sd.unet)
-    scene, view = pretrain.imagine("a seed")
+    (scene, view), = pretrain.imagine("a seed", 1)
     figure = skeleton.hint(skeleton.skeleton(scene.activity, view, pretrain.SIZE)[None])
     difference = control.embed_hint(figure) - control.embed_hint(torch.zeros_like(figure))
     assert difference.std() > 0.01          # conv_in's output is about 1, and torch's own start gives 0.0001
 
 
 def test_more_training_starts_from_the_finished_weights(folder, tmp_path):
-    pretrain.main(stage("vae", tmp_path, 1e-9, "--from", str(folder)))       # no time for a change worth the name
+    pretrain.main(stage("vae", tmp_path, 1, "--lr", "1e-6", "--seed", "1", "--from", str(folder)))
     before, after = (load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
     assert all(torch.allclose(before[name], after[name], atol=2e-3) for name in before)
 
 
 def test_the_decoder_trains_alone(folder, tmp_path):
-    pretrain.main(stage("vae", tmp_path, 0.1, "--keep-encoder", "--from", str(folder)))
+    pretrain.main(stage("vae", tmp_path, 2, "--keep", "--from", str(folder)))
     before, after = (load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any(name.startswith(("encoder.", "quant_conv.")) for name in moved)
     assert (folder / "vae/config.json").read_text() == (tmp_path / "vae/config.json").read_text()
 
 
+def test_clips_vision_tower_trains_alone(folder, tmp_path):
+    pretrain.main(stage("clip", tmp_path, 2, "--keep", "--from", str(folder)))
+    before, after = (load_file(out / "clip/model.safetensors") for out in (folder, tmp_path))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any(name.startswith("text_model.") for name in moved)
+    assert (folder / "clip/vocab.json").read_text() == (tmp_path / "clip/vocab.json").read_text()
+
+
 def test_the_vaes_loss_counts_large_errors_and_lost_edges_more():
     x = torch.zeros(1, 3, 4, 4)
-    assert pretrain.difference(x, x + 0.5, squared=3) == pytest.approx(0.5 + 3 * 0.25)             # the same everywhere: no edge is lost
+    same_everywhere = pretrain.difference(x, x + 0.5)       # no edge is lost
+    assert same_everywhere == pytest.approx(0.5 + 3 * 0.25)
     striped = x.clone()
     striped[:, :, ::2] = 1                                                              # every second row
-    assert pretrain.difference(x, striped, squared=3) == pytest.approx(0.5 + 3 * 0.5 + 0.5)
+    assert pretrain.difference(x, striped) == pytest.approx(0.5 + 3 * 0.5 + 0.5)
 
 
-def test_threads_that_cannot_share_a_batch_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("options, message", [
+    (["--threads", "8", "--out", "x"], "--threads 8 cannot share a batch of 4 equally"),
+    (["--keep", "--out", "x"], "--keep is for clip and vae, and needs --from"),
+    ([], "the following arguments are required: --out"),
+    (["--steps", "0", "--out", "x"], "0 is not from 1")])
+def test_options_that_do_not_fit_are_refused(capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.arguments(["vae", "--steps", "1", *options])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_older_torch_has_no_muon(monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(SystemExit):
-        pretrain.main(["vae", "--minutes", "1", "--threads", "8", "--out", str(tmp_path)])
-    assert "--threads 8 cannot share a batch of 4 equally" in capsys.readouterr().err
+        pretrain.arguments(["unet", "--steps", "1", "--out", "x"])
+    assert "the stage unet needs torch 2.9 or later" in capsys.readouterr().err
+    assert pretrain.arguments(["clip", "--steps", "1", "--out", "x"]).stage == "clip"       # needs no Muon
 
 
-def test_a_killed_stage_goes_on(tmp_path, capsys):
-    command, checkpoint = stage("vae", tmp_path, 0.05), tmp_path / "work/vae.safetensors"
-    process = subprocess.Popen([sys.executable, "-m", "tinytav.toy.pretrain", *command], stdout=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not checkpoint.exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert checkpoint.exists() and not (tmp_path / "vae").exists()
-    with safe_open(checkpoint, "pt") as file:
-        steps = int(file.metadata()["steps"])
+def test_a_stopped_stage_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch, capsys):
+    def stop_after_two_steps(self, loss_of):
+        if self.steps == 2:
+            raise KeyboardInterrupt
+        return step(self, loss_of)
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    command, checkpoint, step = stage("unet", tmp_path, 3), tmp_path / "work/unet.safetensors", training.Training.step
     pretrain.main(command)
-    assert f"vae: goes on after {4 * steps} samples" in capsys.readouterr().out
-    assert (tmp_path / "vae" / pretrain.WEIGHTS).exists() and not checkpoint.exists()
+    whole = load_file(tmp_path / "unet" / pretrain.WEIGHTS)
+    monkeypatch.setattr(training.Training, "step", stop_after_two_steps)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(command)
+    assert checkpoint.exists()
+    monkeypatch.undo()
+    (tmp_path / "unet" / pretrain.WEIGHTS).unlink()
+    pretrain.main(command)
+    assert "unet: goes on after 2 steps" in capsys.readouterr().out and not checkpoint.exists()
+    resumed = load_file(tmp_path / "unet" / pretrain.WEIGHTS)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("name", ["vae", "control"])    # Muon, and AdamW alone
-def test_a_resumed_stage_takes_the_same_steps(tmp_path, name):
-    args = SimpleNamespace(stage=name, lr=None, batch=None, threads=1, work=tmp_path, seed=0, pictures=8, device="cpu")
-
-    def begin():
+@pytest.fixture
+def begin(tmp_path):
+    """Begins, or goes on with, the training of two convolutions: a function of options -> (training, loss_of)."""
+    def begin(stage="vae", **options):
+        args = SimpleNamespace(stage=stage, lr=None, batch=None, threads=1, work=tmp_path, seed=0, pictures=8, steps=4,
+                               device="cpu")
+        vars(args).update(options)
         model = filled(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 3, 3)))
-        run = training.Run(args, model)
-        return run, lambda chosen, rng, generator: model(torch.randn(2, 3, 8, 8, generator=generator)).square().mean()
 
-    first, loss_of = begin()
+        def loss_of(chosen, rng, generator):
+            return model(torch.randn(2, 3, 8, 8, generator=generator)).square().mean()
+
+        return training.Training(args, model), loss_of
+    return begin
+
+
+@pytest.mark.parametrize("name, optimizers", [("vae", ["AdamW", "Muon"]), ("control", ["AdamW", "AdamW"])])
+def test_a_resumed_stage_takes_the_same_steps(begin, name, optimizers):
+    first, loss_of = begin(name)
     start = {key: p.detach().clone() for key, p in first.parameters.items()}
-    first.step(loss_of, 0.5)
+    first.step(loss_of)
     first.save()
-    resumed, its_loss_of = begin()
-    first.step(loss_of, 0.6)
-    resumed.step(its_loss_of, 0.6)
+    resumed, its_loss_of = begin(name)
+    whole, part = first.train(loss_of), resumed.train(its_loss_of)
+    assert first.steps == resumed.steps == 4
     for key, p in first.parameters.items():
         assert torch.equal(p, resumed.parameters[key]) and not torch.equal(p, start[key])
-    assert len(resumed.optimizers) == (2 if name == "vae" else 1)
+        assert torch.equal(whole[key], part[key])
+    assert sorted(type(optimizer).__name__ for optimizer in resumed.optimizers) == optimizers
 
 
-def test_a_killed_unet_finds_its_latents_again(folder, tmp_path):
-    args = SimpleNamespace(out=folder, work=tmp_path, seed=0, pictures=6, device="cpu")
-    scenes, mean, std = pretrain.draw_and_encode(args)
-    assert mean.shape == std.shape == (6, 4, 16, 16) and (std > 0).all()
-    again = pretrain.draw_and_encode(args)
-    assert again[0] == scenes and torch.equal(again[1], mean) and torch.equal(again[2], std)
+@pytest.mark.parametrize("option", [dict(seed=1), dict(pictures=9), dict(steps=5), dict(lr=0.1)])
+def test_another_trainings_checkpoint_is_refused(begin, option):
+    first, loss_of = begin()
+    first.step(loss_of)
+    first.save()
+    assert begin(threads=2)[0].steps == 1               # how the work is shared may change
+    with pytest.raises(InputError, match=rf"other options \({next(iter(option))}\)"):
+        begin(**option)
+
+
+def test_each_step_and_part_has_its_own_randomness(begin):
+    def randomness(seed):
+        seen = []
+
+        def noted(chosen, rng, generator):
+            seen.append((*chosen.tolist(), rng.random(), generator.initial_seed()))
+            return loss_of(chosen, rng, generator)
+
+        one, loss_of = begin(threads=2, seed=seed)
+        one.step(noted)
+        one.step(noted)
+        return set(seen)
+
+    assert len(randomness(0) | randomness(1)) == 8 and randomness(0) == randomness(0)
+
+
+def test_the_learning_rate_rises_and_falls_to_zero(begin):
+    first, loss_of = begin(steps=99, lr=1.0)
+    rates = []
+    for _ in range(99):
+        first.step(loss_of)
+        rates.append(first.optimizers[0].param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(1 / 3, rel=1e-3) and rates[2] == max(rates) > 0.99
+    assert rates[49] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
+
+
+def test_the_latents_belong_to_the_scenes(folder):
+    """Captions and noisy latents that are handed out together are of one picture."""
+    args = SimpleNamespace(out=folder, device="cpu")
+    imagined = pretrain.imagine("a seed", 3)
+    mean, std = pretrain.encode_all(pretrain.finished(args, "vae"), pretrain.draw_many(imagined), "cpu")
+    assert mean.shape == std.shape == (3, 4, 16, 16) and (std > 0).all()
+    chosen, encoder = torch.tensor([2, 0]), pretrain.finished(args, "text_encoder")
+    noisy, t, context, noise = pretrain.captioned_noise(args, imagined, empty=0)(
+        chosen, Random(5), torch.Generator().manual_seed(1))
+    draw = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(1))
+    x0 = mean[chosen] + std[chosen] * draw
+    assert torch.equal(noisy, Schedule.from_json(pretrain.SCHEDULER_JSON).add_noise(x0, noise, t))
+    rng = Random(5)
+    captions = []
+    for i in chosen:
+        rng.random()                                    # decides whether the caption is left empty
+        captions.append(world.caption(imagined[i][0], rng))
+    expected = encoder(Tokenizer.from_folder(folder / "tokenizer")(captions))
+    assert torch.equal(context, expected)

@@ -54,6 +54,19 @@ def test_a_swap_of_near_and_far_limbs_shows():
     assert np.abs(a - b).max() > 50
 
 
+@pytest.mark.parametrize("activity", ATTRIBUTES["activity"])
+def test_knees_have_their_legs_colour_and_the_near_leg_is_in_front(activity):
+    picture, pose = skeleton.skeleton(activity, VIEW, 128), draw.pose(activity, VIEW.phase)
+    brush = draw.standing(draw.Brush(None, 2, 0, (0, 0, 0)), activity, VIEW)
+    colours = []
+    for x, y in pose.feet:
+        column, row = brush.pixel(*draw.joint(pose.hip, (x, y - 1), pose.knee))
+        colours.append(tuple(picture[int(row), int(column)]))
+    far, near = skeleton.LEGS
+    assert colours[1] == near
+    assert colours[0] == far or activity == "skiing"        # there the near leg covers the far one
+
+
 def test_hints_are_pictures_from_0_to_1():
     motion = world.random_motion(Random(0))
     hints = skeleton.hint(skeleton.clip("surfing", motion, frames=3, size=32))

@@ -145,8 +145,8 @@ def pose(activity: str, phase: float) -> Pose:
     s, c = sin(2 * pi * phase), cos(2 * pi * phase)
     match activity:
         case "skiing":          # crouched, the poles swinging in turn
-            return Pose((-5, -9 + s), (2, -19 + s), (5, -27 + s), ((12 + 3 * s, -13 + 3 * c), (10 - 3 * s, -12 - 3 * c)),
-                        ((0, -2), (2, 0)), elbow=2, knee=5)
+            return Pose((-5, -9 + s), (2, -19 + s), (5, -27 + s),
+                        ((12 + 3 * s, -13 + 3 * c), (10 - 3 * s, -12 - 3 * c)), ((0, -2), (2, 0)), elbow=2, knee=5)
         case "surfing":         # arms and feet wide apart
             return Pose((0, -11 + s), (0, -21.5 + s), (1, -29.5 + s), ((15, -22 - 5 * s), (-15, -22 + 5 * s)),
                         ((8, -4), (-8, -4)), elbow=0, knee=0)
@@ -158,6 +158,11 @@ def pose(activity: str, phase: float) -> Pose:
         case "skateboarding":   # one foot on the board, the other pushing the ground behind it
             return Pose((1, -15), (3, -24), (5, -31.5), ((13, -20 + 3 * s), (-9, -17 - 3 * s)),
                         ((5, -8.5), (-10 + 5 * c, -1 - 3 * max(0, s))), elbow=3, knee=4)
+
+
+def joint(start: Point, end: Point, bend: float) -> Point:
+    """An elbow or a knee, which stands `bend` ahead of the middle of its limb."""
+    return (start[0] + end[0]) / 2 + bend, (start[1] + end[1]) / 2
 
 
 def standing(b: Brush, activity: str, view: View) -> Brush:
@@ -258,7 +263,8 @@ def figure(b: Brush, scene: Scene, phase: float) -> None:
     near.at(*joints.hip).draw(body.back)
     arm(far, scene.activity, joints, joints.hands[0], body.arms, cloth)
     for brush, (x, y) in zip((far, limbs), joints.feet):
-        knee = limb(brush, body.legs, 4.6, joints.hip, (x, y - 1), joints.knee)
+        knee = joint(joints.hip, (x, y - 1), joints.knee)
+        brush.line(body.legs, 4.6, joints.hip, knee, (x, y - 1))
         brush.line(shoe, 3.2, (x - 0.5, y), (x + 2.8, y))
         if scene.activity == "skateboarding":
             brush.disc(STEEL, *knee, 2.6)       # a knee pad
@@ -277,17 +283,11 @@ def number(b: Brush) -> None:
     b.line(DARK, 1, (0.4, -1.4), (2.4, -1.4), (1, 1.4))
 
 
-def limb(b: Brush, colour: Colour, width: float, start: Point, end: Point, bend: float) -> Point:
-    """Draws an arm or a leg whose joint stands `bend` ahead of its middle; returns the joint."""
-    joint = (start[0] + end[0]) / 2 + bend, (start[1] + end[1]) / 2
-    b.line(colour, width, start, joint, end)
-    return joint
-
-
 def arm(b: Brush, activity: str, joints: Pose, hand: Point, skin: Colour, cloth: Colour) -> None:
     """An arm in a short sleeve, holding a pole if it skis."""
     shoulder = joints.neck[0], joints.neck[1] + 2
-    elbow = limb(b, skin, 3.8, shoulder, hand, -joints.elbow)
+    elbow = joint(shoulder, hand, -joints.elbow)
+    b.line(skin, 3.8, shoulder, elbow, hand)
     b.line(cloth, 5.6, shoulder, elbow)
     b.disc(skin, *hand, 2.3)
     if activity == "skiing":

@@ -1,13 +1,13 @@
 """Pre-trains a small Stable Diffusion on the toy world: CLIP, then the VAE, the U-Net, and a ControlNet for it.
 
-    python -m tinytav pretrain clip --minutes 20
-    python -m tinytav pretrain vae  --minutes 40
-    python -m tinytav pretrain unet --minutes 90
-    python -m tinytav pretrain control --minutes 30
+    python -m tinytav pretrain clip --steps 600 --out my-toy
+    python -m tinytav pretrain vae --steps 25000 --out my-toy
+    python -m tinytav pretrain unet --steps 2500 --out my-toy
+    python -m tinytav pretrain control --steps 3000 --out my-toy
 
-Each stage trains for the time it is given, on pictures drawn beforehand, and writes its part of a folder in the form in
-which Stable Diffusion is published. A stage that was killed goes on where it was when it is started again. The learning
-rate follows the share of the time that is gone, so every run ends with its rate at zero, on any machine.
+Each stage draws its pictures first. Then it trains, and writes its part of the folder in the form in which Stable
+Diffusion is published. A stage that was killed goes on from its checkpoint when the same command is given again. The
+learning rate falls to zero over the steps.
 """
 import argparse
 import json
@@ -26,17 +26,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tinytav import cli
 from tinytav.files import frames
-from tinytav.stable_diffusion.checkpoint import build, read_component
+from tinytav.stable_diffusion.checkpoint import MODELS, build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig
 from tinytav.stable_diffusion.ddim import Schedule
-from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import BEGIN, END, WORDS, Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.toy import draw, skeleton, world
-from tinytav.toy.training import RECIPES, Run, half
+from tinytav.toy.training import RECIPES, Training, half
 
 SIZE = draw.SIZE    # pixels along a picture's side
 LENGTH = 32         # tokens in a prompt
@@ -54,10 +54,8 @@ UNET_JSON = dict(
     down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"], in_channels=4, layers_per_block=1,
     mid_block_scale_factor=1, norm_eps=1e-5, norm_num_groups=32, out_channels=4, sample_size=SIZE // 8,
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"])
-SHARED = ("act_fn", "attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types",
-          "downsample_padding", "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block",
-          "mid_block_scale_factor", "norm_eps", "norm_num_groups")
-CONTROL_JSON = {name: UNET_JSON[name] for name in SHARED} | dict(
+UNET_ONLY = ("_class_name", "center_input_sample", "out_channels", "sample_size", "up_block_types")
+CONTROL_JSON = {name: value for name, value in UNET_JSON.items() if name not in UNET_ONLY} | dict(
     _class_name="ControlNetModel", conditioning_channels=3, controlnet_conditioning_channel_order="rgb",
     conditioning_embedding_out_channels=VAE_JSON["block_out_channels"],     # hints come down as pictures do
     global_pool_conditions=False)
@@ -67,14 +65,13 @@ SCHEDULER_JSON = dict(
     timestep_spacing="leading", trained_betas=None)
 INDEX_JSON = dict(
     _class_name="StableDiffusionPipeline", feature_extractor=[None, None], requires_safety_checker=False,
-    safety_checker=[None, None], scheduler=["diffusers", "DDIMScheduler"], text_encoder=["transformers", "CLIPTextModel"],
-    tokenizer=["transformers", "CLIPTokenizer"], unet=["diffusers", "UNet2DConditionModel"],
+    safety_checker=[None, None], scheduler=["diffusers", "DDIMScheduler"], tokenizer=["transformers", "CLIPTokenizer"],
+    text_encoder=["transformers", "CLIPTextModel"], unet=["diffusers", "UNet2DConditionModel"],
     vae=["diffusers", "AutoencoderKL"])
 PREPROCESSOR_JSON = dict(       # pictures in [-1, 1], as the VAE has them
     feature_extractor_type="CLIPFeatureExtractor", crop_size=SIZE, size=SIZE, do_center_crop=True, do_normalize=True,
     do_resize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LATENTS = "latents.safetensors"
 FIGURE = 8          # how much more the ControlNet's loss counts at the stick figure
 
 
@@ -97,8 +94,10 @@ def write(file, config, tensors):
     save_file({key: x.half().contiguous().cpu() for key, x in tensors.items()}, file, metadata=dict(format="pt"))
 
 
-def finished(Model, Config, folder, device):
-    return build(Model, *read_component(folder, Config)).to(device)
+def finished(args, name):
+    """A model that an earlier stage wrote: "unet", "vae" or "text_encoder"."""
+    Model, Config = MODELS[name]
+    return build(Model, *read_component(args.out / name, Config)).to(args.device)
 
 
 def build_tokenizer():
@@ -121,30 +120,23 @@ def build_tokenizer():
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def seeds(name, count):
-    return [f"{name}/{i}" for i in range(count)]
+def imagine(seed, count):
+    """`count` random scenes, each with a random view of it; the same for the same seed."""
+    chances = [Random(f"{seed}/{i}") for i in range(count)]
+    return [(world.random_scene(rng), world.random_view(rng)) for rng in chances]
 
 
-def imagine(seed):
-    """A random scene and a random view of it, the same for the same seed."""
-    rng = Random(seed)
-    return world.random_scene(rng), world.random_view(rng)
+def render(imagined):
+    return draw.render(*imagined, SIZE)
 
 
-def draw_one(seed, picture=True):
-    """A random scene and its picture, the same for the same seed; None in place of the picture if it is not wanted."""
-    scene, view = imagine(seed)
-    return scene, draw.render(scene, view, SIZE) if picture else None
-
-
-def draw_many(name, count):
-    """`count` scenes and their pictures, (count, SIZE, SIZE, 3) uint8; the same for the same name."""
-    scenes, pictures = [], np.empty((count, SIZE, SIZE, 3), np.uint8)
+def draw_many(imagined):
+    """The pictures of scenes and views, (count, SIZE, SIZE, 3) uint8, drawn by all cores."""
+    pictures = np.empty((len(imagined), SIZE, SIZE, 3), np.uint8)
     with Pool() as pool:
-        for i, (scene, picture) in enumerate(pool.imap(draw_one, seeds(name, count), chunksize=64)):
-            scenes.append(scene)
+        for i, picture in enumerate(pool.imap(render, imagined, chunksize=64)):
             pictures[i] = picture
-    return scenes, torch.from_numpy(pictures)
+    return torch.from_numpy(pictures)
 
 
 def pixels(pictures, device):
@@ -159,13 +151,14 @@ def noise_like(x, generator):
 def mistaken(scene, names, rng):
     """The scene with one of the named attributes changed: often the activity, which shows in the fewest pixels."""
     name = "activity" if "activity" in names and rng.random() < 0.7 else rng.choice(names)
-    return replace(scene, **{name: rng.choice([value for value in world.ATTRIBUTES[name] if value != getattr(scene, name)])})
+    others = [value for value in world.ATTRIBUTES[name] if value != getattr(scene, name)]
+    return replace(scene, **{name: rng.choice(others)})
 
 
 # ---- The stages ----------------------------------------------------------------------------------
 
 def initialise_clip(model):
-    """As CLIP does: normals that keep the towers' activations near one. arXiv 2103.00020's code, initialize_parameters."""
+    """Normals that keep the towers' activations near one: initialize_parameters of the code of arXiv 2103.00020."""
     for name, p in model.named_parameters():
         if p.ndim > 1:
             inner = 0.02 if "embedding" in name else p.shape[1] ** -0.5
@@ -193,10 +186,11 @@ def train_clip(args):
     put(args.out / "clip", files | {"preprocessor_config.json": text(PREPROCESSOR_JSON)})
     tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
     config = clip_config(tokenizer)
-    scenes, pictures = draw_many(args.seed, args.pictures)
+    imagined = imagine(args.seed, args.pictures)
+    scenes, pictures = [scene for scene, _ in imagined], draw_many(imagined)
     model = CLIP(CLIPConfig.from_json(config))
     initialise_clip(model)
-    model.text_model.requires_grad_(not args.keep_text)
+    model.text_model.requires_grad_(not args.keep)
 
     def loss_of(chosen, rng, generator):
         names = [world.named(scenes[i], rng) for i in chosen]
@@ -207,41 +201,43 @@ def train_clip(args):
         model.logit_scale.data.clamp_(max=math.log(100))
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits[:, :len(chosen)].T, truth)) / 2
 
-    weights = train(args, model, args.start and args.start / "clip/model.safetensors", loss_of)
+    weights = train(args, model, "clip/model.safetensors", loss_of)
     write(args.out / "clip/model.safetensors", config, weights)
     tower = {name: x for name, x in weights.items() if name.startswith("text_model.")}
-    write(args.out / "text_encoder/model.safetensors", config["text_config"] | dict(architectures=["CLIPTextModel"]), tower)
+    config = config["text_config"] | dict(architectures=["CLIPTextModel"])
+    write(args.out / "text_encoder/model.safetensors", config, tower)
 
 
-def difference(x, y, squared):
-    """How far pictures y (n, 3, h, w) are from x: absolute error, squared error times `squared`, and error of the edges."""
+def difference(x, y):
+    """How far pictures y (n, 3, h, w) are from x: absolute error, squared error, and error of the edges."""
     error = y - x
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()         # makes outlines crisp
-    return error.abs().mean() + squared * error.square().mean() + 0.5 * edges
+    return error.abs().mean() + 3 * error.square().mean() + 0.5 * edges
 
 
 def train_vae(args):
-    """Pictures through a narrow code of nearly normal numbers and back. Rombach et al., arXiv 2112.10752, section 3.1."""
-    _, pictures = draw_many(args.seed, args.pictures)
+    """Pictures go through a code of nearly normal numbers and back. Rombach et al., arXiv 2112.10752, section 3.1."""
+    pictures = draw_many(imagine(args.seed, args.pictures))
     model = VAE(VAEConfig.from_json(VAE_JSON))
     for part in (model.encoder, model.quant_conv):
-        part.requires_grad_(not args.keep_encoder)
+        part.requires_grad_(not args.keep)
 
     def loss_of(chosen, rng, generator):
         x = pixels(pictures[chosen], args.device)
         mean, std = (z.float() for z in model.encode(x))
         y = model.decode(mean + std * noise_like(std, generator)).float()
         kl = (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean() / 2
-        return difference(x, y, args.squared) + 3e-4 * kl
+        return difference(x, y) + 3e-4 * kl
 
-    weights = train(args, model, args.start and args.start / f"vae/{WEIGHTS}", loss_of)
-    if args.keep_encoder:
-        write(args.out / "vae" / WEIGHTS, json.loads((args.start / "vae/config.json").read_text()), weights)
-        return
-    model.load_state_dict(weights)
-    mean, std = encode_all(model, pictures[:1024], args.device)
-    scale = float(1 / (mean.var() + (std ** 2).mean()).sqrt())      # of draws from the posterior
-    write(args.out / "vae" / WEIGHTS, VAE_JSON | dict(scaling_factor=round(scale, 5)), weights)
+    weights = train(args, model, f"vae/{WEIGHTS}", loss_of)
+    if args.keep:
+        config = json.loads((args.start / "vae/config.json").read_text())
+    else:
+        model.load_state_dict(weights)
+        mean, std = encode_all(model, pictures[:1024], args.device)
+        scale = float(1 / (mean.var() + (std ** 2).mean()).sqrt())      # of draws from the posterior
+        config = VAE_JSON | dict(scaling_factor=round(scale, 5))
+    write(args.out / "vae" / WEIGHTS, config, weights)
 
 
 @torch.no_grad()
@@ -255,41 +251,40 @@ def encode_all(vae, pictures, device):
     return [torch.cat(part).contiguous() for part in zip(*parts)]
 
 
-def draw_and_encode(args):
-    """The scenes, and the mean and the std of their pictures' latents, which stay beside the checkpoint."""
-    file = args.work / LATENTS
-    if file.exists():
-        tensors = load_file(file, device=args.device)
-        scenes = [draw_one(seed, picture=False)[0] for seed in seeds(args.seed, args.pictures)]
-        return scenes, tensors["mean"], tensors["std"]
-    scenes, pictures = draw_many(args.seed, args.pictures)
-    mean, std = encode_all(finished(VAE, VAEConfig, args.out / "vae", args.device), pictures, args.device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"mean": mean, "std": std}, file)
-    return scenes, mean, std
+def captioned_noise(args, imagined, empty):
+    """What U-Net and ControlNet learn from: a function (indices, rng, generator) -> noisy latents, t, context, noise.
+
+    empty: the share of captions that say nothing.
+    """
+    tokenizer, encoder = Tokenizer.from_folder(args.out / "tokenizer"), finished(args, "text_encoder")
+    mean, std = encode_all(finished(args, "vae"), draw_many(imagined), args.device)
+    schedule = Schedule.from_json(SCHEDULER_JSON)
+
+    def make(chosen, rng, generator):
+        captions = ["" if rng.random() < empty else world.caption(imagined[i][0], rng) for i in chosen]
+        with torch.no_grad():
+            context = encoder(tokenizer(captions).to(args.device))
+        x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
+        noise = noise_like(x0, generator)
+        t = torch.randint(schedule.num_train_timesteps, chosen.shape, device=args.device, generator=generator)
+        return schedule.add_noise(x0, noise, t), t, context, noise
+
+    return make
 
 
 def train_unet(args):
     """Learns to name the noise in noisy latents, given the caption. Rombach et al., arXiv 2112.10752, equation 3."""
-    tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
-    encoder = finished(TextEncoder, TextEncoderConfig, args.out / "text_encoder", args.device)
-    scenes, mean, std = draw_and_encode(args)
-    schedule = Schedule.from_json(SCHEDULER_JSON)
+    make = captioned_noise(args, imagine(args.seed, args.pictures), empty=0.1)
     model = UNet(UNetConfig.from_json(UNET_JSON))
     for name, p in model.named_parameters():
         if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
             nn.init.zeros_(p)       # every residual branch begins as nothing
 
     def loss_of(chosen, rng, generator):
-        captions = ["" if rng.random() < 0.1 else world.caption(scenes[i], rng) for i in chosen]
-        with torch.no_grad():
-            context = encoder(tokenizer(captions).to(args.device))
-        x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
-        noise = noise_like(x0, generator)
-        t = torch.randint(schedule.num_train_timesteps, chosen.shape, device=args.device, generator=generator)
-        return F.mse_loss(model(schedule.add_noise(x0, noise, t), t, context).float(), noise)
+        noisy, t, context, noise = make(chosen, rng, generator)
+        return F.mse_loss(model(noisy, t, context).float(), noise)
 
-    weights = train(args, model, args.start and args.start / f"unet/{WEIGHTS}", loss_of)
+    weights = train(args, model, f"unet/{WEIGHTS}", loss_of)
     write(args.out / "unet" / WEIGHTS, UNET_JSON, weights)
     put(args.out / "scheduler", {"scheduler_config.json": text(SCHEDULER_JSON)})
     put(args.out, {"model_index.json": text(INDEX_JSON)})
@@ -298,8 +293,8 @@ def train_unet(args):
 def begin_as_unet(control, unet):
     """The way down and the middle begin as the U-Net's, the 1x1 convolutions as zero: arXiv 2302.05543, section 3.1.
 
-    So at first the residuals are zero, and the U-Net draws as it does without them. The hint's convolutions keep the size
-    of what goes through them (arXiv 1502.01852): with torch's own start, hardly anything of a hint comes through seven.
+    So at first the residuals are zero, and the U-Net draws as it does without them. The hint's convolutions keep the
+    size of what goes through them (arXiv 1502.01852). With torch's own start hardly anything comes through seven.
     """
     control.load_state_dict({name: p for name, p in unet.state_dict().items() if name in control.state_dict()},
                             strict=False)
@@ -321,77 +316,66 @@ def around(hints, size):
 def train_control(args):
     """Learns what a stick figure says, beside the frozen U-Net. Zhang et al., arXiv 2302.05543, equation 5.
 
-    Every other caption is empty (section 3.3): then the stick figure alone gives the pose. The loss counts more where the
-    stick figure is, because limbs are a small part of the picture.
+    Every other caption is empty (section 3.3): then the stick figure alone gives the pose. The loss counts more where
+    the stick figure is, because limbs are a small part of the picture.
     """
-    tokenizer = Tokenizer.from_folder(args.out / "tokenizer")
-    encoder = finished(TextEncoder, TextEncoderConfig, args.out / "text_encoder", args.device)
-    unet = finished(UNet, UNetConfig, args.out / "unet", args.device)
-    scenes, pictures = draw_many(args.seed, args.pictures)
-    views = [imagine(seed)[1] for seed in seeds(args.seed, args.pictures)]
-    mean, std = encode_all(finished(VAE, VAEConfig, args.out / "vae", args.device), pictures, args.device)
-    schedule = Schedule.from_json(SCHEDULER_JSON)
+    unet, imagined = finished(args, "unet"), imagine(args.seed, args.pictures)
+    make = captioned_noise(args, imagined, empty=0.5)
     model = ControlNet(ControlNetConfig.from_json(CONTROL_JSON))
     begin_as_unet(model, unet)
 
     def loss_of(chosen, rng, generator):
-        captions = ["" if rng.random() < 0.5 else world.caption(scenes[i], rng) for i in chosen]
-        with torch.no_grad():
-            context = encoder(tokenizer(captions).to(args.device))
-        hints = np.stack([skeleton.skeleton(scenes[i].activity, views[i], SIZE) for i in chosen])
-        x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
-        noise = noise_like(x0, generator)
-        t = torch.randint(schedule.num_train_timesteps, chosen.shape, device=args.device, generator=generator)
-        noisy = schedule.add_noise(x0, noise, t)
-        hints = skeleton.hint(hints).to(args.device)
+        noisy, t, context, noise = make(chosen, rng, generator)
+        figures = [skeleton.skeleton(scene.activity, view, SIZE) for scene, view in (imagined[i] for i in chosen)]
+        hints = skeleton.hint(np.stack(figures)).to(args.device)
         error = unet(noisy, t, context, model(noisy, t, context, hints)).float() - noise
-        weight = 1 + FIGURE * around(hints, x0.shape[2:])
+        weight = 1 + FIGURE * around(hints, noise.shape[2:])
         return (weight * error ** 2).mean() / weight.mean()
 
-    weights = train(args, model, args.start and args.start / f"controlnet/{WEIGHTS}", loss_of)
+    weights = train(args, model, f"controlnet/{WEIGHTS}", loss_of)
     write(args.out / "controlnet" / WEIGHTS, CONTROL_JSON, weights)
 
 
-def train(args, model, start, loss_of):
-    """Trains a new model, or goes on with the finished weights in the file `start`; returns the weights."""
-    if start:
-        model.load_state_dict(load_file(start))
-    return Run(args, model.to(args.device)).train(loss_of)
+def train(args, model, file, loss_of):
+    """Trains a new model, or with --from goes on with the finished weights in `file` there; returns the weights."""
+    if args.start:
+        model.load_state_dict(load_file(args.start / file))
+    return Training(args, model.to(args.device)).train(loss_of)
+
+
+def arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    count, better = cli.number(int, 1), "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("stage", choices=RECIPES, help="unet needs clip and vae in --out, and control needs unet too")
+    p.add_argument("--steps", type=count, required=True, help="how many updates to make")
+    p.add_argument("--out", type=Path, required=True, help="the folder that all stages write to")
+    p.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
+    p.add_argument("--keep", action="store_true", help="freeze what a U-Net needs: clip's text tower, vae's encoder")
+    p.add_argument("--pictures", type=count, default=60000, help="how many to draw and train on (default: 60000)")
+    p.add_argument("--batch", type=count, help="pictures a step; else the stage's own number")
+    p.add_argument("--lr", type=float, help="highest learning rate; else the stage's own")
+    p.add_argument("--threads", type=count, default=1, help="share a batch; each uses OMP_NUM_THREADS cores")
+    p.add_argument("--seed", type=int, default=0, help="same seed, same pictures and same randomness (default: 0)")
+    p.add_argument("--device", default=better, help="cpu or cuda; else the better one there is")
+    p.add_argument("--work", type=Path, default=Path(".pretrain"), help="where the checkpoint stays meanwhile")
+    args = p.parse_args(argv)
+    recipe = RECIPES[args.stage]
+    batch = args.batch or recipe.batch
+    if args.keep and not (args.start and args.stage in ("clip", "vae")):
+        p.error("--keep is for clip and vae, and needs --from")
+    if batch % args.threads:
+        p.error(f"--threads {args.threads} cannot share a batch of {batch} equally: choose another number of either")
+    if recipe.muon and not hasattr(torch.optim, "Muon"):
+        p.error(f"the stage {args.stage} needs torch 2.9 or later, which has Muon; this is torch {torch.__version__}")
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("stage", choices=RECIPES)
-    parser.add_argument("--minutes", type=float, required=True, help="of training, without the drawing before it")
-    parser.add_argument("--out", type=Path, default=Path("weights/toy"))
-    parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
-    parser.add_argument("--keep-text", action="store_true", help="clip: not the text tower, because a U-Net hangs on it")
-    parser.add_argument("--keep-encoder", action="store_true", help="vae: the decoder alone, because a U-Net hangs on the latents")
-    parser.add_argument("--squared", type=float, default=3.0, help="vae: weight of the squared error; more of it raises PSNR")
-    parser.add_argument("--pictures", type=int, default=60000, help="drawn to train on")
-    parser.add_argument("--batch", type=int, help="otherwise as the stage's recipe says")
-    parser.add_argument("--lr", type=float, help="highest learning rate, otherwise as the stage's recipe says")
-    parser.add_argument("--threads", type=int, default=1, help="parts of a batch done at once; OMP_NUM_THREADS cores each")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or the better one there is")
-    parser.add_argument("--work", type=Path, default=Path(".pretrain"), help="where the checkpoint stays meanwhile")
-    args = parser.parse_args(argv)
-    if args.keep_encoder and not args.start:
-        parser.error("--keep-encoder needs --from: there is no encoder to keep")
-    batch = args.batch or RECIPES[args.stage].batch
-    if batch % args.threads:
-        parser.error(f"--threads {args.threads} cannot share a batch of {batch} equally: choose other --threads or another --batch")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = arguments(argv)
     torch.manual_seed(args.seed)
     stage = dict(clip=train_clip, vae=train_vae, unet=train_unet, control=train_control)[args.stage]
     # At these sizes a CPU trains a U-Net a third faster with attention as plain matrix products in bfloat16.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     with sdpa_kernel(SDPBackend.MATH):
         stage(args)
-    for name in (f"{args.stage}.safetensors", LATENTS):
-        (args.work / name).unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main()
+    (args.work / f"{args.stage}.safetensors").unlink()

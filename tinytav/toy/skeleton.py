@@ -1,13 +1,13 @@
 """The figure's pose as a stick figure: the hint that the toy's ControlNet understands, as OpenPose draws them.
 
-It shows the joints and nothing else: neither subject, clothes, gear nor place. Each limb has a colour of its own; of two
-limbs the near one is the brighter.
+It shows the joints and nothing else: neither subject, clothes, gear nor place. Each limb has a colour of its own. Of
+two limbs the near one is the brighter.
 """
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from tinytav.toy.draw import OVERSAMPLING, Brush, Point, pose, standing
+from tinytav.toy.draw import OVERSAMPLING, Brush, Point, joint, pose, standing
 from tinytav.toy.shapes import BLACK, WHITE
 from tinytav.toy.world import Motion, View, views
 
@@ -25,11 +25,6 @@ def stick(b: Brush, colour, *points: Point) -> None:
         b.dot(colour, x, y, JOINT)
 
 
-def between(start: Point, end: Point, bend: float) -> Point:
-    """An elbow or a knee, as `draw.limb` bends it."""
-    return (start[0] + end[0]) / 2 + bend, (start[1] + end[1]) / 2
-
-
 def skeleton(activity: str, view: View, size: int) -> np.ndarray:
     """The stick figure of an activity seen from a view, on black: (size, size, 3) uint8, `size` pixels a side."""
     image = Image.new("RGB", (size * OVERSAMPLING, size * OVERSAMPLING), BLACK)
@@ -39,8 +34,8 @@ def skeleton(activity: str, view: View, size: int) -> np.ndarray:
     for far_or_near in (0, 1):
         hand, (x, y) = joints.hands[far_or_near], joints.feet[far_or_near]
         foot = x, y - 1
-        stick(b, LEGS[far_or_near], joints.hip, between(joints.hip, foot, joints.knee), foot)
-        stick(b, ARMS[far_or_near], shoulder, between(shoulder, hand, -joints.elbow), hand)
+        stick(b, LEGS[far_or_near], joints.hip, joint(joints.hip, foot, joints.knee), foot)
+        stick(b, ARMS[far_or_near], shoulder, joint(shoulder, hand, -joints.elbow), hand)
     stick(b, SPINE, joints.hip, shoulder)
     stick(b, HEAD, shoulder, joints.head)
     b.dot(WHITE, *joints.head, 2 * JOINT)
