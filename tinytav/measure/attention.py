@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from tinytav import cli, editing, pipeline
 from tinytav.errors import InputError
-from tinytav.files import frames, page
+from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
 from tinytav.inflation import ATTENTIONS, ClipCrossAttention
@@ -275,7 +275,7 @@ def arguments():
 
 def prompt_with(run, word):
     """The newest sample's prompt that holds the word; the run's own if no sample's does."""
-    prompts = [details["prompt"] for name, details in page.read_samples(run.path) if name != "source.mp4"]
+    prompts = [details["prompt"] for name, details in records.read_samples(run.path) if name != "source.mp4"]
     holding = [prompt for prompt in prompts if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
     return holding[-1] if holding else run.settings.prompt
 
@@ -303,7 +303,7 @@ def watch_word(args, run, sd):
                f"over heads, layers and {settings.ddim_steps} steps. Brightest: {100 * maps.max():.1f} % of a pixel's "
                "attention.")
     save(run, f"{slug(prompt)}.{slug(args.word)}", picture, caption,
-         page.command("python", "-m", "tinytav", "attention", run.path, "--word", args.word, "--prompt", prompt))
+         records.command("python", "-m", "tinytav", "attention", run.path, "--word", args.word, "--prompt", prompt))
 
 
 def watch_pixel(args, run, sd):
@@ -329,7 +329,7 @@ def watch_pixel(args, run, sd):
     caption = (f"Where the pixel {pixel} of frame {frame} looks in {what}: {settings.attention} attention, the mean "
                f"over heads, layers and {settings.ddim_steps} timesteps of the noised clip.")
     save(run, f"pixel-{args.pixel[0]}-{args.pixel[1]}-frame-{frame}", picture, caption,
-         page.command("python", "-m", "tinytav", "attention", run.path, "--pixel", *args.pixel, "--frame", frame))
+         records.command("python", "-m", "tinytav", "attention", run.path, "--pixel", *args.pixel, "--frame", frame))
 
 
 def main():
