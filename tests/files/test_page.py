@@ -61,8 +61,10 @@ class Elements(HTMLParser):
 
 def test_the_source_comes_first_then_the_samples_with_prompts_settings_and_commands(tmp_path):
     folder = make_run(tmp_path / "runs/clip", ["a panda is skiing", "a \"fox\" isn't skiing"])
+    frames.write_strip(folder / "sample0.png", torch.zeros(1, 3, 32, 32))
     shown = Elements(page.write(folder))
     assert [video["src"] for video in shown.all("video")] == ["source.mp4", "sample0.mp4", "sample1.mp4"]
+    assert not shown.all("img")                                             # a sample's strip is no sample
     for text in ("a man is skiing", "clip.mp4", "a panda is skiing", "a \"fox\" isn't skiing", "finished", "guidance",
                  "python sample.py --prompt 'a panda is skiing'", "of the last 5 steps", "0.0003"):
         assert text in shown.text, text
@@ -81,8 +83,10 @@ def test_samples_stand_in_the_order_in_which_they_were_made_whatever_their_names
     for name, when in (("b", 1), ("a", 2)):
         (folder / f"{name}.attention.png").write_bytes(b"")
         os.utime(folder / f"{name}.attention.png", (when, when))
-    pictures = Elements(page.write(folder)).all("img")
-    assert [picture["src"] for picture in pictures] == ["b.attention.png", "a.attention.png"]
+    tiny.save_json(folder / "a.attention.json", dict(caption="Where it looks.", command="python -m tinytav attention run"))
+    shown = Elements(page.write(folder))
+    assert "Where it looks." in shown.text and "python -m tinytav attention run" in shown.text
+    assert [picture["src"] for picture in shown.all("img")] == ["b.attention.png", "a.attention.png"]
 
 
 def test_metrics_are_shown_once_they_are_there_and_only_defined_ones(tmp_path):
@@ -116,12 +120,12 @@ def test_the_axis_ends_at_a_round_number(value, top):
 
 
 def test_a_long_runs_chart_has_at_most_a_thousand_points_and_ends_with_the_last_step(tmp_path):
-    path = page.write(make_run(tmp_path / "run", losses=2500, steps=100_000_000))
+    path = page.write(make_run(tmp_path / "run", losses=2501, steps=100_000_000))
     shown = Elements(path)
     *_, dots, line = (path["d"] for path in shown.all("path"))
     assert len(re.findall("h0", dots)) == line.count(" L") + 1 == 834 and path.stat().st_size < 100_000
     assert "one of 3 steps" in shown.text
-    assert dots.startswith("M0.0 0.00h0") and dots.endswith("M0.0 99.96h0")
+    assert dots.startswith("M0.0 50.00h0") and dots.endswith("M0.0 99.96h0")
 
 
 def hostile(folder):
@@ -236,10 +240,11 @@ def test_flags_are_a_line_that_the_shell_reads_back(values, line):
 
 def test_lines_with_words_that_begin_with_a_dash_or_that_a_shell_would_run_are_read_back(tmp_path, monkeypatch):
     given = dict(clip="-clip.mp4", prompt="--steps; touch x #", weights="w; touch x #.ckpt", preview="-p")
-    line = records.tuning_command(tmp_path / "-runs/run", SETTINGS | given | dict(lora=[dict(file="-l", scale=-1.5)]))
+    line = records.tuning_command(tmp_path / "-runs/run", SETTINGS | given | dict(
+        norm={"a": 1}, lora=[dict(file="-l", scale=-1.5)]))
     monkeypatch.setattr("sys.argv", shlex.split(line)[1:])
     args = train.arguments()
-    assert {name: getattr(args, name) for name in given} == given
+    assert {name: getattr(args, name) for name in given} == given and args.norm is None
     assert args.lora == ["-l:-1.5"] and args.steps == 20 and args.out == str(tmp_path / "-runs")
     monkeypatch.chdir(tmp_path)
     shown = Elements(page.write(make_run(Path("-runs/run"), finished=0)))
