@@ -161,6 +161,14 @@ def test_a_part_without_enough_memory_is_a_line_and_the_others_go_on(monkeypatch
     assert message in result["error"] and message in bench.row(result)
 
 
+def test_a_part_that_failed_is_shown_the_others_are_measured_and_the_status_says_so(here, weights, monkeypatch, capsys):
+    failed = dict(part="decoding", frames=3, size=32, error="the memory is too small")
+    monkeypatch.setattr(bench, "measure_apart", lambda case: failed if case.part == "decoding" else bench.measure(case))
+    assert here("--weights", weights, "--parts", "decoding", "encoding") == 1
+    out = capsys.readouterr().out
+    assert re.search(r"VAE, decoding a frame +the memory is too small\n", out) and len(rows(out)) == 1
+
+
 class Here:
     """Stands for a pool of processes, and calls in this one."""
 
