@@ -61,7 +61,7 @@ def save(folder, title, parts):
     path = next(path for name in names if not is_foreign(path := Path(folder) / name))
     start, rest = TEMPLATE.read_text(encoding="utf-8").split("<!--title-->")
     middle, end = rest.split("<!--page-->")
-    text = "".join([start, markup(title), middle, markup(parts), end])
+    text = "".join([start, markup(title), middle, "\n".join(map(markup, parts)), end])
     replace_text(path, text.encode(errors="replace").decode())      # file names may hold bytes that are no text
     return path
 
