@@ -19,7 +19,7 @@ import torch
 import tinytav
 from tinytav import memory, tuning
 from tinytav.errors import InputError
-from tinytav.files import page
+from tinytav.files import page, records
 from tinytav.files.frames import (
     FOLDER_FPS,
     check_size,
@@ -210,7 +210,7 @@ class Session:
         name = new_name(folder, self.name_of(prompt, noise, control), SUFFIXES)
         file = self.write(folder / name, x, self.rows_above(noise, control), prompt)
         record = self.record(noise, guidance, negative, control)
-        page.write_record(folder, name, prompt, record, self.command(prompt, record, out))      # last: it says that all is there
+        records.write_record(folder, name, prompt, record, self.command(prompt, record, out))      # last: it says that all is there
         return Edit(x, file, page.write(folder))
 
     def name_of(self, prompt, noise, control):
@@ -237,7 +237,7 @@ class Session:
             flags["attention"] = self.net.attention
         if self.clip is None or self.clip.mean.shape != self.shape:
             flags |= dict(frames=record["frames"], size=record["size"])
-        return page.command("python", "sample.py", *page.flags(flags))
+        return records.command("python", "sample.py", *records.flags(flags))
 
     def moved(self):
         """The flags that name the weights, where the run does not."""

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import pytest
 import tiny
 import torch
 
-from tinytav.files import frames, page
+import train
+from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
 
-SETTINGS = dict(clip="clip.mp4", prompt="a man is skiing", weights="w", fingerprint="0", frames=8, fps="8", size=64, norm="clip",
-                attention="sparse-causal", steps=20, lr=3e-4, seed=33, ddim_steps=2, guidance=2., precision="fp32", finished=1e9)
+SETTINGS = dict(clip="clip.mp4", prompt="a man is skiing", weights="w", fingerprint="0", frames=8, fps="8", size=64,
+                norm="clip", attention="sparse-causal", steps=20, lr=3e-4, seed=33, ddim_steps=2, guidance=2.,
+                precision="fp32", finished=1e9)
 HOSTILE = ["</script><script>document.title = 'taken'</script>", "\"><img src=x onerror=\"document.title = 'taken'\">",
-           "' autofocus onfocus=alert(1) '", "<!--page--><!--title-->", "&lt;b&gt; &amp; <b>bold</b>", "two\nlines \u202e turned",
-           "W" * 300, "日本語", ""]
+           "' autofocus onfocus=alert(1) '", "<!--page--><!--title-->", "&lt;b&gt; &amp; <b>bold</b>",
+           "two\nlines \u202e turned", "W" * 300, "日本語", ""]
+NESTED = "[" * 900 + "]" * 900
 
 
 def make_run(folder, prompts=(), count=8, losses=20, **changes):
@@ -31,8 +35,8 @@ def make_run(folder, prompts=(), count=8, losses=20, **changes):
     frames.write_mp4(folder / "source.mp4", x, fps=8)
     for number, prompt in enumerate(prompts):
         frames.write_mp4(folder / f"sample{number}.mp4", -x, fps=8, title=prompt)
-        told = dict(prompt=prompt, settings=dict(guidance=2.0, seed=33), command=page.command("python", "sample.py", "--prompt", prompt))
-        tiny.save_json(folder / f"sample{number}.sample.json", told)
+        line = records.command("python", "sample.py", "--prompt", prompt)
+        records.write_record(folder, f"sample{number}", prompt, dict(guidance=2.0, seed=33), line)
         os.utime(folder / f"sample{number}.mp4", (number, number))
     return folder
 
@@ -57,13 +61,32 @@ class Elements(HTMLParser):
 
 def test_the_source_comes_first_then_the_samples_with_prompts_settings_and_commands(tmp_path):
     folder = make_run(tmp_path / "runs/clip", ["a panda is skiing", "a \"fox\" isn't skiing"])
+    frames.write_strip(folder / "sample0.png", torch.zeros(1, 3, 32, 32))
     shown = Elements(page.write(folder))
     assert [video["src"] for video in shown.all("video")] == ["source.mp4", "sample0.mp4", "sample1.mp4"]
+    assert not shown.all("img")                                             # a sample's strip is no sample
     for text in ("a man is skiing", "clip.mp4", "a panda is skiing", "a \"fox\" isn't skiing", "finished", "guidance",
                  "python sample.py --prompt 'a panda is skiing'", "of the last 5 steps", "0.0003"):
         assert text in shown.text, text
-    assert "python train.py clip.mp4 'a man is skiing' --weights w --size 64 --frames 8 --steps 20 --lr 0.0003" in shown.text
+    line = "python train.py clip.mp4 'a man is skiing' --weights w --size 64 --frames 8 --steps 20 --lr 0.0003"
+    assert line in shown.text
     assert "all pairs" not in shown.text
+
+
+def test_samples_stand_in_the_order_in_which_they_were_made_whatever_their_names(tmp_path):
+    folder = make_run(tmp_path / "run", ["a zebra", "a yak", "an ape"])
+    for name, when in (("sample0", 20), ("sample1", 30), ("sample2", 10)):
+        os.utime(folder / f"{name}.mp4", (when, when))
+    shown = Elements(page.write(folder))
+    assert [video["src"] for video in shown.all("video")] == ["source.mp4", "sample2.mp4", "sample0.mp4", "sample1.mp4"]
+    assert shown.text.index("an ape") < shown.text.index("a zebra") < shown.text.index("a yak")
+    for name, when in (("b", 1), ("a", 2)):
+        (folder / f"{name}.attention.png").write_bytes(b"")
+        os.utime(folder / f"{name}.attention.png", (when, when))
+    tiny.save_json(folder / "a.attention.json", dict(caption="Where it looks.", command="python -m tinytav attention run"))
+    shown = Elements(page.write(folder))
+    assert "Where it looks." in shown.text and "python -m tinytav attention run" in shown.text
+    assert [picture["src"] for picture in shown.all("img")] == ["b.attention.png", "a.attention.png"]
 
 
 def test_metrics_are_shown_once_they_are_there_and_only_defined_ones(tmp_path):
@@ -71,7 +94,8 @@ def test_metrics_are_shown_once_they_are_there_and_only_defined_ones(tmp_path):
     values = dict(consistency_all_pairs=97.125, consistency_neighbours=None, textual_alignment=float("nan"), psnr="<b>")
     tiny.save_json(folder / "metrics.json", dict(clip="some/clip", values={"sample0.mp4": values}))
     shown = Elements(page.write(folder))
-    assert "97.12" in shown.text and "some/clip" in shown.text and "PSNR" not in shown.text and shown.text.count("neighbours") == 1
+    assert "97.12" in shown.text and "some/clip" in shown.text
+    assert "PSNR" not in shown.text and shown.text.count("neighbours") == 1
 
 
 def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path):
@@ -93,6 +117,15 @@ def test_the_chart_draws_each_step_and_its_running_mean(tmp_path):
 @pytest.mark.parametrize("value, top", [(0.9, 1), (1.0, 1), (0.31, 0.4), (3, 4), (4.1, 5), (6, 8), (900, 1000), (0, 1)])
 def test_the_axis_ends_at_a_round_number(value, top):
     assert page.nice_top(value) == pytest.approx(top)
+
+
+def test_a_long_runs_chart_has_at_most_a_thousand_points_and_ends_with_the_last_step(tmp_path):
+    path = page.write(make_run(tmp_path / "run", losses=2501, steps=100_000_000))
+    shown = Elements(path)
+    *_, dots, line = (path["d"] for path in shown.all("path"))
+    assert len(re.findall("h0", dots)) == line.count(" L") + 1 == 834 and path.stat().st_size < 100_000
+    assert "one of 3 steps" in shown.text
+    assert dots.startswith("M0.0 50.00h0") and dots.endswith("M0.0 99.96h0")
 
 
 def hostile(folder):
@@ -127,12 +160,30 @@ def test_a_page_names_no_other_place_than_its_folder(tmp_path):
 
 
 def test_a_set_shows_means_of_kinds_and_what_failed(tmp_path):
-    rows = [dict(clip="c<1>.mp4", caption="a man", kind=kind, prompt=HOSTILE[0], page="c1/index.html", strip="c1/x y.png",
-                 consistency_all_pairs=value) for kind, value in (("style", 90.), ("style", 92.), ("object", 70.))]
+    same = dict(clip="c<1>.mp4", caption="a man", prompt=HOSTILE[0], page="c1/index.html", strip="c1/x y.png")
+    rows = [dict(same, kind=kind, consistency_all_pairs=value)
+            for kind, value in (("style", 90.), ("style", 92.), ("all", 70.))]
     shown = Elements(page.write_set(tmp_path, "a set", rows, {"broken.mp4": "it is <broken>"}))
-    assert "91.00" in shown.text and "70.00" in shown.text and "84.00" in shown.text and "neighbours" not in shown.text.split("cosine")[-1]
+    assert "mean overeditsall pairsstyle291.00all170.00all384.00" in shown.text
     assert "broken.mp4: it is <broken>" in shown.text and shown.all("img")[0]["src"] == "c1/x%20y.png"
     assert "0 edits of 0 clips" in Elements(page.write_set(tmp_path, "a set", [], {})).text
+
+
+def test_an_index_that_this_project_did_not_write_stays_and_the_page_takes_another_name(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "index.html").write_text("<p>my own</p>")
+    (folder / "index-2.html").symlink_to("nowhere")
+    for _ in range(2):
+        assert page.write(folder) == folder / "index-3.html"
+    assert "a man is skiing" in (folder / "index-3.html").read_text()
+    assert (folder / "index.html").read_text() == "<p>my own</p>" and (folder / "index-2.html").is_symlink()
+
+
+@pytest.mark.parametrize("mark", page.MARKS)
+def test_a_page_of_this_project_is_replaced_also_one_of_an_earlier_version(tmp_path, mark):
+    folder = make_run(tmp_path / "run")
+    (folder / "index.html").write_text(f"<title>{'W' * 2000}</title>{mark} the title")
+    assert page.write(folder) == folder / "index.html" and "a man is skiing" in (folder / "index.html").read_text()
 
 
 def test_a_folder_of_samples_without_a_run_has_a_page_too(tmp_path):
@@ -141,19 +192,65 @@ def test_a_folder_of_samples_without_a_run_has_a_page_too(tmp_path):
     tiny.save_json(tmp_path / "a-cat.sample.json", dict(prompt="a cat"))
     shown = Elements(page.write(tmp_path))
     assert "a dog" in shown.text and [picture["src"] for picture in shown.all("img")] == ["a-cat.png"]
+    (tmp_path / "a-dog.mp4").unlink()
+    assert not Elements(page.write(tmp_path)).all("button")                 # nothing to play
 
 
-@pytest.mark.parametrize("changes", [dict(fps="abc"), dict(fps="0/0"), dict(finished="yes"), dict(steps=None), dict(versions=3),
-                                     dict(prompt=["a"], clip=None)])
+@pytest.mark.parametrize("changes", [
+    dict(fps="abc"), dict(fps="0/0"), dict(fps="1e999999999"), dict(finished="yes"), dict(finished=1e300),
+    dict(finished=10 ** 400), dict(steps=None), dict(steps=10 ** 400), dict(versions=3), dict(prompt=["a"], clip=None),
+    dict(lora=[{"file": {}}, 3]), dict(size=10 ** 400)])
 def test_a_run_json_edited_by_hand_is_shown_as_far_as_it_can_be(tmp_path, changes):
     assert "0.0003" in Elements(page.write(make_run(tmp_path / "run", **changes))).text
 
 
+@pytest.mark.parametrize("name, content", [
+    ("loss.csv", b"step,loss\n1,0.5\n2,\xff\n"), ("loss.csv", "step,loss\n1,1e999\n2,nan\n"),
+    ("loss.csv", "step,loss\n1,1e-320\n"), ("loss.csv", 'step,loss\n1,"' + "9" * 200_000), ("metrics.json", NESTED),
+    ("metrics.json", f'{{"values": {{"source.mp4": {{"psnr": 1{"0" * 400}}}}}}}'),
+    ("metrics.json", f'{{"values": {{"source.mp4": {{"psnr": {NESTED}}}}}, "clip": {NESTED}}}'),
+    ("sample0.sample.json", f'{{"prompt": "a panda", "settings": {{"x": {NESTED}}}, "command": {NESTED}}}'),
+    ("sample0.sample.json", '{"settings": {"x": ' + "[" * 100_000),
+    ("run.json", f'{{"size": {NESTED}, "clip": {NESTED}, "lora": [{NESTED}, {{"file": "a", "scale": {NESTED}}}]}}')])
+def test_a_broken_file_of_a_folder_costs_the_page_no_more_than_what_it_tells(tmp_path, name, content):
+    folder = make_run(tmp_path / "run", ["a panda"])
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert "a panda" in Elements(page.write(folder)).text
+
+
+def test_what_is_no_file_is_passed_over(tmp_path):
+    folder = make_run(tmp_path / "run", ["a panda"])
+    for name in ("x.mp4", "x.attention.png", "y.sample.json"):
+        (folder / name).symlink_to("nowhere")
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "pipe.mp4")
+    os.mkfifo(folder / "metrics.json")
+    shown = Elements(page.write(folder))
+    assert [video["src"] for video in shown.all("video")] == ["source.mp4", "sample0.mp4"] and not shown.all("img")
+
+
 @pytest.mark.parametrize("values, line", [
     (dict(steps=3, seed=None, no_inversion=True, chosen=False), "--steps 3 --no-inversion"),
-    (dict(prompt="it's \"x\""), """--prompt 'it'"'"'s "x"'"""), (dict(lora=["a.safetensors", 0.5]), "--lora a.safetensors 0.5")])
+    (dict(prompt="it's \"x\""), """--prompt 'it'"'"'s "x"'"""), (dict(lora=["a", 0.5]), "--lora a 0.5"),
+    (dict(prompt="-5 degrees"), "'--prompt=-5 degrees'"),
+    (dict(lora=["-a", "b"], out=Path("-o")), "--lora=-a --lora=b --out=-o")])
 def test_flags_are_a_line_that_the_shell_reads_back(values, line):
-    assert page.command(*page.flags(values)) == line
+    assert records.command(*records.flags(values)) == line
+
+
+def test_lines_with_words_that_begin_with_a_dash_or_that_a_shell_would_run_are_read_back(tmp_path, monkeypatch):
+    given = dict(clip="-clip.mp4", prompt="--steps; touch x #", weights="w; touch x #.ckpt", preview="-p")
+    line = records.tuning_command(tmp_path / "-runs/run", SETTINGS | given | dict(
+        norm={"a": 1}, lora=[dict(file="-l", scale=-1.5)]))
+    monkeypatch.setattr("sys.argv", shlex.split(line)[1:])
+    args = train.arguments()
+    assert {name: getattr(args, name) for name in given} == given and args.norm is None
+    assert args.lora == ["-l:-1.5"] and args.steps == 20 and args.out == str(tmp_path / "-runs")
+    monkeypatch.chdir(tmp_path)
+    shown = Elements(page.write(make_run(Path("-runs/run"), finished=0)))
+    assert "python train.py --resume=-runs/run" in shown.text and "python sample.py" not in shown.text
+    shown = Elements(page.write(make_run(Path("-runs/run"))))
+    assert "python sample.py --run=-runs/run --prompt ..." in shown.text
 
 
 # ---- in a real browser ---------------------------------------------------------------------------
@@ -173,7 +270,8 @@ BUTTON = "document.querySelector('.player button').textContent"
 
 def requests(chromium):
     """The addresses that the page asked for."""
-    return [event["params"]["request"]["url"] for event in chromium.events if event.get("method") == "Network.requestWillBeSent"]
+    return [event["params"]["request"]["url"] for event in chromium.events
+            if event.get("method") == "Network.requestWillBeSent"]
 
 
 def test_the_videos_play_in_step_by_one_button_and_one_scrubber(chromium, tmp_path):
@@ -187,7 +285,8 @@ def test_the_videos_play_in_step_by_one_button_and_one_scrubber(chromium, tmp_pa
     chromium.wait("[...document.querySelectorAll('video')].every(video => video.paused)")
     times = chromium.value(TIMES)
     assert chromium.value(BUTTON) == "Play" and max(times) - min(times) <= 1 / 8
-    chromium.value("(() => { const s = document.querySelector('.player input'); s.value = 5; s.dispatchEvent(new Event('input')) })()")
+    chromium.value("(() => { const s = document.querySelector('.player input'); s.value = 5;"
+                   "s.dispatchEvent(new Event('input')) })()")
     chromium.wait(f"{TIMES}.every(time => Math.abs(time - 5.5 / 8) < 0.01)")
     assert chromium.value("document.querySelector('.player output').textContent") == "frame 6 of 8"
 

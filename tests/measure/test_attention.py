@@ -8,11 +8,15 @@ import torch
 from hardening.warm import Warm
 from torch.nn import functional as F
 
+from tinytav import editing, pipeline
 from tinytav.errors import InputError
+from tinytav.files import frames
+from tinytav.files.runs import Run
 from tinytav.inflation import ATTENTIONS, ClipCrossAttention, SparseCausalAttention, VideoUNet
 from tinytav.measure import attention
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNetConfig
+from tinytav.weights import load
 
 FRAMES, HEIGHT, WIDTH = 4, 6, 8
 warm = functools.cache(Warm)
@@ -27,7 +31,8 @@ def net(kind="sparse-causal"):
 
 
 def inputs(batch=2):
-    return random(batch, 4, FRAMES, HEIGHT, WIDTH), torch.tensor([500] * batch), random(batch, 7, 768)[..., :tiny.UNET["cross_attention_dim"]]
+    context = random(batch, 7, 768)[..., :tiny.UNET["cross_attention_dim"]]
+    return random(batch, 4, FRAMES, HEIGHT, WIDTH), torch.tensor([500] * batch), context
 
 
 def test_probabilities_are_what_the_fused_call_multiplies_values_by():
@@ -63,8 +68,8 @@ def test_a_words_maps_are_of_the_prompt_and_not_of_the_empty_one():
 
 
 @pytest.mark.parametrize("kind, frame, seen", [
-    ("sparse-causal", 0, [0]), ("sparse-causal", 1, [0]), ("sparse-causal", 3, [0, 2]), ("first", 2, [0]), ("spatial", 2, [2]),
-    ("causal", 2, [0, 1, 2]), ("full", 1, [0, 1, 2, 3])])
+    ("sparse-causal", 0, [0]), ("sparse-causal", 1, [0]), ("sparse-causal", 3, [0, 2]), ("first", 2, [0]),
+    ("spatial", 2, [2]), ("causal", 2, [0, 1, 2]), ("full", 1, [0, 1, 2, 3])])
 def test_a_pixels_maps_are_of_the_frames_it_looks_at_and_hold_all_its_attention(kind, frame, seen):
     look = attention.PixelMaps(kind, FRAMES, frame, 0.3, 0.7, HEIGHT, WIDTH)
     with attention.watched(model := net(kind), ATTENTIONS[kind], look):
@@ -119,35 +124,93 @@ TOKENIZER = Tokenizer.from_folder(tiny.DATA / "tokenizer")
 
 @pytest.mark.parametrize("prompt, word, spans", [
     ("a man is skiing", "man", ["man"]), ("a man is a Man, no woman", "man", ["man", "Man"]),
-    ("a  panda\tis skiing", "panda", ["panda"]), ("a man's dog", "man", ["man"]), ("a man is skiing", "is skiing", ["is", "skiing"])])
+    ("a  panda\tis skiing", "panda", ["panda"]), ("a man's dog", "man", ["man"]),
+    ("a man is skiing", "is skiing", ["is", "skiing"])])
 def test_a_words_tokens_are_found_and_no_others(prompt, word, spans):
     encoding = TOKENIZER.bpe.encode(prompt, add_special_tokens=False)
     texts = [prompt[slice(*encoding.offsets[i - 1])] for i in attention.word_positions(TOKENIZER, prompt, word)]
     assert "".join(texts).replace(" ", "") == "".join(spans).replace(" ", "")
 
 
-@pytest.mark.parametrize("prompt, word", [("a man", "woman"), ("a woman", "man"), ("a man", ""), ("a man", " "), ("dog " * 80 + "cat", "cat")])
+@pytest.mark.parametrize("prompt, word", [("a man", "woman"), ("a woman", "man"), ("a man", ""), ("a man", " "),
+                                          ("dog " * 80 + "cat", "cat")])
 def test_a_word_that_is_not_in_the_prompt_is_refused(prompt, word):
     with pytest.raises(InputError, match="does not hold the word"):
         attention.word_positions(TOKENIZER, prompt, word)
+
+
+def brightest(picture):
+    """Where a picture (h, w, 3) is brightest, as parts of its height and width, rounded to the cells of a 2 x 3 map."""
+    y, x = np.unravel_index(picture.astype(int).sum(-1).argmax(), picture.shape[:2])
+    return int(2 * y / picture.shape[0]), int(3 * x / picture.shape[1])
+
+
+def cell(i):
+    """A map (2, 3) that is large in one cell, another one for each i below 6."""
+    heat = torch.zeros(2, 3)
+    heat[i % 2, i % 3] = 1 + i
+    return heat
 
 
 def test_a_picture_is_bright_where_the_map_is():
     heat = np.zeros((4, 4))
     heat[1, 2] = 1
     picture = attention.heated(np.full((80, 80, 3), 128, np.uint8), heat).astype(float)
-    brightest = np.unravel_index(picture.sum(-1).argmax(), (80, 80))
-    assert 20 <= brightest[0] < 40 and 40 <= brightest[1] < 60
-    assert np.ptp(picture[70, 10]) == 0 and np.ptp(picture[30, 50]) > 50    # grey where there is none, coloured where it is
+    y, x = np.unravel_index(picture.sum(-1).argmax(), (80, 80))
+    assert 20 <= y < 40 and 40 <= x < 60
+    assert np.ptp(picture[70, 10]) == 0 and np.ptp(picture[30, 50]) > 50    # grey where there is none, else coloured
 
 
-def test_pictures_have_a_row_for_each_part_and_a_column_for_each_frame():
-    x = random(10, 3, 16, 24).clamp(-1, 1)
-    word = attention.word_picture(x, random(10, 2, 3).abs(), "man")
-    width = 4 * 300 + 3 * 4
-    assert word.size[0] == width and 4 * 200 < word.size[1] < 4 * 260
-    pixel = attention.pixel_picture(x, 9, (0.5, 0.5), [0, 8], [("before", random(2, 2, 3).abs()), ("after", random(2, 2, 3).abs())])
-    assert pixel.size[0] == 3 * 300 + 2 * 4 and 2 * 200 < pixel.size[1] < 2 * 260
+def test_a_words_rows_show_each_frame_above_its_own_map():
+    x = random(10, 3, 16, 24).clamp(-1, 1) / 4 - 0.75                       # so dark that the maps are brighter
+    maps = torch.stack([cell(i) / (1 + i) * (5 + i) for i in range(10)])
+    rows = attention.word_rows(x, maps, "man")
+    assert [text for text, _ in rows] == ["the sample", "attention to 'man'"] * 2
+    labels = [[f"frame {n}" for n in part] for part in ((1, 2, 4, 5), (6, 7, 9, 10))]
+    assert [[label for _, label in row] for _, row in rows] == [labels[0], labels[0], labels[1], labels[1]]
+    for (_, samples), (_, watched) in (rows[:2], rows[2:]):
+        for (sample, label), (heated, _) in zip(samples, watched):
+            i = int(label.split()[1]) - 1
+            assert (sample == attention.resized(x, attention.SIDE)[i]).all() and brightest(heated) == (i % 2, i % 3)
+            assert (heated == attention.heated(sample, (maps / maps.max())[i].numpy())).all()           # one scale
+
+
+def test_a_pixels_row_shows_its_frame_first_and_then_what_it_looks_at_with_the_shares():
+    x = random(6, 3, 16, 24).clamp(-1, 1) / 4 - 0.75
+    maps = {"before": torch.stack([cell(1), cell(5)]), "after": torch.stack([cell(4), cell(0)])}
+    rows = attention.pixel_rows(x, 5, (0.25, 0.75), [0, 4], maps)
+    assert [text for text, _ in rows] == ["before", "after"]
+    assert [[label for _, label in row] for _, row in rows] == [
+        ["frame 6: the pixel", "frame 1: 25 % of its attention", "frame 5: 75 % of its attention"],
+        ["frame 6: the pixel", "frame 1: 83 % of its attention", "frame 5: 17 % of its attention"]]
+    assert [brightest(picture) for _, row in rows for picture, _ in row[1:]] == [(1, 1), (1, 2), (0, 1), (0, 0)]
+    frame, (first, _), (fifth, _) = attention.resized(x, attention.SIDE), *rows[0][1][1:]
+    assert np.corrcoef(first[100:, 200:].mean(-1).ravel(), frame[0][100:, 200:].mean(-1).ravel())[0, 1] > 0.9
+    assert np.corrcoef(fifth[:100, :100].mean(-1).ravel(), frame[4][:100, :100].mean(-1).ravel())[0, 1] > 0.9
+    assert ring(rows[0][1][0][0], frame[5]) == pytest.approx((0.25, 0.75), abs=0.01)
+
+
+def ring(picture, plain):
+    """The middle of what differs between two pictures, as parts of height and width: (y, x)."""
+    differs = np.argwhere((picture != plain).any(-1))
+    assert len(differs) < picture.shape[0] * picture.shape[1] / 20
+    return (differs.min(0) + differs.max(0) + 1) / 2 / picture.shape[:2]
+
+
+def test_a_sheet_has_a_row_below_another_and_the_texts_above_their_pictures():
+    colours = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255)]]
+    rows = [(f"row {i}", [(np.full((50, 80, 3), colour, np.uint8), "label") for colour in row])
+            for i, row in enumerate(colours)]
+    sheet = np.asarray(attention.sheet(rows))
+    down = 2 * attention.LABEL + 50 + 8
+    assert sheet.shape == (2 * down - 8, 164, 3)
+    for i, row in enumerate(colours):
+        for j, colour in enumerate(row):
+            top = i * down + 2 * attention.LABEL
+            assert (sheet[top:top + 50, j * 84:j * 84 + 80] == colour).all()
+            assert (sheet[top - attention.LABEL:top, j * 84:j * 84 + 80] < 128).any()                   # its label
+        assert (sheet[i * down:i * down + attention.LABEL, :80] < 128).any()                            # the row's text
+    assert (sheet[down:, 84:] == 255).all()
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -158,7 +221,8 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     tiny.write_folder(place / "w")
     tiny.write_clip(place / "clip.mp4")
-    for args in (("train.py", "clip.mp4", "a man is skiing", "--weights", "w"), ("sample.py", "--prompt", "a panda is skiing")):
+    for args in (("train.py", "clip.mp4", "a man is skiing", "--weights", "w"),
+                 ("sample.py", "--prompt", "a panda is skiing")):
         done = warm()(place, *args, limit=300)
         assert done.status == 0, done.err
     return place
@@ -170,16 +234,79 @@ def call(place, *args, status=0):
     return done
 
 
-def test_the_command_draws_pictures_that_the_page_shows_and_changes_no_other_file(place):
+def drawn(place, monkeypatch, *args):
+    """What the command draws: (rows, x, {text: maps}). The word's maps have the text "word"."""
+    seen = {}
+
+    def pixel_rows(x, frame, at, frames, maps):
+        seen.update(maps=maps, x=x)
+        return made_of_pixel(x, frame, at, frames, maps)
+
+    def word_rows(x, maps, word):
+        seen.update(maps={"word": maps}, x=x)
+        return made_of_word(x, maps, word)
+
+    def sheet(rows):
+        seen["rows"] = rows
+        return made_of_rows(rows)
+    made_of_pixel, made_of_word, made_of_rows = attention.pixel_rows, attention.word_rows, attention.sheet
+    with monkeypatch.context() as patch:
+        for function in (pixel_rows, word_rows, sheet):
+            patch.setattr(attention, function.__name__, function)
+        patch.chdir(place)
+        patch.setattr("sys.argv", ["attention", "runs/clip", *map(str, args)])
+        assert attention.main() == 0
+    return seen["rows"], seen["x"], seen["maps"]
+
+
+def test_the_pixel_and_the_frame_that_are_named_are_shown_after_tuning_or_also_before_it(place, monkeypatch):
+    [(text, row)], x, maps = drawn(place, monkeypatch, "--pixel", 100, 30, "--frame", 2)
+    assert text == "after tuning" and [label.split(":")[0] for _, label in row] == ["frame 2", "frame 1"]
+    height, width = frames.enlarged(x[:1]).shape[1:3]
+    middle = ring(row[0][0], attention.resized(x, attention.SIDE)[1])
+    assert middle == pytest.approx((30.5 / height, 100.5 / width), abs=0.01)
+    [(text, row)], *_ = drawn(place, monkeypatch, "--pixel", 100, 30)
+    assert [label.split(":")[0] for _, label in row] == ["frame 3", "frame 1", "frame 2"]
+    rows, _, both = drawn(place, monkeypatch, "--pixel", 100, 30, "--frame", 2, "--before")
+    assert [text for text, _ in rows] == ["before tuning", "after tuning"]
+    assert torch.equal(both["after tuning"], maps["after tuning"])
+    assert not torch.equal(both["before tuning"], both["after tuning"])
+
+
+def test_a_pixels_maps_are_those_of_the_net_on_the_noised_clip(place, monkeypatch):
+    _, _, maps = drawn(place, monkeypatch, "--pixel", 100, 30, "--frame", 3)
+    monkeypatch.chdir(place)
+    session = editing.open_run(load("w"), Run.open("runs/clip"))
+    clip, steps = session.clip, session.run.settings.ddim_steps
+    height, width = frames.enlarged(pipeline.decode(session.sd.vae, clip.mean)[:1]).shape[1:3]
+    look = attention.PixelMaps("sparse-causal", 3, 2, 30.5 / height, 100.5 / width, *clip.mean.shape[3:])
+    noise = pipeline.gaussian(clip.mean.shape, session.run.settings.seed)
+    with torch.no_grad(), attention.watched(session.net, ATTENTIONS["sparse-causal"], look):
+        for t, _ in session.sd.schedule.pairs(steps):
+            pipeline.predict(session.net, session.sd.schedule.add_noise(clip.mean, noise, t), t, clip.context)
+    assert torch.equal(look.mean.value(), maps["after tuning"])
+
+
+def test_a_word_is_watched_in_the_newest_sample_that_holds_it(place, monkeypatch):
+    rows, x, maps = drawn(place, monkeypatch, "--word", "panda")
+    assert [text for text, _ in rows] == ["the sample", "attention to 'panda'"]
+    sample = frames.read_all(place / "runs/clip/a-panda-is-skiing.mp4")
+    assert (F.interpolate(x, sample.shape[2:]) - sample).abs().mean() < 0.1
+    _, other, _ = drawn(place, monkeypatch, "--word", "man")
+    assert not torch.equal(other, x)
+    _, _, named = drawn(place, monkeypatch, "--word", "panda", "--prompt", "a panda")
+    assert not torch.equal(named["word"], maps["word"])
+
+
+def test_the_command_draws_pictures_that_the_page_shows_and_changes_no_other_file(place, monkeypatch):
     run = place / "runs/clip"
-    before = {file: file.read_bytes() for file in run.iterdir() if file.name != "index.html"}
+    before = {file: file.read_bytes() for file in run.iterdir()
+              if file.name != "index.html" and ".attention." not in file.name}
     done = call(place, "runs/clip", "--word", "panda")
     assert "prompt: a panda is skiing" in done.out and done.out.splitlines()[-1] == "page: runs/clip/index.html"
-    call(place, "runs/clip", "--word", "man")                               # in the run's own prompt
-    call(place, "runs/clip", "--pixel", 100, 30)
-    call(place, "runs/clip", "--pixel", 100, 30, "--frame", 1)
-    names = {"a-panda-is-skiing.panda", "a-man-is-skiing.man", "pixel-100-30-frame-3", "pixel-100-30-frame-1"}
-    assert {file.name.removesuffix(".attention.png") for file in run.glob("*.attention.png")} == names
+    drawn(place, monkeypatch, "--pixel", 100, 30)
+    names = {"a-panda-is-skiing.panda", "pixel-100-30-frame-3"}
+    assert names <= {file.name.removesuffix(".attention.png") for file in run.glob("*.attention.png")}
     page = (run / "index.html").read_text()
     assert all(f'src="{name}.attention.png"' in page for name in names) and "--pixel 100 30 --frame 3" in page
     assert before == {file: file.read_bytes() for file in before}
@@ -187,6 +314,9 @@ def test_the_command_draws_pictures_that_the_page_shows_and_changes_no_other_fil
 
 @pytest.mark.parametrize("args, message", [
     (("--word", "dragon"), "does not hold the word 'dragon'"), (("--pixel", 4000, 3), "has 3 frames of"),
-    (("--pixel", 3, 3, "--frame", 9), "of frame 9 is not in it"), ((), "required")])
+    (("--pixel", 3, 3, "--frame", 9), "of frame 9 is not in it"), ((), "required"),
+    (("--word", "man", "--frame", 1), "--frame and --before belong to --pixel"),
+    (("--word", "man", "--before"), "--frame and --before belong to --pixel"),
+    (("--pixel", 3, 3, "--prompt", "a"), "--prompt belongs to --word")])
 def test_what_cannot_be_shown_is_refused(place, args, message):
     assert message in call(place, "runs/clip", *args, status=2).err

@@ -1,82 +1,154 @@
 """That the table is there and whole, and what it counts; the times are the machine's affair."""
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
+from tinytav.errors import InputError
+from tinytav.inflation import inflate
 from tinytav.measure import bench
-from tinytav.stable_diffusion.unet import UNet, UNetConfig
+from tinytav.stable_diffusion.unet import UNetConfig
+from tinytav.stable_diffusion.vae import VAEConfig
+from tinytav.weights import load
 
-ROOT = Path(__file__).parents[2]
-ROW = re.compile(r"(.*?) +(\d+\.\d{3}) +(\d+\.\d\d|-) +(\d+\.\d\d|-) +(\d+|-) +(\d+|-) +(\d+%|-)( .*)?")
-CASE = bench.Case("tuning", 2, 32, "cpu", "fp32", None, "w", None, None, 1, "auto")
+CPU = torch.device("cpu")
+ROW = re.compile(r"(.*?)" + r" +(\d+\.\d{3})" + r" +(\d+\.\d+|-)" * 2 + r" +(\d+|-)" * 2 + r" +(\d+%|-)" + "( .*)?")
+BLOCKS = 12             # of the tiny U-Net
 
 
-def call(*args):
-    return subprocess.run([sys.executable, "-m", "tinytav", "bench", *map(str, args)], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return tiny.write_folder(tmp_path_factory.mktemp("bench") / "w")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The command in this process, on one thread and with a matrix product that takes no time: rows and status."""
+    monkeypatch.setattr(bench, "measure_apart", bench.measure)
+    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype: 1e9)
+
+    def call(*args):
+        monkeypatch.setattr("sys.argv", ["bench", "--device", "cpu", "--repeats", "1", *map(str, args)])
+        return bench.main()
+    return call
 
 
 def rows(output):
     return [match.groups() for match in map(ROW.fullmatch, output.splitlines()) if match]
 
 
-def test_parts_are_measured_at_the_weights_own_size(tmp_path):
-    weights, parts = tiny.write_folder(tmp_path / "w"), ["loading", "decoding", "sampling"]
-    done = call("--weights", weights, "--device", "cpu", "--repeats", 1, "--parts", *parts)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"weights: {weights}\ndevice cpu") and "3 frames of 32x32" in done.stdout
-    found = rows(done.stdout)
-    assert [name for name, *_ in found] == [bench.PARTS[part][1] for part in parts]
-    assert all(0.05 < float(peak) < 16 for _, _, peak, *_ in found)
-    assert [share == "-" for *_, share, _ in found] == [True, False, False]
+def case(weights, **changes):
+    given = dict(part="tuning", frames=2, size=32, device="cpu", precision="fp32", random=None, weights=weights,
+                 tokenizer=None, prediction=None, repeats=1, checkpointing="off")
+    return argparse.Namespace(**given | changes)
 
 
-def test_several_sizes_are_compared_and_written_as_json(tmp_path):
-    weights = tiny.write_folder(tmp_path / "w")
-    done = call("--weights", weights, "--device", "cpu", "--repeats", 1, "--frames", 1, 2, "--size", 16, "--parts",
-                "tuning", "--precision", "bf16", "--checkpointing", "on", "--json", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
-    assert len(rows(done.stdout)) == 2
-    assert "2 frames of 16x16:" in done.stdout and "x the row above" in done.stdout
-    written = json.loads((tmp_path / "out.json").read_text())
+def test_each_part_is_measured_in_a_process_of_its_own(weights):
+    result = bench.measure_apart(case(weights, part="sampling"))
+    assert 0.05 < result["peak"] / 2 ** 30 < 16 and result["each"] == result["seconds"] / 2
+    title, _, _, _, _, _, share, note = ROW.fullmatch(bench.row(result)).groups()
+    assert title.strip() == bench.PARTS["sampling"] and note is None and share != "-"
+
+
+def test_all_parts_are_rows_and_what_takes_one_frame_has_no_seconds_a_frame(here, weights, capsys):
+    assert here("--weights", weights) == 0
+    out = capsys.readouterr().out
+    found = rows(out)
+    assert out.startswith(f"weights: {weights}\ndevice cpu") and "3 frames of 32x32" in out
+    assert [title for title, *_ in found] == list(bench.PARTS.values())
+    assert [each != "-" for _, _, each, *_ in found] == [False, False, False, True, True, True]
+    assert [share != "-" for *_, share, _ in found] == [False, True, True, True, True, True]
+
+
+def test_several_sizes_are_written_as_json(here, weights, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    assert here("--weights", weights, "--frames", 1, 2, "--size", 16, 32, "--parts", "tuning", "--precision", "bf16",
+                "--checkpointing", "on", "--json", file) == 0
+    out = capsys.readouterr().out
+    assert len(rows(out)) == 4 and out.count(f"{BLOCKS} blocks computed again") == 4 and "2 frames of 16x16" in out
+    written = json.loads(file.read_text())
     assert written["machine"]["precision"] == "bf16"
-    assert [(result["part"], result["frames"]) for result in written["results"]] == [("tuning", 1), ("tuning", 2)]
+    sizes = [(result["frames"], result["size"]) for result in written["results"]]
+    assert sizes == [(1, 16), (2, 16), (1, 32), (2, 32)]
     for result in written["results"]:
         assert result["rate"] == pytest.approx(result["flops"] / result["seconds"])
-        assert result["share"] == pytest.approx(result["rate"] / result["matrix_rate"])
-        assert result["recomputed"] == 12
+        assert result["share"] == pytest.approx(result["rate"] / 1e9) and result["matrix_rate"] == 1e9
+        assert result["each"] == result["seconds"] / result["frames"] and result["recomputed"] == BLOCKS
 
 
-def test_a_size_that_the_model_does_not_take_is_refused(tmp_path):
-    done = call("--weights", tiny.write_folder(tmp_path / "w"), "--size", 17)
-    assert done.returncode == 2 and "use a multiple of" in done.stderr and "Traceback" not in done.stderr
+def test_a_size_that_the_model_does_not_take_is_refused(here, weights):
+    with pytest.raises(InputError, match="The size 17 does not suit this model: use a multiple of 2"):
+        here("--weights", weights, "--size", 16, 17)
 
 
 def test_the_median_leaves_out_the_warm_up(monkeypatch):
     clock = iter([0, 100, 200, 201, 300, 302, 400, 450])    # the warm-up takes 100, the others 1, 2, 50
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     calls = []
-    assert bench.seconds(lambda: calls.append(1), repeats=3, device=torch.device("cpu")) == 2
+    assert bench.seconds(lambda: calls.append(1), repeats=3, device=CPU) == 2
     assert len(calls) == 4
+
+
+def test_a_matrix_products_rate_is_two_operations_an_element_of_its_sum(monkeypatch):
+    monkeypatch.setattr(bench, "seconds", lambda call, repeats, device: 2.)
+    assert bench.matrix_rate(CPU, torch.float32) == 2048 ** 3
+
+
+def test_operations_are_those_of_matrices_convolutions_and_attention():
+    a, image, kernel = torch.ones(5, 7), torch.ones(1, 2, 8, 8), torch.ones(3, 2, 3, 3)
+    assert bench.operations(lambda: a @ a.T) == 2 * 5 * 7 * 5
+    assert bench.operations(lambda: torch.conv2d(image, kernel, padding=1)) == 2 * 64 * 3 * 2 * 9
+    assert bench.operations(lambda: a + a) is None
+
+
+def test_the_fused_attention_of_a_cpu_counts_what_its_matrix_products_count():
+    q, k = torch.randn(2, 3, 64, 16, requires_grad=True), torch.randn(2, 3, 80, 16, requires_grad=True)
+    product = 2 * 2 * 3 * 64 * 80 * 16
+    assert bench.operations(lambda: scaled_dot_product_attention(q, k, k)) == 2 * product
+    with sdpa_kernel(SDPBackend.MATH):
+        assert bench.operations(lambda: scaled_dot_product_attention(q, k, k)) == 2 * product
+    forward_and_back = bench.operations(lambda: scaled_dot_product_attention(q, k, k).sum().backward())
+    assert forward_and_back == (2 + 5) * product            # the gradient computes the first product again
+
+
+def test_a_steps_operations_are_the_nets_and_more_where_blocks_are_computed_again(weights):
+    sd = load(weights)
+    counted = {}
+    for checkpointing in ("off", "on"):
+        call, net = bench.prepare(sd, case(weights, checkpointing=checkpointing))
+        counted[checkpointing] = bench.operations(call)
+    x, context = torch.zeros(1, 4, 2, 16, 16), torch.zeros(1, 77, net.cfg.cross_attention_dim)
+    forward = bench.operations(torch.no_grad()(lambda: inflate(sd.unet, 2)(x, torch.tensor([1]), context)))
+    assert 1.5 * forward < counted["off"] < 3.1 * forward and counted["on"] > counted["off"] + 0.8 * forward
+    guided = bench.operations(bench.prepare(sd, case(weights, part="sampling"))[0])
+    inverted = bench.operations(bench.prepare(sd, case(weights, part="inverting"))[0])
+    assert inverted == forward and guided == 2 * inverted
 
 
 def test_a_system_that_does_not_tell_the_peak_gives_a_dash(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "STATUS", tmp_path / "none")
     monkeypatch.setattr(bench, "FORGET", tmp_path / "none")
-    bench.forget_peak(torch.device("cpu"))
-    peak = bench.peak_bytes(torch.device("cpu"))
+    bench.forget_peak(CPU)
+    peak = bench.peak_bytes(CPU)
     assert peak is None
-    _, _, shown, simulated, *_ = ROW.fullmatch(bench.row(bench.Result("tuning", 2, 32, 1.5, peak, 2 ** 30))).groups()
-    assert shown == "-" and simulated == "1.00"
+    result = dict(part="tuning", frames=2, size=32, seconds=1.5, each=0.75, peak=peak, flops=2e9, rate=3e9, share=0.5,
+                  recomputed=0)
+    assert ROW.fullmatch(bench.row(result)).groups()[1:] == ("1.500", "0.750", "-", "2", "3", "50%", None)
+
+
+@pytest.mark.skipif(not bench.FORGET.exists(), reason="the system does not tell")
+def test_the_peak_is_the_most_that_was_held_since_it_was_forgotten():
+    torch.ones(10 ** 8)                                     # 400 MB
+    bench.forget_peak(CPU)
+    before = bench.peak_bytes(CPU)
+    torch.ones(5 * 10 ** 7)
+    assert 1.5e8 < bench.peak_bytes(CPU) - before < 2.5e8
 
 
 @pytest.mark.parametrize("error, message", [(BrokenProcessPool(), "was ended"), (MemoryError(), "too small")])
@@ -85,8 +157,16 @@ def test_a_part_without_enough_memory_is_a_line_and_the_others_go_on(monkeypatch
         raise error
     monkeypatch.setattr(bench, "measure", fails)
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
-    result = bench.measure_apart(CASE)
-    assert message in result.error and message in bench.row(result)
+    result = bench.measure_apart(case("w"))
+    assert message in result["error"] and message in bench.row(result)
+
+
+def test_a_part_that_failed_is_shown_the_others_are_measured_and_the_status_says_so(here, weights, monkeypatch, capsys):
+    failed = dict(part="decoding", frames=3, size=32, error="the memory is too small")
+    monkeypatch.setattr(bench, "measure_apart", lambda case: failed if case.part == "decoding" else bench.measure(case))
+    assert here("--weights", weights, "--parts", "decoding", "encoding") == 1
+    out = capsys.readouterr().out
+    assert re.search(r"VAE, decoding a frame +the memory is too small\n", out) and len(rows(out)) == 1
 
 
 class Here:
@@ -106,20 +186,23 @@ class Here:
 
 
 def test_what_does_not_depend_on_frames_is_measured_once_for_each_size():
-    args = argparse.Namespace(parts=None, size=[64, 128], frames=[8, 16], random=None, tokenizer=None, prediction=None,
-                              repeats=1, checkpointing="auto")
-    cases = list(bench.cases(args, None, "cpu", torch.float32, "w"))
+    args = argparse.Namespace(parts=None, random=None)
+    cases = list(bench.cases(args, [64, 128], [8, 16]))
     count = {part: [(case.frames, case.size) for case in cases if case.part == part] for part in bench.PARTS}
     assert count["tuning"] == count["sampling"] == [(8, 64), (16, 64), (8, 128), (16, 128)]
     assert count["decoding"] == [(8, 64), (8, 128)] and count["loading"] == [(8, 64)]
 
 
-def test_random_weights_give_finite_answers():
-    unet = bench.with_random_weights(UNet, UNetConfig.from_json(tiny.UNET), torch.device("cpu"), torch.bfloat16)
-    assert unet.conv_in.weight.dtype is torch.bfloat16 and not unet.conv_in.weight.requires_grad
+def test_random_weights_give_finite_answers(here, monkeypatch, capsys):
+    configs = UNetConfig.from_json(tiny.UNET), VAEConfig.from_json(tiny.VAE)
+    monkeypatch.setitem(bench.RANDOM, "sd15", configs)
+    sd = bench.models(case(None, random="sd15", precision="bf16"))
+    assert sd.unet.conv_in.weight.dtype is torch.bfloat16 and not sd.unet.conv_in.weight.requires_grad
     x = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16)
-    answer = unet(x, torch.tensor([5, 900]), torch.randn(2, 7, 24, dtype=torch.bfloat16))
+    answer = sd.unet(x, torch.tensor([5, 900]), torch.randn(2, 7, 24, dtype=torch.bfloat16))
     assert answer.isfinite().all() and answer.std() > 0
+    assert here("--random", "sd15", "--frames", 2, "--size", 16, "--precision", "fp32") == 0
+    assert len(rows(capsys.readouterr().out)) == len(bench.PARTS) - 1       # nothing is loaded
 
 
 def test_the_default_models_of_random_are_stable_diffusion_1_5s():

@@ -8,8 +8,7 @@ at the word's tokens. A pixel's are those of ST-Attn (attn1), in the frames that
 and the previous one (paper, section 3.2). Both are means over heads, layers and timesteps.
 
 The model computes attention in one fused call that returns no map. So the maps are computed beside it, from what enters
-each attention, and only for the rows that are asked for. Nothing in the model is replaced: its results stay the same
-bits.
+each attention, and only for what is asked for. Nothing in the model is replaced, and its results stay the same bits.
 """
 import json
 import math
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from tinytav import cli, editing, pipeline
 from tinytav.errors import InputError
-from tinytav.files import frames, page
+from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
 from tinytav.inflation import ATTENTIONS, ClipCrossAttention
@@ -99,10 +98,8 @@ class WordMaps:
 
     def __call__(self, attention, x, context):                              # (b f) n c, b m d
         k = attention.to_k(context[-1])
-        maps = []
-        for frame in x[-self.frames:]:                                      # n c
-            weights = probabilities(attention, attention.to_q(frame), k)    # n m
-            maps.append(weights[:, self.positions].sum(-1))
+        maps = [probabilities(attention, attention.to_q(frame), k)[:, self.positions].sum(-1)       # n
+                for frame in x[-self.frames:]]
         self.mean.add(torch.stack(maps).unflatten(1, grid(x.shape[1], *self.mean.size)))
 
 
@@ -141,30 +138,6 @@ def word_positions(tokenizer, prompt, word):
     return positions
 
 
-# ---- the maps of a run ---------------------------------------------------------------------------
-
-def of_word(net, sd, noise, context, empty, positions, steps, guidance):
-    """Samples the prompt, and watches it. Returns latents (1, 4, f, h, w) and maps (f, h, w)."""
-    maps = WordMaps(net.frames, positions, *noise.shape[3:])
-    with watched(net, ClipCrossAttention, maps):
-        sampling = pipeline.sample(net, sd.schedule, noise, context, empty, steps, guidance)
-        latents = pipeline.last(cli.progress(sampling, steps, "sampling"))
-    return latents, maps.mean.value()
-
-
-@torch.no_grad()
-def of_pixel(net, sd, latents, context, noise, frame, y, x, steps, name):
-    """Shows the net the noised clip at every timestep of the sampler. Returns maps (n, h, w) and their n frames.
-
-    latents and noise (1, 4, f, h, w). The same noise, whatever the net: what differs between two nets is their doing.
-    """
-    maps = PixelMaps(net.attention, net.frames, frame, y, x, *latents.shape[3:])
-    with watched(net, ATTENTIONS[net.attention], maps):
-        for t, _ in cli.progress(sd.schedule.pairs(steps), steps, name):
-            pipeline.predict(net, sd.schedule.add_noise(latents, noise, t), t, context)
-    return maps.mean.value(), maps.seen
-
-
 # ---- pictures ------------------------------------------------------------------------------------
 
 def heated(picture, heat):
@@ -180,28 +153,18 @@ def heated(picture, heat):
     return ((1 - weight) * grey + weight * colour).round().astype(np.uint8)
 
 
-def row_of(text, pictures, labels):
-    """Pictures side by side under a line of text each; `text` stands above the first."""
-    height, width = pictures[0].shape[:2]
-    gap = 4
-    row = Image.new("RGB", (len(pictures) * (width + gap) - gap, 2 * LABEL + height), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(13)
-    draw.text((2, 2), text, "black", font)
-    for i, (picture, label) in enumerate(zip(pictures, labels)):
-        draw.text((i * (width + gap) + 2, LABEL + 2), label, "#555555", font)
-        row.paste(Image.fromarray(picture), (i * (width + gap), 2 * LABEL))
-    return row
-
-
-def stacked(rows):
-    """Rows, one below the other, on white."""
-    height = sum(row.height for row in rows) + 8 * (len(rows) - 1)
-    whole = Image.new("RGB", (max(row.width for row in rows), height), "white")
-    top = 0
-    for row in rows:
-        whole.paste(row, (0, top))
-        top += row.height + 8
-    return whole
+def sheet(rows):
+    """Rows (text, [(picture, label), ...]) -> one picture. The text stands above its row, a label above its picture."""
+    height, width = rows[0][1][0][0].shape[:2]
+    right, down = width + 4, 2 * LABEL + height + 8
+    image = Image.new("RGB", (right * max(len(row) for _, row in rows) - 4, down * len(rows) - 8), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for i, (text, row) in enumerate(rows):
+        draw.text((2, down * i + 2), text, "black", font)
+        for j, (picture, label) in enumerate(row):
+            draw.text((right * j + 2, down * i + LABEL + 2), label, "#555555", font)
+            image.paste(Image.fromarray(picture), (right * j, down * i + 2 * LABEL))
+    return image
 
 
 def resized(x, side):
@@ -217,17 +180,15 @@ def spread(count, most):
     return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
-def word_picture(x, maps, word):
-    """Frames (f, 3, h, w), and below them the same under the word's maps (f, h', w'); all maps on one scale."""
-    pictures = resized(x, SIDE)
-    heat = (maps / maps.max().clamp(min=1e-12)).numpy()
+def word_rows(x, maps, word):
+    """Rows of frames (f, 3, h, w), each above its frames under the word's maps (f, h', w'); all maps on one scale."""
+    pictures, heat = resized(x, SIDE), (maps / maps.max().clamp(min=1e-12)).numpy()
     chosen = spread(len(x), FRAMES)
     rows = []
     for part in (chosen[i:i + COLUMNS] for i in range(0, len(chosen), COLUMNS)):
-        labels = [f"frame {i + 1}" for i in part]
-        rows.append(row_of("the sample", [pictures[i] for i in part], labels))
-        rows.append(row_of(f"attention to '{word}'", [heated(pictures[i], heat[i]) for i in part], labels))
-    return stacked(rows)
+        rows.append(("the sample", [(pictures[i], f"frame {i + 1}") for i in part]))
+        rows.append((f"attention to '{word}'", [(heated(pictures[i], heat[i]), f"frame {i + 1}") for i in part]))
+    return rows
 
 
 def marked(picture, y, x):
@@ -242,106 +203,121 @@ def marked(picture, y, x):
     return np.asarray(image)
 
 
-def pixel_picture(x, frame, place, seen, rows):
-    """Frame `frame` with the pixel marked, beside the frames it looks at, under their maps.
+def pixel_rows(x, frame, place, seen, maps):
+    """Rows of frame `frame` with the pixel marked, and of the frames it looks at under their maps.
 
-    x (f, 3, h, w); place (y, x) as parts; seen: the frames looked at; rows: [(text, maps (n, h', w'))], on one scale.
+    x (f, 3, h, w); place (y, x) as parts; seen: the frames looked at; maps: {a row's text: (n, h', w')}, one scale.
     """
-    pictures = resized(x, SIDE)
-    top = max(maps.max().item() for _, maps in rows)
-    shown = spread(len(seen), FRAMES)
-    made = []
-    for text, maps in rows:
-        heat = (maps / max(top, 1e-12)).numpy()
-        labels = [f"frame {seen[i] + 1}: {100 * maps[i].sum() / maps.sum():.0f} % of its attention" for i in shown]
-        row = [marked(pictures[frame], *place), *(heated(pictures[seen[i]], heat[i]) for i in shown)]
-        made.append(row_of(text, row, [f"frame {frame + 1}: the pixel", *labels]))
-    return stacked(made)
+    pictures, top = resized(x, SIDE), max(max(part.max().item() for part in maps.values()), 1e-12)
+    rows = []
+    for text, parts in maps.items():
+        row = [(marked(pictures[frame], *place), f"frame {frame + 1}: the pixel")]
+        for i in spread(len(seen), FRAMES):
+            share = 100 * parts[i].sum() / parts.sum()
+            row.append((heated(pictures[seen[i]], (parts[i] / top).numpy()),
+                        f"frame {seen[i] + 1}: {share:.0f} % of its attention"))
+        rows.append((text, row))
+    return rows
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 def arguments():
     p = cli.parser(__doc__.splitlines()[0])
-    p.add_argument("run", help="a finished run's folder")
+    p.add_argument("run", help="the folder of a finished run")
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--word", help="where each frame looks for this word of the prompt")
+    what.add_argument("--word", help="show where each frame looks for this word of the prompt")
     what.add_argument("--pixel", type=cli.number(int, 0), nargs=2, metavar=("X", "Y"),
-                      help="where this pixel looks in other frames; counted in source.mp4, from the top left")
-    p.add_argument("--frame", type=cli.number(int, 1), metavar="N", help="the pixel's frame, from 1; else the last")
-    p.add_argument("--prompt", help="else the newest sample's that holds the word, or the run's own")
-    return p.parse_args()
+                      help="show where this pixel looks in other frames; counted in source.mp4, from the top left")
+    p.add_argument("--frame", type=cli.number(int, 1), metavar="N", help="take this frame (default: the last)")
+    p.add_argument("--before", action="store_true", help="show where the pixel looked before tuning, too")
+    p.add_argument("--prompt", help="sample this prompt for --word (default: the newest sample's that holds "
+                                    "the word, or the run's own)")
+    args = p.parse_args()
+    if args.pixel is None and (args.frame or args.before) or args.pixel is not None and args.prompt is not None:
+        p.error("--frame and --before belong to --pixel, and --prompt belongs to --word")
+    return args
 
 
 def prompt_with(run, word):
     """The newest sample's prompt that holds the word; the run's own if no sample's does."""
-    prompts = [details["prompt"] for name, details in page.read_samples(run.path) if name != "source.mp4"]
+    prompts = [details["prompt"] for name, details in records.read_samples(run.path) if name != "source.mp4"]
     holding = [prompt for prompt in prompts if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
     return holding[-1] if holding else run.settings.prompt
 
 
-def save(run, name, picture, caption, repeat):
-    """The picture and its record in the run's folder; then the page. Prints where they are."""
+def save(run, name, rows, caption, flags):
+    """The picture of these rows and its record in the run's folder; then the page. Prints where they are."""
     path = run.path / f"{name}.attention.png"
-    replace(path, lambda file: picture.save(file, "PNG", optimize=True))
-    replace_text(path.with_suffix(".json"), json.dumps(dict(caption=caption, command=repeat), indent=2) + "\n")
-    print(f"{path}\n{caption}\npage: {page.write(run.path)}")
+    replace(path, lambda file: sheet(rows).save(file, "PNG", optimize=True))
+    line = records.call("python -m tinytav attention", [run.path], flags)
+    replace_text(path.with_suffix(".json"), json.dumps(dict(caption=caption, command=line), indent=2) + "\n")
+    cli.say(path)
+    cli.say(caption)
+    cli.say(f"page: {page.write(run.path)}")
 
 
-def watch_word(args, run, sd):
-    """Samples with the word's maps, and saves their picture."""
-    settings = run.settings
+def watch_word(args, session):
+    """Samples from the inverted clip, watches the word, and saves its picture."""
+    sd, net, run, settings = session.sd, session.net, session.run, session.run.settings
     prompt = prompt_with(run, args.word) if args.prompt is None else args.prompt
-    positions = word_positions(sd.tokenizer, prompt, args.word)
-    print(f"prompt: {prompt}")
-    net, clip = editing.net_of(run, sd), editing.clip_of(run, sd)
-    noise = editing.noise_of(run, sd, net, clip, settings.ddim_steps, cli.progress)
-    latents, maps = of_word(net, sd, noise, sd.encode_prompts([prompt]), clip.empty, positions, settings.ddim_steps,
-                            settings.guidance)
-    picture = word_picture(pipeline.decode(sd.vae, latents).cpu(), maps, args.word)
+    maps = WordMaps(net.frames, word_positions(sd.tokenizer, prompt, args.word), *session.shape[3:])
+    cli.say(f"prompt: {prompt}")
+    noise = session.make_noise("inverted", progress=cli.progress)
+    with watched(net, ClipCrossAttention, maps):
+        x = editing.sample_clip(sd, net, noise, prompt, settings.guidance, progress=cli.progress).cpu()
+    maps = maps.mean.value()
     caption = (f"Where each frame looks for \u201c{args.word}\u201d in \u201c{prompt}\u201d: cross-attention, the mean "
-               f"over heads, layers and {settings.ddim_steps} steps. Brightest: {100 * maps.max():.1f} % of a pixel's "
+               f"over heads, layers and {noise.steps} steps. Brightest: {100 * maps.max():.1f} % of a pixel's "
                "attention.")
-    save(run, f"{slug(prompt)}.{slug(args.word)}", picture, caption,
-         page.command("python", "-m", "tinytav", "attention", run.path, "--word", args.word, "--prompt", prompt))
+    save(run, f"{slug(prompt)}.{slug(args.word)}", word_rows(x, maps, args.word), caption,
+         dict(word=args.word, prompt=prompt))
 
 
-def watch_pixel(args, run, sd):
-    """Shows the noised clip to the net before and after tuning, and saves the picture of a pixel's maps."""
-    settings = run.settings
-    clip = editing.clip_of(run, sd)
+@torch.no_grad()
+def watch_pixel(args, session):
+    """Shows the noised clip to the net, after tuning or also before it, and saves the picture of a pixel's maps.
+
+    The noise is the same for both nets, so what differs is their doing.
+    """
+    sd, run, clip, settings = session.sd, session.run, session.clip, session.run.settings
     x = pipeline.decode(sd.vae, clip.mean).cpu()
     height, width = frames.enlarged(x[:1]).shape[1:3]                       # as source.mp4 shows it
-    frame = len(x) if args.frame is None else args.frame
-    if args.pixel[0] >= width or args.pixel[1] >= height or frame > len(x):
-        raise InputError(f"source.mp4 of {run.path} has {len(x)} frames of {width}x{height} pixels: pixel "
-                         f"{args.pixel[0]} {args.pixel[1]} of frame {frame} is not in it.")
-    place = (args.pixel[1] + 0.5) / height, (args.pixel[0] + 0.5) / width
+    frame, (column, line) = args.frame or len(x), args.pixel
+    if column >= width or line >= height or frame > len(x):
+        raise InputError(f"source.mp4 of {run.path} has {len(x)} frames of {width}x{height} pixels: pixel {column} "
+                         f"{line} of frame {frame} is not in it.")
+    place = (line + 0.5) / height, (column + 0.5) / width
     noise = pipeline.gaussian(clip.mean.shape, settings.seed).to(sd.device)
-    untuned = editing.new_net(sd, clip.frames, settings.attention, settings.norm, settings.seed)
-    rows = []
-    for name, net in (("before tuning", untuned), ("after tuning", editing.net_of(run, sd))):
-        maps, seen = of_pixel(net, sd, clip.mean, clip.context, noise, frame - 1, *place, settings.ddim_steps, name)
-        rows.append((name, maps))
-    picture = pixel_picture(x, frame - 1, place, seen, rows)
+    nets = {"after tuning": session.net}
+    if args.before:
+        untuned = editing.new_net(sd, clip.frames, settings.attention, settings.norm, settings.seed)
+        nets = {"before tuning": untuned} | nets
+    rows = {}
+    for name, net in nets.items():
+        maps = PixelMaps(net.attention, net.frames, frame - 1, *place, *session.shape[3:])
+        with watched(net, ATTENTIONS[net.attention], maps):
+            for t, _ in cli.progress(sd.schedule.pairs(settings.ddim_steps), settings.ddim_steps, name):
+                pipeline.predict(net, sd.schedule.add_noise(clip.mean, noise, t), t, clip.context)
+        rows[name] = maps.mean.value()
     what = "the first and the previous frame" if settings.attention == "sparse-causal" else "the frames it is shown"
-    pixel = f"{args.pixel[0]}, {args.pixel[1]}"
-    caption = (f"Where the pixel {pixel} of frame {frame} looks in {what}: {settings.attention} attention, the mean "
-               f"over heads, layers and {settings.ddim_steps} timesteps of the noised clip.")
-    save(run, f"pixel-{args.pixel[0]}-{args.pixel[1]}-frame-{frame}", picture, caption,
-         page.command("python", "-m", "tinytav", "attention", run.path, "--pixel", *args.pixel, "--frame", frame))
+    caption = (f"Where the pixel {column}, {line} of frame {frame} looks in {what}: {settings.attention} attention, "
+               f"the mean over heads, layers and {settings.ddim_steps} timesteps of the noised clip.")
+    save(run, f"pixel-{column}-{line}-frame-{frame}", pixel_rows(x, frame - 1, place, maps.seen, rows), caption,
+         dict(pixel=args.pixel, frame=frame, before=args.before))
 
 
 def main():
     args = arguments()
     run = Run.open(args.run)
     if not run.finished:
-        raise InputError(f"{run.path} is unfinished: go on with python train.py --resume {run.path}.")
+        line = records.call("python train.py", [], dict(resume=run.path))
+        raise InputError(f"{run.path} is unfinished: go on with {line}.")
     sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
-    run.check(sd)
     lora.merge(sd, run.settings.loras())
+    session = editing.open_run(sd, run)
     if args.word is not None:
-        watch_word(args, run, sd)
+        watch_word(args, session)
     else:
-        watch_pixel(args, run, sd)
+        watch_pixel(args, session)
     return 0

@@ -31,7 +31,7 @@ from torch import distributed
 
 from tinytav import cli, editing
 from tinytav.errors import InputError
-from tinytav.files import frames, page
+from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
 from tinytav.measure import metrics
@@ -259,7 +259,7 @@ def made_edit(session, prompt):
     """The video of an edit that was made before, by its record: the same prompt and settings. None if there is none."""
     noise = NOISES["inverted"](session.defaults.ddim_steps)
     wanted = json.loads(json.dumps(session.record(noise, session.defaults.guidance)))
-    for name, details in page.read_samples(session.run.path):
+    for name, details in records.read_samples(session.run.path):
         if details.get("prompt") == prompt and details.get("settings") == wanted:
             return session.run.path / name
     return None

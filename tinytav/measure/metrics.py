@@ -21,7 +21,7 @@ from PIL import Image
 
 from tinytav import cli
 from tinytav.errors import InputError
-from tinytav.files import frames, page
+from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
 from tinytav.noise import NOISES
@@ -110,7 +110,7 @@ def rows(run, eye):
     VAE loses counts too. A file that cannot be read is passed over with a warning.
     """
     source = frames.read_all(run.path / "source.mp4")
-    for name, details in page.read_samples(run.path):
+    for name, details in records.read_samples(run.path):
         if not name.endswith(".mp4"):
             continue
         try:
