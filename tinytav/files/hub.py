@@ -2,6 +2,7 @@
 
 What was fetched once lies in the hub client's own cache, and is not fetched again.
 """
+import os
 import re
 from pathlib import Path
 
@@ -26,19 +27,19 @@ def folder(name, half=False, connect=True):
 
     half: fetch the fp16 files where there are such. connect: False looks in the cache alone. Raises InputError.
     """
-    def fetch(hub, repo):
-        if not connect:
-            return Path(hub.hf_hub_download(repo, "model_index.json", local_files_only=True)).parent
-        names = [file.rfilename for file in hub.HfApi().model_info(repo).siblings]
-        return Path(hub.snapshot_download(repo, allow_patterns=needed(names, half, name)))
-    return _ask(name, fetch, "--weights", connect)
+    def fetch(api, repo):
+        names = [file.rfilename for file in api.model_info(repo).siblings]
+        for file in needed(names, half, name):
+            found = api.hf_hub_download(repo, file)
+        return Path(found.removesuffix(file))
+    return _ask(name, "--weights", fetch) if connect else _in_cache(name, "--weights", "model_index.json").parent
 
 
 def tokenizer_file(name, connect=True):
     """hub:OWNER/NAME -> its tokenizer.json in the hub's cache. Raises InputError."""
-    def fetch(hub, repo):
-        return Path(hub.hf_hub_download(repo, "tokenizer.json", local_files_only=not connect))
-    return _ask(name, fetch, "--tokenizer", connect)
+    def fetch(api, repo):
+        return Path(api.hf_hub_download(repo, "tokenizer.json"))
+    return _ask(name, "--tokenizer", fetch) if connect else _in_cache(name, "--tokenizer", "tokenizer.json")
 
 
 def needed(names, half, where):
@@ -54,14 +55,24 @@ def needed(names, half, where):
     return [name for name in names if SETTINGS.fullmatch(name)] + weights
 
 
-def _ask(name, fetch, flag, connect):
+def _in_cache(name, flag, file):
+    """Where a file lies in the hub's cache. The client's other functions connect, even where they need not."""
+    import huggingface_hub
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name.removeprefix(PREFIX), file)
+    except ValueError:                  # not the name of a repository
+        found = None
+    if not isinstance(found, str):
+        raise InputError(f"{name} is not here, and a run does not fetch it: name it with {flag} to download it.")
+    return Path(found)
+
+
+def _ask(name, flag, fetch):
     import huggingface_hub              # slow to import, and rarely needed
     try:
-        return fetch(huggingface_hub, name.removeprefix(PREFIX))
+        return fetch(huggingface_hub.HfApi(os.environ.get("HF_ENDPOINT")), name.removeprefix(PREFIX))
     except InputError:
         raise
     except Exception as error:          # offline, no such repository, a proxy's answer: of many classes
-        if not connect:
-            raise InputError(f"{name} is not here, and a run does not fetch it: name it with {flag} to download it.") from None
         raise InputError(f"{name} cannot be downloaded ({str(error).strip().splitlines()[0]}). Name a folder on this "
                          f"machine with {flag}.") from None

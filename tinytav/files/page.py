@@ -38,8 +38,8 @@ NUMBERS = {
 LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the mean cosine between CLIP's features of "
           "frames. Text is 100 x the mean cosine of frames and prompt. Values of two CLIPs cannot be compared")
 # The settings of a run that are flags of train.py, in the order of its --help.
-TUNING_FLAGS = ("weights", "tokenizer", "prediction", "size", "frames", "start", "stride", "steps", "lr", "attention",
-                "norm", "precision", "seed", "preview")
+TUNING_FLAGS = ("weights", "tokenizer", "prediction", "vae", "embedding", "size", "frames", "start", "stride", "steps",
+                "lr", "attention", "norm", "precision", "seed", "preview")
 NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "clip_fingerprint", "lora"}    # said elsewhere, or long
 
 
