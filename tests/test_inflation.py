@@ -2,6 +2,7 @@
 import pytest
 import torch
 from tiny import UNET, filled
+from torch.nn import functional as F
 
 from tinytav import tuning
 from tinytav.errors import InputError
@@ -174,6 +175,21 @@ def test_upcast_attention_computes_in_float32_where_fp16_would_overflow(monkeypa
     with torch.autocast("cpu", half):
         assert Attention(16, 2, upcast=upcast)(torch.randn(1, 5, 16)).dtype is half
     assert seen == [dtype]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@torch.no_grad()
+def test_every_attention_of_the_video_net_is_upcast_where_the_config_says_so(monkeypatch, attention):
+    """ST-Attn, cross-attention and T-Attn: with SD 2.1's setting each softmax of an fp16 net runs in float32."""
+    seen = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: seen.append(q.dtype) or real(q, k, v))
+    for upcast, dtype in ((True, torch.float32), (False, torch.float16)):
+        net = VideoUNet(UNetConfig.from_json(UNET | dict(upcast_attention=upcast)), 2, attention).half()
+        seen.clear()
+        with torch.autocast("cpu", torch.float16):
+            net(torch.randn(1, 4, 2, 4, 4), torch.ones(1), torch.randn(1, 3, 24))
+        assert len(seen) >= 12 and set(seen) == {dtype}
 
 
 def test_the_report_at_stable_diffusion_size():

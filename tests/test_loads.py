@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import singles
 import tiny
 import torch
 from hardening.warm import Warm
@@ -20,11 +21,9 @@ from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.runs import Run
 from tinytav.inflation import VideoUNet
-from tinytav.stable_diffusion import lora, single_file
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.checkpoint import build
-from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
-from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.weights import image_config, load, split
 
 ROOT = tiny.DATA.parents[1]
@@ -79,7 +78,7 @@ def test_a_run_tunes_the_merged_weights_and_records_the_lora(place):
     assert run.settings.fingerprint == sd.fingerprint           # of the weights without the LoRA
     merge_lora(sd, place / "a.safetensors", 0.5)
     clip = encode_clip(sd, frames.read(place / "clip.mp4", 32, sd.multiple, 3).x, CAPTION)
-    steps = tune(new_net(sd, clip.frames), sd.schedule, clip.mean, clip.std, clip.context, steps=6, lr=tiny.DEFAULTS["lr"])
+    steps = tune(new_net(sd, clip.frames), sd.schedule, clip.mean, clip.std, clip.context, 6, tiny.DEFAULTS["lr"])
     expected = [loss for _, loss in steps]
     losses = [float(line.split(",")[1]) for line in (run.path / "loss.csv").read_text().splitlines()[1:]]
     assert losses == pytest.approx(expected, rel=1e-4)
@@ -88,30 +87,32 @@ def test_a_run_tunes_the_merged_weights_and_records_the_lora(place):
         place / "a.safetensors", f"unet.{QUERY}").abs().max()
 
 
-def test_sampling_uses_the_runs_lora_and_adds_further_ones(place):
+def test_sampling_adds_loras_to_the_runs_own(place):
     sample = ["sample.py", "--run", "with/clip", "--prompt", "a dog", "--out", "same"]
     done = call(place, *sample)
     assert "lora: a.safetensors, scale 0.5" in done.out and "inverting" not in done.err
     done = call(place, *sample, "--lora", "a.safetensors:0.5")
-    assert "inverting" not in done.err                          # the same LoRA, named
+    assert "inverting" not in done.err                          # the run's own, named
     assert (place / "same/a-dog.mp4").read_bytes() == (place / "same/a-dog-2.mp4").read_bytes()
-    first = frames.read(place / "same/a-dog.mp4", 32, 8, 3).x
-    done = call(place, *sample, "--lora", "b.safetensors:2")    # added to the run's own
-    assert "inverting" in done.err and done.out.count("lora: ") == 2
-    assert (frames.read(place / "same/a-dog-3.mp4", 32, 8, 3).x - first).abs().mean() > 0.02
+    done = call(place, *sample, "--lora", "b.safetensors")
+    assert "inverting" in done.err and "lora: a.safetensors, scale 0.5\nlora: b.safetensors, scale 1" in done.out
+    first, other = (frames.read(place / f"same/{name}.mp4", 32, 8, 3).x for name in ("a-dog", "a-dog-3"))
+    assert (other - first).abs().mean() > 0.02
 
 
 @torch.no_grad()
-def test_further_loras_are_added_to_what_was_tuned(place):
+def test_a_further_lora_is_added_to_what_was_tuned(place):
     run, sd, base = Run.open(place / "with/clip"), load(place / "w"), load(place / "w")
-    own, new = lora.Lora.from_text(f"{place}/a.safetensors:0.5"), lora.Lora.from_text(f"{place}/b.safetensors:2")
+    own, more = lora.Lora.from_text(f"{place}/a.safetensors:0.5"), lora.Lora.from_text(f"{place}/b.safetensors:2")
     lora.merge(sd, [own])
-    net = open_run(sd, run, loras=[new]).net
-    expected = {net.get_submodule(QUERY): run.read("tuned")[f"{QUERY}.weight"] + 2 * change_of(new.file, f"unet.{QUERY}"),
-                net.get_submodule(KEY): base.unet.get_submodule(KEY).weight + 0.5 * change_of(own.file, f"unet.{KEY}")
-                + 2 * change_of(new.file, f"unet.{KEY}"),
-                sd.text_encoder.get_submodule(TEXT): base.text_encoder.get_submodule(TEXT).weight
-                + 0.5 * change_of(own.file, f"text_encoder.{TEXT}") + 2 * change_of(new.file, f"text_encoder.{TEXT}")}
+    net = open_run(sd, run, loras=[more]).net
+    change = {name: 0.5 * change_of(own.file, name) + 2 * change_of(more.file, name)
+              for name in (f"unet.{KEY}", f"text_encoder.{TEXT}")}
+    tuned = run.read("tuned")[f"{QUERY}.weight"]
+    expected = {net.get_submodule(QUERY): tuned + 2 * change_of(more.file, f"unet.{QUERY}"),
+                net.get_submodule(KEY): base.unet.get_submodule(KEY).weight + change[f"unet.{KEY}"],
+                sd.text_encoder.get_submodule(TEXT):
+                    base.text_encoder.get_submodule(TEXT).weight + change[f"text_encoder.{TEXT}"]}
     for module, weight in expected.items():
         torch.testing.assert_close(module.weight, weight, atol=1e-5, rtol=1e-5)
 
@@ -130,7 +131,7 @@ def test_a_page_names_the_lora_and_pictures_of_attention_have_it(place, tmp_path
         (shutil.copytree if (place / name).is_dir() else shutil.copy)(place / name, tmp_path / name)
     call(tmp_path, "sample.py", "--run", "with/clip", "--prompt", "a dog")
     page = (tmp_path / "with/clip/index.html").read_text()
-    assert "--lora a.safetensors:0.5 --out with" in page and "fingerprint" not in page
+    assert "--lora a.safetensors:0.5 --out with" in page and lora.fingerprint(place / "a.safetensors") not in page
     attention = ["tinytav/__main__.py", "attention", "with/clip", "--pixel", 1, 1]
     call(tmp_path, *attention)
     (tmp_path / "a.safetensors").unlink()
@@ -296,11 +297,19 @@ def test_only_the_official_nets_config_is_read_in_2d():
     assert image_config(d) == d | dict(down_block_types=["DownBlock2D", 5])
 
 
+def one_nan(*shape):
+    """Zeros, of which one is NaN."""
+    z = torch.zeros(shape)
+    z[0, 1] = float("nan")
+    return z
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda z: {k: v for k, v in z.items() if k != f"{BLOCK}.norm_temp.bias"}, "norm_temp.bias is missing"),
     (lambda z: z | {"conv_temp.weight": torch.zeros(1)}, "conv_temp.weight is unexpected"),
     (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": torch.zeros(16, 17)}, r"to_k.weight has the shape \(16, 17\)"),
-    (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": torch.zeros(16, 16) / 0}, "to_k.weight holds NaN")])
+    (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": torch.zeros(16, 16) / 0}, "to_k.weight holds NaN"),
+    (lambda z: z | {f"{BLOCK}.attn_temp.to_k.weight": one_nan(16, 16)}, "to_k.weight holds NaN")])
 def test_temporal_tensors_that_are_not_t_attns_are_refused(official_run, tmp_path, change, message):
     shutil.copytree(official_run / "tuned", tmp_path / "w")
     file = tmp_path / "w/unet/diffusion_pytorch_model.safetensors"
@@ -310,72 +319,6 @@ def test_temporal_tensors_that_are_not_t_attns_are_refused(official_run, tmp_pat
 
 
 # ---- The table of weights/README.md --------------------------------------------------------------
-
-# A single file has published widths only. Here the reader's configs are made small; its names stay the published ones.
-UNET = tiny.reference("unet-sd1")[0] | dict(block_out_channels=[32, 32, 32, 32])
-SMALL = dict(UNetConfig=UNetConfig.from_json(UNET | dict(cross_attention_dim=768)),
-             SD2_UNET=UNetConfig.from_json(UNET | dict(cross_attention_dim=1024, use_linear_projection=True)),
-             VAEConfig=VAEConfig.from_json(tiny.VAE | dict(
-                 block_out_channels=[8] * 4, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
-                 up_block_types=["UpDecoderBlock2D"] * 4)),
-             TextEncoderConfig=TextEncoderConfig.from_json(tiny.TEXT | dict(hidden_size=768)),
-             SD2_TEXT=TextEncoderConfig.from_json(tiny.TEXT | dict(hidden_size=1024)))
-
-
-def unet_single_names(model):
-    """{a tensor's name: what a single file calls it}: all that could stand there, read by unet_key."""
-    inner = {name.split(".", 4)[-1] for name in model if ".attentions." in name}
-    inner |= {f"{part}.{end}" for part in single_file.RESNET for end in ("weight", "bias")}
-    blocks = [f"{side}_blocks.{i}.{j}" for side in ("input", "output") for i in range(12) for j in range(2)]
-    blocks += ["middle_block.0", "middle_block.1", "middle_block.2"]
-    names = [f"{block}.{rest}" for block in blocks for rest in inner]
-    outer = ["input_blocks.3.0.op", "input_blocks.6.0.op", "input_blocks.9.0.op", "output_blocks.2.1.conv",
-             "output_blocks.5.2.conv", "output_blocks.8.2.conv", *single_file.OUTER]
-    names += [f"{part}.{end}" for part in outer for end in ("weight", "bias")]
-    return {single_file.unet_key(name): name for name in names}
-
-
-def vae_single_names():
-    block = ["norm1", "conv1", "norm2", "conv2", "nin_shortcut"]
-    blocks = [f"{side}.{i}.block.{j}" for side in ("down", "up") for i in range(4) for j in range(3)]
-    blocks += ["mid.block_1", "mid.block_2"]
-    layers = [f"{name}.{part}" for name in blocks for part in block]
-    layers += [f"{side}.{i}.{side}sample.conv" for side in ("down", "up") for i in range(4)]
-    layers += [f"mid.attn_1.{part}" for part in ("norm", "q", "k", "v", "proj_out")]
-    layers += ["norm_out", "conv_in", "conv_out"]
-    layers = [f"{half}.{layer}" for half in ("encoder", "decoder") for layer in layers]
-    layers += ["quant_conv", "post_quant_conv"]
-    return {single_file.vae_key(f"{layer}.{end}"): f"{layer}.{end}" for layer in layers for end in ("weight", "bias")}
-
-
-def openclip(tensors):
-    """Our text encoder's tensors as OpenCLIP stores them, q, k and v in one."""
-    out, thirds = {}, {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("text_model.")
-        for old, new in single_file.OPENCLIP.items():
-            name = name.replace(new, old)
-        if match := re.match(r"(.+attn\.)[qkv]_proj\.(.+)", name):
-            thirds.setdefault(f"{match[1]}in_proj_{match[2]}", {})[name] = tensor
-        else:
-            out[name] = tensor
-    for name, parts in thirds.items():
-        q, k, v = (next(z for key, z in parts.items() if f".{letter}_proj." in key) for letter in "qkv")
-        out[name] = torch.cat([q, k, v])
-    return out
-
-
-def single(unet, text, prefix):
-    """All tensors of a small single file, with fill.py's weights."""
-    vae = tiny.filled(VAE(SMALL["VAEConfig"])).state_dict()
-    unet = tiny.filled(UNet(unet)).state_dict()
-    text = tiny.filled(TextEncoder(text)).state_dict()
-    unet_names, vae_names = unet_single_names(unet), vae_single_names()
-    tensors = {f"model.diffusion_model.{unet_names[name]}": z for name, z in unet.items()}
-    tensors |= {f"first_stage_model.{vae_names[name]}": z for name, z in vae.items()}
-    text = openclip(text) if prefix.endswith("model.") else text
-    return tensors | {f"cond_stage_model.{prefix}{name}": z for name, z in text.items()}
-
 
 def rows():
     """The first table: [(what you have, its commands)]."""
@@ -394,8 +337,8 @@ def table(tmp_path_factory):
     tiny.write_folder(place / "weights/sd15")
     shutil.copytree(tiny.DATA / "tokenizer", place / "tokenizer")
     tiny.write_clip(place / "clip.mp4", size=(64, 48))
-    save_file(single(SMALL["UNetConfig"], SMALL["TextEncoderConfig"], "transformer."), place / "model.safetensors")
-    save_file(single(SMALL["SD2_UNET"], SMALL["SD2_TEXT"], "model."), place / "model2.safetensors")
+    save_file(singles.single1(), place / "model.safetensors")
+    save_file(singles.single2(), place / "model2.safetensors")
     torch.save({"state_dict": load_file(place / "model.safetensors"), "global_step": 5}, place / "dreambooth.ckpt")
     write_official(place / "outputs/man-skiing")
     write_official(place / "weights/old")
@@ -412,8 +355,7 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize("have, commands", list(rows()), ids=lambda value: value[:40] if isinstance(value, str) else "")
 def test_each_row_of_the_table_works_as_it_is_printed(table, monkeypatch, have, commands):
     monkeypatch.chdir(table)
-    for name, config in SMALL.items():
-        monkeypatch.setattr(single_file, name, config if name.startswith("SD2") else lambda config=config: config)
+    singles.make_small(monkeypatch)
     assert commands
     for _, *argv in commands:
         script = "tinytav.__main__" if argv[0] == "-m" else argv[0].removesuffix(".py")

@@ -62,9 +62,27 @@ def test_the_vae_takes_a_clip_in_parts_and_gives_the_same(sd, monkeypatch):
     assert decoded.shape == x.shape
     monkeypatch.setattr(pipeline, "PIXELS", 2 * 16 * 24)           # two frames at once
     assert [len(part) for part in pipeline.chunks(x, 16 * 24)] == [2, 2, 2, 1]
+    taken = []
+    monkeypatch.setattr(sd.vae.decoder, "forward", lambda z, forward=sd.vae.decoder.forward: taken.append(len(z)) or forward(z))
     for part, at_once in zip(pipeline.encode(sd.vae, x), whole):
         torch.testing.assert_close(part, at_once, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pipeline.decode(sd.vae, whole[0]), decoded, atol=1e-5, rtol=1e-5)
+    assert taken == [2, 2, 2, 1]                                    # pixels of frames are counted, not of latents
+
+
+def test_a_frame_of_more_than_a_megapixel_goes_through_the_vae_alone():
+    assert [len(part) for part in pipeline.chunks(torch.zeros(3, 1), 2 ** 20 + 1)] == [1, 1, 1]
+    assert [len(part) for part in pipeline.chunks(torch.zeros(3, 1), 2 ** 20)] == [1, 1, 1]
+    assert [len(part) for part in pipeline.chunks(torch.zeros(5, 1), 2 ** 19)] == [2, 2, 1]
+
+
+def test_no_step_of_an_edit_keeps_a_graph():
+    """Half of the net is trainable; its activations must not stay in memory over fifty steps."""
+    net, x, (empty, context) = setting()
+    for p in net.tuned().values():
+        p.requires_grad_()
+    for steps in (pipeline.invert(net, Schedule(), x, empty, 2), pipeline.sample(net, Schedule(), x, context, empty, 2, 2.)):
+        assert not any(z.requires_grad for z in steps)
 
 
 # ---- Devices and precision -----------------------------------------------------------------------
@@ -149,7 +167,8 @@ def test_an_edit_on_cuda_is_near_the_same_on_a_cpu(tmp_path, dtype):
     results = []
     for device, precision in (("cpu", torch.float32), ("cuda", dtype)):
         sd = load(folder, device=device, dtype=precision)
-        source = editing.read_clip(sd, clip, "a man")
-        net = editing.tune_on(sd, source, steps=3)
-        results.append(editing.edit(sd, net, source, "a panda", guidance=2).cpu())
+        session = editing.begin(sd, clip, "a man", tmp_path / device, steps=3)
+        for _ in session.tune():
+            pass
+        results.append(session.edit("a panda", guidance=2).frames.cpu())
     assert (results[0] - results[1]).abs().mean() < (0.01 if dtype is torch.float32 else 0.03)

@@ -2,8 +2,8 @@
 import pytest
 import tiny
 import torch
-import train
 
+import train
 from tinytav import cli, memory, tuning
 from tinytav.errors import InputError
 

@@ -10,13 +10,14 @@ import torch
 from tqdm import tqdm
 
 from tinytav.errors import InputError
+from tinytav.files import hub
 from tinytav.memory import is_out_of_memory
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
 from tinytav.weights import default_path, load, preferred_precision
 
-SOURCE = ("weights", "tokenizer", "prediction")         # the flags that say where the weights come from
+SOURCE = ("weights", "tokenizer", "prediction", "vae", "embedding")     # the flags that say where the weights come from
 KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")      # escape sequences begin with one
 
@@ -26,9 +27,16 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 def parser(description):
     """An argument parser with the flags that train.py and sample.py have in common. A flag not given is None."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--weights", metavar="PATH", help="Stable Diffusion folder or .safetensors file; else what lies in weights/")
-    p.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint has none: a folder, or hub:NAME to download")
-    p.add_argument("--prediction", choices=PREDICTIONS, help="of a Stable Diffusion 2.x single file")
+    p.add_argument("--weights", metavar="PATH",
+                   help="use this Stable Diffusion: a folder, a .safetensors file, or hub:OWNER/NAME, which is downloaded "
+                        "(default: what lies in weights/)")
+    p.add_argument("--tokenizer", metavar="PATH",
+                   help="use this tokenizer where the weights have none: a folder, or hub:NAME, which is downloaded")
+    p.add_argument("--prediction", choices=PREDICTIONS,
+                   help="say what the net of a single file predicts, where the file itself does not")
+    p.add_argument("--vae", metavar="PATH", help="use this VAE, a folder or a .safetensors file, in place of the weights' own")
+    p.add_argument("--embedding", nargs="+", action="extend", metavar="FILE",
+                   help="learn the words of these files (textual inversion), to write them in prompts")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; else the best there is")
     p.add_argument("--precision", choices=PRECISIONS, help="of the frozen weights; else bf16 where it is fast")
     p.add_argument("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="same seed, same result (default: 33)")
@@ -88,16 +96,19 @@ def load_weights(args, source=None, precision=None):
     """
     device = choose_device(args.device)
     source = dict(source or {})
-    for name in SOURCE:
-        if getattr(args, name) is not None:
-            source[name] = getattr(args, name)
+    named = {name: getattr(args, name) for name in SOURCE if getattr(args, name) is not None}
+    connect = not any(hub.is_name(value) for name, value in source.items() if name not in named)    # a run never does
+    source |= named
     path = source.pop("weights", None) or default_path()
     say(f"weights: {path}")
     precision = args.precision or precision or preferred_precision(path)
     dtype = choose_dtype(device, precision)
     if precision is None and dtype is torch.bfloat16:
         print("precision: bf16, which this device computes fast; --precision fp32 undoes it")
-    return load(path, device=device, dtype=dtype, **source)
+    sd = load(path, device=device, dtype=dtype, connect=connect, **source)
+    for word in sd.tokenizer.words:
+        say(f"embedding: write {word!r} in a prompt")
+    return sd
 
 
 def read_loras(texts):

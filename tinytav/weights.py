@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from tinytav.errors import InputError
-from tinytav.stable_diffusion import checkpoint
+from tinytav.files import hub
+from tinytav.stable_diffusion import checkpoint, single_file
 from tinytav.stable_diffusion.checkpoint import PICKLED, how_to_convert, read_json
 from tinytav.stable_diffusion.config import LARGEST, Config
 from tinytav.stable_diffusion.ddim import Schedule
@@ -74,22 +75,34 @@ class StableDiffusion:
             return self.text_encoder(ids).float()
 
 
-def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float32):
+def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float32, vae=None, embedding=None, connect=True):
     """A Stable Diffusion folder or single file -> StableDiffusion on `device`, in eval mode and without gradients.
 
-    tokenizer: a folder, or "hub:NAME" to download; by default the checkpoint's own. prediction: "epsilon" or "v", where
-    the file does not tell. dtype: of the weights. Raises InputError naming the file, and the tensors that are missing,
-    unexpected or misshapen.
+    tokenizer: a folder; by default the checkpoint's own. prediction: "epsilon" or "v", where the file does not tell.
+    dtype: of the weights. vae: another VAE's folder or file. embedding: files of learned words. path and tokenizer may
+    be "hub:OWNER/NAME", which is downloaded; with connect=False it must have been downloaded before. Raises InputError
+    naming the file, and the tensors that are missing, unexpected or misshapen.
     """
-    found = checkpoint.read(path, tokenizer, prediction, OfficialConfig)
+    source = dict(weights=str(path), tokenizer=text(tokenizer), prediction=prediction, vae=text(vae),
+                  embedding=tuple(map(str, embedding or ())) or None)
+    half = hub.is_name(path) and dtype is torch.float16
+    if hub.is_name(path):
+        path = hub.folder(path, half, connect)
+    if hub.is_name(tokenizer):
+        tokenizer = hub.tokenizer_file(tokenizer, connect)
+    found = checkpoint.read(path, tokenizer, prediction, vae, embedding or (), half, OfficialConfig)
     config, tensors, where = found.parts["unet"]
     image, temporal = split(tensors, where)
     found.parts["unet"] = config, image, where
     models = found.build(device, dtype)
     return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path), fingerprint=found.fingerprint,
                            device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
-                           defaults=_defaults(Path(path), found.schedule), temporal=temporal,
-                           source=dict(weights=str(path), tokenizer=tokenizer, prediction=prediction), **models)
+                           defaults=_defaults(Path(path), found.schedule), temporal=temporal, source=source, **models)
+
+
+def text(value):
+    """A path as text, or None."""
+    return None if value is None else str(value)
 
 
 # ---- Defaults ------------------------------------------------------------------------------------
@@ -104,13 +117,20 @@ def default_path(folder=None):
         folder = Path(__file__).parents[1] / "weights"
     found = []
     for path in sorted(folder.glob("*")):
-        if path.suffix == ".safetensors" or (path / "model_index.json").is_file() and path.name != "toy":
+        if path.name != "toy" and is_stable_diffusion(path):
             found.append(path)
         elif path.suffix in PICKLED:
             warnings.warn(f"{path} is ignored. {how_to_convert(path)}")
     if len(found) > 1:
         raise InputError(f"{folder} holds {', '.join(p.name for p in found)}: name one with --weights.")
     return found[0] if found else folder / "toy"
+
+
+def is_stable_diffusion(path):
+    """Is it a folder as the hub has it, or a single file? A LoRA, a ControlNet, a VAE alone or an embedding is not."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return any(name.startswith(single_file.UNET) for name in checkpoint.read_header(path)[0])
+    return (path / "model_index.json").is_file()
 
 
 def preferred_precision(path):

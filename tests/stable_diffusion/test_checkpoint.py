@@ -65,6 +65,15 @@ def test_sharded_or_fp16_variant_files(folder):
     torch.testing.assert_close(sd.vae.quant_conv.weight, expected.vae.quant_conv.weight, atol=1e-3, rtol=0)
 
 
+def test_full_precision_is_read_before_fp16(folder):
+    expected = load(folder)
+    for file in (UNET_FILE, VAE_FILE, TEXT_FILE):
+        tensors = {name: tensor.half() for name, tensor in load_file(folder / file).items()}
+        save_file(tensors, (folder / file).with_suffix(".fp16.safetensors"))
+    assert load(folder).fingerprint == expected.fingerprint
+    assert same(load(folder).unet, expected.unet)
+
+
 def test_names_and_shapes_of_older_files(folder):
     expected = load(folder)
 
@@ -89,6 +98,8 @@ def test_names_and_shapes_of_older_files(folder):
     (lambda z: z | {"conv_in.bias": torch.zeros(7)}, r"conv_in.bias has the shape \(7,\), not \(16,\)"),
     (lambda z: z | {"conv_in.bias": z["conv_in.bias"] * float("nan")}, "conv_in.bias holds NaN"),
     (lambda z: z | {"conv_in.bias": z["conv_in.bias"] / 0}, "conv_in.bias holds NaN or inf"),
+    (lambda z: z | {"conv_in.bias": torch.tensor([float("inf")] + 15 * [0.])}, "conv_in.bias holds NaN or inf"),
+    (lambda z: z | {"conv_in.bias": torch.zeros(16, dtype=torch.int32)}, "conv_in.bias is of type torch.int32"),
 ])
 def test_what_does_not_fit_is_named_with_its_place(folder, change, message):
     rewrite(folder / UNET_FILE, change)
@@ -114,7 +125,8 @@ def test_a_damaged_file_is_named(folder, spoil):
 @pytest.mark.parametrize("lost, message", [
     ("unet/config.json", "No config.json in .*unet"), (UNET_FILE, r"No diffusion_pytorch_model.safetensors .*unet"),
     ("scheduler/scheduler_config.json", "scheduler_config.json cannot be read"),
-    ("tokenizer/vocab.json", "No tokenizer beside"), ("tokenizer/merges.txt", "No merges.txt")])
+    ("tokenizer/vocab.json", "No tokenizer beside"), ("tokenizer/merges.txt", "No merges.txt"),
+    ("vae/config.json", "No config.json in .*vae"), (TEXT_FILE, "No diffusion_pytorch_model.safetensors or model.safet")])
 def test_a_lost_file_is_named(folder, lost, message):
     (folder / lost).unlink()
     with pytest.raises(InputError, match=message):
@@ -131,27 +143,46 @@ def test_pickles_are_refused_with_the_way_out(folder, tmp_path):
         load(tmp_path / "model.ckpt")
 
 
-@pytest.mark.parametrize("Config, settings, name", [
-    (UNetConfig, dict(in_channels=9), "in_channels = 9"), (UNetConfig, dict(addition_embed_type="text_time"), "addition_"),
-    (UNetConfig, dict(class_embed_type="timestep"), "class_embed_type"), (UNetConfig, dict(layers_per_block="2"), "layers_per"),
-    (UNetConfig, dict(down_block_types=["DownBlock2D"] * 3 + ["AttnDownBlock2D"]), "AttnDownBlock2D"),
-    (UNetConfig, dict(transformer_layers_per_block=[1, 2, 10]), "transformer_layers_per_block"),
-    (UNetConfig, dict(attention_head_dim=[8, 8]), "attention_head_dim"), (VAEConfig, dict(shift_factor=0.1), "shift_factor"),
-    (VAEConfig, dict(use_quant_conv=False), "use_quant_conv"), (TextEncoderConfig, dict(hidden_act="relu"), "hidden_act"),
-    (Schedule, dict(beta_schedule="linear"), "beta_schedule"), (Schedule, dict(prediction_type="sample"), "prediction_type"),
-    (Schedule, dict(rescale_betas_zero_snr=True), "zero_snr"), (Schedule, [], "JSON object")])
-def test_settings_that_are_not_implemented_are_refused_by_name(Config, settings, name):
+@pytest.mark.parametrize("settings, name", [
+    (dict(down_block_types=["DownBlock2D"] * 3 + ["AttnDownBlock2D"]), "AttnDownBlock2D"),
+    (dict(attention_head_dim=[8, 8]), "attention_head_dim")])
+def test_blocks_that_do_not_fit_each_other_are_refused_by_name(settings, name):
     with pytest.raises(InputError, match=name):
-        Config.from_json(settings)
+        UNetConfig.from_json(settings)
 
 
 def test_the_default_weights(tmp_path):
     assert default_path(tmp_path) == tmp_path / "toy"
     tiny.save_json(tmp_path / "sd15/model_index.json", {})
     assert default_path(tmp_path) == tmp_path / "sd15"
-    (tmp_path / "other.safetensors").touch()
+    save_file({"model.diffusion_model.out.0.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="other.safetensors, sd15.*--weights"):
         default_path(tmp_path)
+
+
+@pytest.mark.parametrize("name", [
+    "lora_unet_down_blocks_0_attentions_0_proj_in.alpha", "unet.mid_block.x.lora_A.weight", "diffusion_model.x.lora_A.weight",
+    "control_model.zero_convs.0.0.weight", "input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight",
+    "encoder.conv_in.weight", "emb_params", "<cat-toy>"])
+def test_what_cannot_be_used_alone_is_not_the_default(tmp_path, name):
+    """Of a file in weights/ the names of its tensors decide; a ControlNet's folder has no model_index.json."""
+    save_file({name: torch.ones(1)}, tmp_path / "a.safetensors")
+    tiny.save_json(tmp_path / "control/config.json", {})
+    assert default_path(tmp_path) == tmp_path / "toy"
+
+
+def test_a_damaged_file_in_weights_is_not_passed_over(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="a.safetensors cannot be read as safetensors"):
+        default_path(tmp_path)
+
+
+@pytest.mark.parametrize("prediction, size", [("epsilon", 512), ("v_prediction", 768)])
+def test_the_default_size_is_that_of_the_model(folder, prediction, size):
+    (folder / "defaults.json").unlink()
+    tiny.save_json(folder / "scheduler/scheduler_config.json", tiny.SCHEDULER | dict(prediction_type=prediction))
+    sd = load(folder)
+    assert vars(sd.defaults) == dict(size=size, frames=24, steps=500, lr=3e-5, ddim_steps=50, guidance=12.5, precision=None)
 
 
 def test_the_fingerprint_tells_weights_apart(folder):

@@ -1,4 +1,5 @@
 """LoRA: every spelling gives what diffusers gives; what does not fit is refused by name and changes nothing."""
+import copy
 import json
 from types import SimpleNamespace
 
@@ -277,7 +278,7 @@ KOHYA = "lora_unet_" + flat(QUERY)
     ({f"{KOHYA}.dora_scale": torch.ones(2, 2)}, "is a DoRA, because it holds .*dora_scale"),
     ({f"unet.{QUERY}.lora_magnitude_vector": torch.ones(2)}, "is a DoRA"),
     ({f"{KOHYA}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "Tucker decomposition.*lora_mid"),
-    ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())}, "for SDXL, because it holds lora_te1_"),
+    ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())}, "for SDXL, because it holds lora_te2_"),
     ({"text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(2, 2)}, "for SDXL"),
     ({"lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.alpha": torch.ones(())}, "for SDXL"),
     ({"unet." + QUERY.replace("attn1.to_q", "attn2.to_k") + ".lora_A.weight": torch.ones(2, 2048)}, "for SDXL"),
@@ -325,3 +326,113 @@ def test_files_that_are_no_lora_are_refused(sd, tmp_path):
     for scale in (float("nan"), float("inf")):
         with pytest.raises(InputError, match="the scale is a finite number"):
             merge_lora(sd, tmp_path / "empty.safetensors", scale)
+
+
+# ---- Other prefixes, and alpha that no tensor says -------------------------------------------------
+
+LDM_QUERY, TEXT = "input_blocks.1.1.transformer_blocks.0.attn1.to_q", "text_model.encoder.layers.0.mlp.fc1"
+PLACES = {"unet": QUERY, "text_encoder": TEXT}
+
+
+def ends(down, up, *names):
+    return {f"{name}.{end}": z.clone() for name in names for end, z in (("lora_A.weight", down), ("lora_B.weight", up))}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The untouched model, and {part: (down, up)} of rank 4 for a layer of each part."""
+    sd = model()
+    generator = torch.Generator().manual_seed(0)
+    pairs = {}
+    for part, name in PLACES.items():
+        out, width = getattr(sd, part).get_submodule(name).weight.shape[:2]
+        pairs[part] = torch.randn(4, width, generator=generator), torch.randn(out, 4, generator=generator)
+    return sd, pairs
+
+
+def factor(models, path, part, scale=1.):
+    """How many times up @ down the file in `path` adds to the part's layer; it is the same for each of its numbers."""
+    plain, pairs = models
+    sd = copy.deepcopy(plain)
+    merge_lora(sd, path, scale)
+    change = getattr(sd, part).get_submodule(PLACES[part]).weight - getattr(plain, part).get_submodule(PLACES[part]).weight
+    full = (pairs[part][1] @ pairs[part][0]).view(change.shape)
+    found = float((change.detach() * full).sum() / (full * full).sum())
+    torch.testing.assert_close(change.detach(), found * full, atol=1e-4, rtol=1e-3)
+    return found
+
+
+@pytest.mark.parametrize("part, name", [
+    ("unet", f"diffusion_model.{LDM_QUERY}"), ("unet", f"diffusion_model.{QUERY}"), ("unet", f"unet.{LDM_QUERY}"),
+    ("unet", f"base_model.model.{QUERY}"), ("text_encoder", f"base_model.model.{TEXT}"),
+    ("text_encoder", f"lora_te1_{flat(TEXT)}")])
+@pytest.mark.filterwarnings("ignore:.*adapter_config.json")
+def test_further_prefixes_are_read(models, tmp_path, part, name):
+    save_file(ends(*models[1][part], name), tmp_path / "a.safetensors")
+    assert factor(models, tmp_path / "a.safetensors", part) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("settings, unet, text", [
+    ({"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 2}, 2, 0.5),
+    ({"unet.r": 4, "unet.lora_alpha": 8}, 2, 1), ({"unet.r": 4}, 2, 1),                 # peft's own alpha is 8
+    ({"r": 4, "lora_alpha": 12}, 3, 1),                                                 # as a U-Net alone is saved
+    ({"unet.r": 4, "unet.lora_alpha": 8, "unet.use_rslora": True}, 4, 1),
+    ({"unet.r": 9, "unet.rank_pattern": {"attn1.to_q": 4}, "unet.lora_alpha": 8}, 2, 1),
+    ({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2}}, 0.5, 1),
+    ({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"to_k": 16, "to_q|to_v": 1, "attn1.to_q": 2}}, 0.25, 1),
+    ({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {QUERY: 0}}, 0, 1),
+    ({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"o_q": 2}}, 2, 1)])     # a name's part begins at a dot
+def test_alpha_in_the_header_counts_as_in_diffusers(models, tmp_path, settings, unet, text):
+    """The expected numbers are those of diffusers 0.42.1 with peft 0.21.2."""
+    tensors = {}
+    for part, pair in models[1].items():
+        tensors |= ends(*pair, f"{part}.{PLACES[part]}")
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(settings)})
+    assert factor(models, tmp_path / "a.safetensors", "unet") == pytest.approx(unet, rel=1e-4, abs=1e-6)
+    assert factor(models, tmp_path / "a.safetensors", "text_encoder", 0.5) == pytest.approx(text / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("part", PLACES)
+def test_alpha_in_adapter_config_counts_as_in_peft(models, tmp_path, part):
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(ends(*models[1][part], f"base_model.model.{PLACES[part]}"), file)
+    with pytest.warns(UserWarning, match="has no adapter_config.json beside it"):
+        assert factor(models, file, part) == pytest.approx(1, rel=1e-4)
+    first = fingerprint(file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(dict(r=4, lora_alpha=16, alpha_pattern=None)))
+    assert factor(models, file, part) == pytest.approx(4, rel=1e-4)
+    assert fingerprint(file) != first
+    save_file(ends(*models[1][part], f"{part}.{PLACES[part]}"), file)         # not PEFT's names: the settings are not its own
+    assert factor(models, file, part) == pytest.approx(1, rel=1e-4)
+
+
+def test_alpha_may_be_an_integer(models, tmp_path):
+    down, up = models[1]["unet"]
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        tensors = kohya("lora_unet_" + flat(QUERY), down, up) | {f"lora_unet_{flat(QUERY)}.alpha": torch.tensor(2, dtype=dtype)}
+        save_file(tensors, tmp_path / "a.safetensors")
+        assert factor(models, tmp_path / "a.safetensors", "unet") == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("x", "cannot be read as JSON"), ("5", "cannot be read as JSON"), ('{"unet.lora_alpha": "x"}', "do not say alpha"),
+    ('{"unet.alpha_pattern": {"(": 1}}', "do not say alpha"), ('{"unet.lora_alpha": [1]}', "do not say alpha"),
+    ('{"unet.lora_alpha": NaN}', "are NaN or infinite")])
+def test_a_header_that_says_no_alpha_is_refused(models, tmp_path, text, message):
+    save_file(ends(*models[1]["unet"], f"unet.{QUERY}"), tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": text})
+    with pytest.raises(InputError, match=message):
+        factor(models, tmp_path / "a.safetensors", "unet")
+
+
+def test_alpha_that_is_said_twice_is_refused(models, tmp_path):
+    save_file(kohya(f"unet.{QUERY}", *models[1]["unet"]), tmp_path / "a.safetensors",
+              metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 2}'})
+    with pytest.raises(InputError, match="says alpha twice"):
+        factor(models, tmp_path / "a.safetensors", "unet")
+
+
+def test_a_bundled_word_is_left_out_with_a_warning(models, tmp_path):
+    tensors = ends(*models[1]["unet"], f"unet.{QUERY}") | {"bundle_emb.me.string_to_param.*": torch.ones(2, 24)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="holds learned words, which are not used: me"):
+        assert factor(models, tmp_path / "a.safetensors", "unet") == pytest.approx(1, rel=1e-4)

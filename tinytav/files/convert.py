@@ -26,8 +26,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
           torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
-class NoWeights(InputError):
-    """A pickle that holds no named tensors, such as an optimiser's state."""
+LARGER = 4      # a file may give so many times its own size: names may share a tensor, and each gets one of its own
 
 
 # ---- one file ------------------------------------------------------------------------------------
@@ -36,16 +35,18 @@ def convert_file(source, target):
     """A pickled file -> a safetensors file of the same tensors in their dtype. Returns a line that says what it holds.
 
     Raises InputError, and writes nothing, for a file that cannot be read without running code; it names what the file
-    asks for. Raises NoWeights for one that holds no named tensors.
+    asks for. The same for one that holds no named tensors.
     """
     tensors, left_out = named_tensors(unpickle(source), source)
+    if (size := sum(tensor.nbytes for tensor in tensors.values())) > LARGER * source.stat().st_size:
+        raise InputError(f"{source} would give {size / 1e9:.1f} GB, more than {LARGER} times its size: many names share "
+                         "one tensor. It is refused.")
     tensors = without_sharing(tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         replace(target, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     except safetensors.SafetensorError as error:
         raise InputError(f"{target} cannot be written: {error}") from None
-    size = sum(tensor.nbytes for tensor in tensors.values())
     line = f"{source} -> {target.name}: {len(tensors)} tensors, {size / 1e6:,.1f} MB"
     if left_out:
         names = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
@@ -55,12 +56,12 @@ def convert_file(source, target):
 
 def unpickle(path):
     """What a pickled file holds. Raises InputError if that takes more than tensors and plain containers."""
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is not what torch.save writes since version 1.6: it is older, or truncated, or no "
-                         "checkpoint. If it is older and you trust its author, torch.load it and torch.save it again.")
     try:
-        return torch.load(str(path), weights_only=True, mmap=True, map_location="cpu")
-    except MemoryError:
+        zipped = zipfile.is_zipfile(path)               # so since torch 1.6; an older file has no table to map
+        if zipped and unpacked_size(path) > path.stat().st_size:
+            raise InputError(f"{path} is compressed, which torch.save never does. It is refused.")
+        return torch.load(str(path), weights_only=True, mmap=zipped, map_location="cpu")
+    except (InputError, MemoryError):
         raise
     except Exception as error:              # a damaged file can fail anywhere in torch's reader
         asked = asks_for(path) or re.findall(r"GLOBAL (\S+)", str(error))
@@ -69,6 +70,12 @@ def unpickle(path):
                              "look for the same model as .safetensors.") from None
         raise InputError(f"{path} cannot be read as a checkpoint: {reason(error)}. It may be damaged: fetch it "
                          "again.") from None
+
+
+def unpacked_size(path):
+    """The bytes of all that is in a zip file."""
+    with zipfile.ZipFile(path) as file:
+        return sum(entry.file_size for entry in file.infolist())
 
 
 def asks_for(path):
@@ -89,13 +96,15 @@ def reason(error):
 
 def named_tensors(content, path):
     """{name: tensor} of what a file holds, and the names of what else stands among them. Raises InputError."""
-    content = out_of_containers(content)
+    content = learned_word(out_of_containers(content), path)
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
-        raise NoWeights(f"{path} holds no named tensors, so there is nothing to convert.")
+        raise InputError(f"{path} holds no named tensors, so there is nothing to convert.")
     tensors, left_out = {}, []
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             left_out.append(name if isinstance(name, str) else f"a {type(name).__name__}")
+        elif name == "__metadata__":
+            raise InputError(f"{path}: a tensor is called __metadata__, a name that safetensors keeps for itself.")
         elif not isinstance(name, str):
             raise InputError(f"{path}: the name of a tensor is a {type(name).__name__}, not a text.")
         elif not is_plain(value):
@@ -113,6 +122,17 @@ def out_of_containers(content):
             if isinstance(content, dict) and isinstance(content.get(name), dict):
                 content = content[name]
     return content
+
+
+def learned_word(content, path):
+    """The web UI's file of a learned word, {"string_to_param": {"*": vectors}, "name": word} -> {word: vectors}.
+
+    Anything else stays as it is.
+    """
+    vectors = content.get("string_to_param") if isinstance(content, dict) else None
+    if not isinstance(vectors, dict) or len(vectors) != 1:
+        return content
+    return {content.get("name") or path.stem: next(iter(vectors.values()))}
 
 
 def is_plain(tensor):
@@ -138,26 +158,33 @@ def without_sharing(tensors):
 def convert_folder(source, target):
     """A folder -> a new folder: pickled files converted, others copied. Yields a line for each that is not just copied.
 
-    A pickle that holds no weights is left out, and so is one whose safetensors lies beside it. Raises InputError, and
-    leaves no folder behind, if any other cannot be read.
+    A pickle that holds no weights or cannot be read is left out, and so is one whose safetensors lies beside it. Raises
+    InputError, and leaves no folder behind, if no pickle is converted.
     """
     files = sorted(path for path in source.rglob("*") if path.is_file())
     if not any(file.suffix in PICKLED for file in files):
         raise InputError(f"{source} holds no {', '.join(PICKLED)}: there is nothing to convert.")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    refused = None
     try:
         for file in files:
             folder = part / file.relative_to(source).parent
             folder.mkdir(parents=True, exist_ok=True)
-            if line := take_over(file, folder):
+            try:
+                line = take_over(file, folder)
+            except InputError as error:
+                refused, line = error, f"left out: {error}"
+            if line:
                 yield line
+        if refused and not any(part.rglob("*.safetensors")):
+            raise refused
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def take_over(file, folder):
-    """Converts or copies one file into `folder`. Returns what is worth saying of it."""
+    """Converts or copies one file into `folder`. Returns what is worth saying of it. Raises InputError."""
     if file.suffix == ".json" and ".bin.index." in file.name:
         rename_shards(file, folder / safe_name(file.name))
     elif file.suffix not in PICKLED:
@@ -168,10 +195,7 @@ def take_over(file, folder):
     elif (folder / safe_name(file.name)).exists():
         raise InputError(f"{file} and another file would both become {safe_name(file.name)}: convert them one by one.")
     else:
-        try:
-            return convert_file(file, folder / safe_name(file.name))
-        except NoWeights as error:
-            return f"left out: {error}"
+        return convert_file(file, folder / safe_name(file.name))
 
 
 def safe_name(name):

@@ -10,8 +10,8 @@ from tinytav.files.atomic import replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
 
 # The settings of a run that are flags of train.py, in the order of its --help.
-TUNING_FLAGS = ("weights", "tokenizer", "prediction", "size", "frames", "start", "stride", "steps", "lr", "attention",
-                "norm", "precision", "seed", "preview")
+TUNING_FLAGS = ("weights", "tokenizer", "prediction", "vae", "embedding", "size", "frames", "start", "stride", "steps",
+                "lr", "attention", "norm", "precision", "seed", "preview")
 
 
 # ---- Records -------------------------------------------------------------------------------------

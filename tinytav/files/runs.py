@@ -65,6 +65,8 @@ class Settings(Config):
     total: int = 0                              # frames in the source
     tokenizer: str | None = None
     prediction: str | None = None
+    vae: str | None = None                      # path of another VAE than the weights' own
+    embedding: tuple[str, ...] | None = None    # paths of learned words
     preview: str | None = None
     clip_fingerprint: str | None = None         # of the source's files
     lora: tuple[dict, ...] | None = None        # each with file, scale and fingerprint
@@ -75,6 +77,7 @@ class Settings(Config):
                   finished=(0, LARGE), lr=(0, LARGE), steps=(0, LARGE))
     CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
                    norm=("clip", "frame"))
+    LONGEST = LARGE                 # a clip may have any number of frames
 
     def __post_init__(self):
         for name, values in self.CHOICES.items():
@@ -86,7 +89,8 @@ class Settings(Config):
 
     def source(self):
         """Where the weights come from, as cli.load_weights takes it."""
-        return dict(weights=self.weights, tokenizer=self.tokenizer, prediction=self.prediction)
+        return dict(weights=self.weights, tokenizer=self.tokenizer, prediction=self.prediction, vae=self.vae,
+                    embedding=self.embedding)
 
     def loras(self):
         """The LoRAs that the weights were changed by. Raises InputError for what is none."""

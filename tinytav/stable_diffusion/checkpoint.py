@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tinytav.errors import InputError
-from tinytav.stable_diffusion import single_file
+from tinytav.stable_diffusion import embedding, single_file
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import END, Tokenizer
@@ -24,6 +24,7 @@ MODELS = dict(unet=(UNet, UNetConfig), vae=(VAE, VAEConfig), text_encoder=(TextE
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 STEMS = ("diffusion_pytorch_model", "model")
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+PASSED_OVER = re.compile(r"(text_projection|logit_scale|loss|model_ema)\b")     # what trainers leave beside a part
 
 
 @dataclass
@@ -43,25 +44,29 @@ class Checkpoint:
         return {name: build(Model, *self.parts[name], dtype).to(device) for name, (Model, _) in MODELS.items()}
 
 
-def read(path, tokenizer=None, prediction=None, UNetConfig=UNetConfig):
+def read(path, tokenizer=None, prediction=None, vae=None, embeddings=(), half=False, UNetConfig=UNetConfig):
     """A Stable Diffusion folder or single file -> Checkpoint.
 
-    tokenizer: a folder, or "hub:NAME" to download; by default the checkpoint's own. prediction: "epsilon" or "v", where
-    the file does not tell. UNetConfig: reads the config.json of a folder's U-Net. Raises InputError naming the file.
+    tokenizer: a folder or a tokenizer.json; by default the checkpoint's own. prediction: "epsilon" or "v", where the
+    file does not tell. vae: a folder or a file, in place of the checkpoint's own. embeddings: files of learned words.
+    half: take fp16 files where both lie in a folder. UNetConfig: reads the config.json of a folder's U-Net. Raises
+    InputError naming the file.
     """
     path = Path(path)
     if path.is_dir():
-        parts, schedule = _read_folder(path, prediction, UNetConfig)
-    elif path.is_file():
-        parts, schedule = _read_single_file(path, prediction)
+        parts, schedule = _read_folder(path, prediction, half, UNetConfig)
     else:
-        raise InputError(f"No weights at {path}: name a Stable Diffusion folder or a .safetensors file with --weights.")
+        parts, schedule = _read_single_file(path, prediction)
+    parts["vae"] = _choose_vae(path, parts.get("vae"), vae)
     text_config = parts["text_encoder"][0]
     tokenizer = _find_tokenizer(path, tokenizer, pad="!" if text_config.hidden_size == 1024 else END)
-    if tokenizer.size > text_config.vocab_size or tokenizer.length > text_config.max_position_embeddings:
-        raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text encoder "
-                         f"in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do not belong "
-                         "together.")
+    if tokenizer.size != text_config.vocab_size or tokenizer.length > text_config.max_position_embeddings:
+        raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text "
+                         f"encoder in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do "
+                         "not belong together. Learned tokens stand in the tokenizer's JSON files.")
+    for file in embeddings:
+        word, vectors = embedding.parse(read_file(file, "embedding"), file)
+        parts["text_encoder"] = embedding.add(word, vectors, tokenizer, *parts["text_encoder"])
     return Checkpoint(parts, schedule, tokenizer, fingerprint(parts, schedule, tokenizer))
 
 
@@ -97,7 +102,7 @@ def modern_names(tensors, wanted):
     """Names of older files -> today's: the VAE's attention, CLIP without its prefix, buffers that are constants."""
     out = {}
     for name, tensor in tensors.items():
-        if name.endswith("embeddings.position_ids"):
+        if name.endswith("embeddings.position_ids") or name not in wanted and PASSED_OVER.match(name):
             continue
         if (prefixed := f"text_model.{name}") in wanted:
             name = prefixed
@@ -126,27 +131,51 @@ def read_json(path):
 
 
 def how_to_convert(path):
-    """A sentence for whoever has pickled weights in a file, or in a folder."""
+    """A sentence for whoever has a file of another kind than safetensors, or a folder with pickled weights."""
     path = Path(path)
+    if path.is_file() and path.suffix not in PICKLED:
+        kind = "GGUF holds rounded numbers, which nothing here computes with. " if path.suffix == ".gguf" else ""
+        return f"Only .safetensors files are read. {kind}Look for the same model as .safetensors."
     new = path.with_suffix(".safetensors") if path.suffix in PICKLED else "NEW_FOLDER"
     return ("Only .safetensors files are read. Convert it first, which runs no code in it: "
             f"python -m tinytav convert {path} {new}")
 
 
+def read_file(path, what):
+    """All tensors of a file that the user named. what: "weights", "VAE", ... Raises InputError."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"No {what} at {path}: name a .safetensors file.")
+    if path.suffix.lower() != ".safetensors":
+        raise InputError(f"{path} is not a .safetensors file. {how_to_convert(path)}")
+    return read_tensors(path)
+
+
 def read_tensors(path):
     """All tensors of one safetensors file, memory-mapped. Raises InputError."""
+    return _of_file(path, lambda file: {name.replace("_orig_mod.", ""): file.get_tensor(name)       # torch.compile's word
+                                        for name in file.keys()})                                   # noqa: SIM118
+
+
+def read_header(path):
+    """The tensors' names and the metadata, a dict of texts, of one safetensors file. Raises InputError."""
+    return _of_file(path, lambda file: (file.keys(), file.metadata() or {}))
+
+
+def _of_file(path, take):
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return take(file)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}. It may be truncated; fetch it again.") from None
 
 
-def _component_files(folder):
-    """The safetensors of one component: sharded or whole, full precision before fp16."""
+def _component_files(folder, half=False):
+    """The safetensors of one component: sharded or whole, full precision before fp16, or after it if `half`."""
     for stem in STEMS:
-        for index, whole in ((f"{stem}.safetensors.index.json", f"{stem}.safetensors"),
-                             (f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors")):
+        full = (f"{stem}.safetensors.index.json", f"{stem}.safetensors")
+        fp16 = (f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors")
+        for index, whole in (fp16, full) if half else (full, fp16):
             if (folder / index).is_file():
                 names = read_json(folder / index).get("weight_map")
                 if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -154,17 +183,19 @@ def _component_files(folder):
                 return [folder / Path(name).name for name in sorted(set(names.values()))]
             if (folder / whole).is_file():
                 return [folder / whole]
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     raise InputError(f"No {' or '.join(stem + '.safetensors' for stem in STEMS)} in {folder}"
-                     + (f", only {pickles[0]}. {how_to_convert(folder.parent)}" if pickles else "."))
+                     + (f", only {others[0]}: rename it if that is what you want." if others else
+                        f", only {pickles[0]}. {how_to_convert(folder.parent)}" if pickles else "."))
 
 
-def read_component(folder, Config):
+def read_component(folder, Config, half=False):
     """One component's folder -> (config, tensors, where)."""
     if not (folder / "config.json").is_file():
         raise InputError(f"No config.json in {folder}: that is not the folder of a model.")
     tensors = {}
-    for file in _component_files(folder):
+    for file in _component_files(folder, half):
         tensors |= read_tensors(file)
     try:
         return Config.from_json(read_json(folder / "config.json")), tensors, str(folder)
@@ -172,12 +203,13 @@ def read_component(folder, Config):
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
-def _read_folder(path, prediction, UNetConfig):
-    missing = [name for name in MODELS if not (path / name).is_dir()]
-    if missing:
-        raise InputError(f"{path} is not a Stable Diffusion folder: it has no {', '.join(missing)}.")
+def _read_folder(path, prediction, half, UNetConfig):
     configs = {name: Config for name, (_, Config) in MODELS.items()} | {"unet": UNetConfig}
-    parts = {name: read_component(path / name, Config) for name, Config in configs.items()}
+    missing = [name for name in configs if not (path / name).is_dir()]
+    if {"unet", "text_encoder"} & set(missing):
+        more = " Name a folder in its snapshots/." if (path / "snapshots").is_dir() else ""
+        raise InputError(f"{path} is not a Stable Diffusion folder: it has no {', '.join(missing)}.{more}")
+    parts = {name: read_component(path / name, configs[name], half) for name in configs if name not in missing}
     file = path / "scheduler" / "scheduler_config.json"
     try:
         schedule = read_json(file) | ({"prediction_type": PREDICTIONS[prediction]} if prediction else {})
@@ -187,9 +219,10 @@ def _read_folder(path, prediction, UNetConfig):
 
 
 def _read_single_file(path, prediction):
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {how_to_convert(path)}")
-    parts = single_file.components(read_tensors(path), path)
+    if not path.is_file():
+        raise InputError(f"No weights at {path}: name a Stable Diffusion folder or a .safetensors file with --weights.")
+    parts = single_file.components(read_file(path, "weights"), path)
+    prediction = prediction or _said_prediction(path)
     if parts["unet"][0].cross_attention_dim == 1024 and prediction is None:
         raise InputError(f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: add --prediction "
                          "epsilon for 2.0-base and 2.1-base (512 pixels), --prediction v for 2.0 and 2.1 (768 pixels).")
@@ -197,14 +230,37 @@ def _read_single_file(path, prediction):
     return parts, Schedule(prediction_type=PREDICTIONS[prediction or "epsilon"])
 
 
+def _said_prediction(path):
+    """What the header says that the net predicts, "epsilon" or "v" (ModelSpec); None where it does not say."""
+    said = read_header(path)[1].get("modelspec.prediction_type")
+    if said not in (None, "epsilon", "v"):
+        raise InputError(f"{path} says that it predicts {said!r}. Only epsilon and v are computed; --prediction sets one.")
+    return said
+
+
+def _choose_vae(path, own, other):
+    """The part of the VAE: `other`, a folder or a file by either layout's names, or else the checkpoint's `own`."""
+    if other is None:
+        if own is None:
+            raise InputError(f"{path} has no VAE: name one with --vae.")
+        return own
+    other = Path(other)
+    if other.is_dir():
+        part = read_component(other / "vae" if (other / "vae").is_dir() else other, VAEConfig)
+    else:
+        part = *single_file.vae(read_file(other, "VAE")), str(other)
+    scale, expected = part[0].scaling_factor, (own[0] if own else VAEConfig()).scaling_factor
+    if scale != expected:
+        raise InputError(f"{other} scales its latents by {scale}, {path} by {expected}: they do not belong together.")
+    return part
+
+
 def _find_tokenizer(path, tokenizer, pad):
     if tokenizer is not None:
-        if str(tokenizer).startswith("hub:"):
-            return Tokenizer.from_hub(tokenizer.removeprefix("hub:"), pad)
         return Tokenizer.from_folder(tokenizer, pad)
     base = path if path.is_dir() else path.parent
     for folder in (base / "tokenizer", base):
-        if (folder / "vocab.json").is_file():
+        if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
             return Tokenizer.from_folder(folder, pad)
     raise InputError(f"No tokenizer beside {path}: put vocab.json and merges.txt there, name their folder with "
                      "--tokenizer, or let --tokenizer hub:openai/clip-vit-large-patch14 download it.")

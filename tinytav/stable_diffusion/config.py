@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from tinytav.errors import InputError
 
 LARGEST = 2 ** 20       # no size in a published model comes near it
+LONGEST = 32            # nor a list: of stages, of heads, of channels
 
 
 class Config:
@@ -13,10 +14,11 @@ class Config:
 
     ONLY names settings of which only some values are implemented: {name: those values, the default first}.
     LIMITS names numbers with bounds of their own: {name: (least, most)}. Every other number must be above 0 and at
-    most LARGEST.
+    most LARGEST. No list is longer than LONGEST. For true or false, null stands for false, as in diffusers.
     """
     ONLY = {}
     LIMITS = {}
+    LONGEST = LONGEST
 
     @classmethod
     def from_json(cls, d):
@@ -28,6 +30,8 @@ class Config:
             raise InputError(f"{cls.__name__}: a JSON object is expected, not {type(d).__name__}.")
         for name, values in cls.ONLY.items():
             value = d.get(name, values[0])
+            if value is None and isinstance(values[0], bool):
+                value = False
             if value not in values:
                 raise InputError(f"{cls.__name__}: {name} = {value!r} is not implemented; only "
                                  f"{' or '.join(map(repr, values))} is. Such a model cannot be used here.")
@@ -44,6 +48,10 @@ class Config:
         """The value, with lists turned into tuples. Raises InputError if it does not suit the field."""
         if isinstance(value, list):
             value = tuple(value)
+        if value is None and field.type is bool:
+            value = False
+        if isinstance(value, tuple) and len(value) > cls.LONGEST:
+            raise InputError(f"{cls.__name__}: {field.name} has {len(value)} entries; at most {cls.LONGEST} are read.")
         if not matches(value, field.type):
             raise InputError(f"{cls.__name__}: {field.name} = {value!r} is not {type_name(field.type)}.")
         least, most = cls.LIMITS.get(field.name, (None, LARGEST))

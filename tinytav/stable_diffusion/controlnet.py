@@ -148,9 +148,7 @@ def _read_folder(path):
 
 
 def _read_single_file(path):
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {checkpoint.how_to_convert(path)}")
-    tensors = checkpoint.read_tensors(path)
+    tensors = checkpoint.read_file(path, "ControlNet")
     if kind := kind_by_names(tensors):
         raise InputError(f"{path} holds {kind}. {WANTED}")
     tensors = single_file.controlnet_tensors(tensors)

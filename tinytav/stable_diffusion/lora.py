@@ -4,25 +4,26 @@
 
 `down` (rank, in) and `up` (out, rank) stand in the file, for a linear layer as for a convolution: a convolution's
 `down` has its kernel, (rank, in, 3, 3), and its `up` is a 1x1 convolution, so that the same matrix product gives the
-change (out, in, 3, 3).
+change (out, in, 3, 3). alpha is a tensor of the file, or stands in its header or in an adapter_config.json beside it.
 
 Several tools have written such files, each with names of its own. `spellings` turns the name of one of OUR modules
 into all that a file may call it; a file's names are looked up among those. The other way is not safe: kohya's names
 have "_" for ".", and the modules' own names hold "_" too.
 """
 import hashlib
+import json
 import math
 import re
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion import single_file
-from tinytav.stable_diffusion.checkpoint import how_to_convert, read_tensors
+from tinytav.stable_diffusion.checkpoint import read_file, read_header, read_json
 from tinytav.stable_diffusion.config import LARGEST, Config
 
 # the end of a key -> what the tensor is
@@ -39,8 +40,11 @@ OTHER_KINDS = {
     "hada_": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA",
     "lora_mid": "a LoRA with a middle tensor (lora_mid, a Tucker decomposition)",
 }
+PREFIXES = dict(unet=("unet.", "diffusion_model.", "base_model.model.", ""),      # diffusers, ComfyUI, PEFT, the first files
+                text_encoder=("text_encoder.", "base_model.model."))
+BUNDLED = "bundle_emb."             # OneTrainer's learned words
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)           # what a LoRA may hold
-SDXL = re.compile(r"^lora_te[12]_|^text_encoder_2\.|transformer_blocks[._][1-9]|add_embedding|label_emb")
+SDXL = re.compile(r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]|add_embedding|label_emb")
 
 
 def merge_lora(sd, path, scale=1.0):
@@ -55,7 +59,11 @@ def merge_lora(sd, path, scale=1.0):
     layers = changeable(sd)
     pairs = pair_up(read_lora(path), spellings(layers, sd.unet.cfg), path)
     check_shapes(pairs, layers, path)
-    merged = {place: merged_weight(layers[place].weight, pair, scale) for place, pair in pairs.items()}
+    alphas = read_alphas(path)
+    merged = {}
+    for place, pair in pairs.items():
+        factor = strength(scale, place, pair, alphas, path)
+        merged[place] = merged_weight(layers[place].weight, pair["down"], pair["up"], factor)
     if broken := [".".join(place) for place, weight in merged.items() if not weight.isfinite().all()]:
         raise InputError(f"{path}, merged {scale} times, gives weights that are NaN or infinite: {some(broken)}.")
     for place, weight in merged.items():
@@ -96,24 +104,14 @@ def merge(sd, loras):
         merge_lora(sd, lora.file, lora.scale)
 
 
-def same(loras, others):
-    """Are these the same LoRAs at the same scales, wherever their files lie?"""
-    return [(one.fingerprint, one.scale) for one in loras] == [(one.fingerprint, one.scale) for one in others]
-
-
-def exchange(net, text_encoder, old, new):
-    """Takes the LoRAs `old` out of a tuned net and the text encoder, and puts `new` in. What was tuned stays."""
-    inverse = [replace(lora, scale=-lora.scale) for lora in old]
-    merge(SimpleNamespace(unet=net, text_encoder=text_encoder), inverse + list(new))
-
-
 def fingerprint(path):
-    """A short hash of the file. Raises InputError if it cannot be read."""
+    """A short hash of the file, and of PEFT's settings beside it. Raises InputError if they cannot be read."""
     sha = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(2 ** 20):
-                sha.update(block)
+        for part in [path, *adapter_configs(path)]:
+            with open(part, "rb") as file:
+                while block := file.read(2 ** 20):
+                    sha.update(block)
     except OSError as error:
         raise InputError(f"The LoRA {path} cannot be read: {error.strerror}. --lora FILE names it anew.") from None
     return sha.hexdigest()[:16]
@@ -139,18 +137,16 @@ def spellings(layers, cfg):
 def unet_spellings(name, cfg):
     """All that files call the U-Net's layer `name`, without the key's end."""
     processor = re.sub(r"(attn\d)\.(to_[qkv]|to_out)(\.0)?$", r"\1.processor.\2", name)
-    return [
-        "lora_unet_" + name.replace(".", "_"),                      # kohya
-        "lora_unet_" + ldm_name(name, cfg).replace(".", "_"),       # kohya, on CompVis's names
-        f"unet.{name}", f"unet.{processor}",                        # diffusers and PEFT; older diffusers
-        name, processor,                                            # the first of its files held the U-Net alone
-    ]
+    ldm = ldm_name(name, cfg)
+    return ["lora_unet_" + one.replace(".", "_") for one in (name, ldm)] \
+        + [prefix + one for prefix in PREFIXES["unet"] for one in (name, processor, ldm)]
 
 
 def text_spellings(name):
     """All that files call the text encoder's layer `name`, without the key's end."""
     processor = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", name)
-    return ["lora_te_" + name.replace(".", "_"), f"text_encoder.{name}", f"text_encoder.{processor}"]
+    return [prefix + name.replace(".", "_") for prefix in ("lora_te_", "lora_te1_")] \
+        + [prefix + one for prefix in PREFIXES["text_encoder"] for one in (name, processor)]
 
 
 def ldm_name(name, cfg):
@@ -182,12 +178,10 @@ def inner_ldm_name(name):
 
 def read_lora(path):
     """All tensors of a LoRA file. Raises InputError for other kinds of files."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"No LoRA at {path}: name a .safetensors file.")
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path} is not a .safetensors file. {how_to_convert(path)}")
-    tensors = read_tensors(path)
+    tensors = read_file(path, "LoRA")
+    if words := {key.split(".")[1] for key in tensors if key.startswith(BUNDLED)}:
+        warnings.warn(f"{path} also holds learned words, which are not used: {', '.join(sorted(words))}.")
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
     for key in tensors:
         for mark, kind in OTHER_KINDS.items():
             if mark in key:
@@ -223,8 +217,8 @@ def pair_up(tensors, table, path):
 def check_shapes(pairs, layers, path):
     """Raises InputError where a pair does not fit its layer, or is not of floating-point numbers."""
     for place, pair in pairs.items():
-        for tensor in pair.values():
-            if tensor.dtype not in NUMBERS:
+        for name, tensor in pair.items():
+            if tensor.dtype not in NUMBERS and name != "alpha":             # which some tools write as an integer
                 raise InputError(f"{path} holds {tensor.dtype} for {'.'.join(place)}: a LoRA holds floating-point "
                                  "numbers.")
     wrong = []
@@ -245,13 +239,54 @@ def fits(weight, down, up, alpha=None):
     return sizes[0] == sizes[1] and up.shape[:2] == (len(weight), len(down)) and up.numel() == len(weight) * len(down)
 
 
-def merged_weight(weight, pair, scale):
-    """weight + scale * alpha / rank * up @ down (equation 3, section 4.1), computed in float32, in weight's dtype."""
-    down, up = (pair[name].to(weight.device, torch.float32) for name in ("down", "up"))
-    rank = len(down)
-    alpha = float(pair.get("alpha", rank)) or rank      # absent or 0: as if it were the rank
-    change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
-    return (weight.detach().float() + scale * alpha / rank * change).to(weight.dtype)
+def adapter_configs(path):
+    """The file beside it in which PEFT keeps its settings: a list of one or none."""
+    file = Path(path).with_name("adapter_config.json")
+    return [file] if file.is_file() else []
+
+
+def read_alphas(path):
+    """The settings that decide alpha where no tensor says it, {part: a dict in PEFT's words}. Raises InputError.
+
+    diffusers writes them into the header, each name with "unet." or "text_encoder." before it, or of a U-Net alone without.
+    """
+    names, header = read_header(path)
+    if text := header.get("lora_adapter_metadata"):
+        try:
+            settings = dict(json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(f"{path}: lora_adapter_metadata in its header cannot be read as JSON.") from None
+        parts = {part: {name.removeprefix(f"{part}."): value for name, value in settings.items()
+                        if name.startswith(f"{part}.")} for part in ("unet", "text_encoder")}
+        return parts if any(parts.values()) else dict(unet=settings, text_encoder={})
+    if any(name.startswith("base_model.model.") for name in names):         # PEFT's own file
+        if files := adapter_configs(path):
+            return dict.fromkeys(("unet", "text_encoder"), read_json(files[0]))
+        warnings.warn(f"{path} has no adapter_config.json beside it, which says alpha: it is taken to be the rank.")
+    return dict(unet={}, text_encoder={})
+
+
+def strength(scale, place, pair, alphas, path):
+    """scale * alpha / rank of one layer, as PEFT computes it: LoraConfig's alpha_pattern, lora_alpha and use_rslora."""
+    part, name = place
+    rank, settings = len(pair["down"]), alphas[part]
+    if "alpha" in pair and settings:
+        raise InputError(f"{path} says alpha twice: by tensors, and in its settings.")
+    if not settings:
+        return scale * (float(pair.get("alpha", rank)) or rank) / rank          # absent or 0: as if it were the rank
+    try:
+        patterns = dict(settings.get("alpha_pattern") or {})
+        pattern = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), None)
+        alpha = float(patterns[pattern] if pattern is not None else settings.get("lora_alpha", 8))     # PEFT's default
+    except (TypeError, ValueError, re.error):
+        raise InputError(f"{path}: its settings do not say alpha in PEFT's words.") from None
+    return scale * alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def merged_weight(weight, down, up, factor):
+    """weight + factor * up @ down (equation 3, section 4.1), computed in float32, in weight's dtype."""
+    down, up = (z.to(weight.device, torch.float32).flatten(1) for z in (down, up))
+    return (weight.detach().float() + factor * (up @ down).view(weight.shape)).to(weight.dtype)
 
 
 def some(names, comma=", "):

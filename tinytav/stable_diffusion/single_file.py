@@ -14,9 +14,12 @@ SD2_UNET = UNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=10
                       upcast_attention=True)
 SD2_TEXT = TextEncoderConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
                              hidden_act="gelu")
-CONTEXT = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
-FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+UNET = "model.diffusion_model."                         # what the names of a U-Net's tensors begin with
+CONTEXT = f"{UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST = f"{UNET}input_blocks.0.0.weight"
 HINT_CONVOLUTIONS = 8
+TEXT_PLACES = ("cond_stage_model", "conditioner.embedders.0")       # CompVis' name, and that of its successor sgm
+VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
           "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
@@ -39,6 +42,7 @@ OPENCLIP = {"token_embedding.": "embeddings.token_embedding.", "positional_embed
 def components(tensors, where):
     """All tensors of a single file -> {component: (config, its tensors by the folder layout's names)}.
 
+    The VAE may be missing there: people publish U-Net and text encoder alone.
     Raises InputError, naming the file `where`, for anything that is not SD 1.x or SD 2.x.
     """
     if not all(name in tensors and tensors[name].ndim > 1 for name in (CONTEXT, FIRST)):
@@ -49,18 +53,32 @@ def components(tensors, where):
     width = tensors[CONTEXT].shape[1]
     if width not in (768, 1024):
         raise InputError(f"{where}: its text context is {width} wide; Stable Diffusion 1.x has 768, 2.x has 1024.")
-    unet = {unet_key(key): tensor for key, tensor in _under(tensors, "model.diffusion_model.").items()}
-    vae = _under(tensors, "first_stage_model.") or _under(tensors, "vae.")
-    vae = {vae_key(key): tensor for key, tensor in vae.items()}
+    unet = {unet_key(key): tensor for key, tensor in _under(tensors, UNET).items()}
     if width == 768:
-        text = _under(tensors, "cond_stage_model.transformer.")
-        return dict(unet=(UNetConfig(), unet), vae=(VAEConfig(), vae), text_encoder=(TextEncoderConfig(), text))
-    text = openclip_tensors(_under(tensors, "cond_stage_model.model."))
-    return dict(unet=(SD2_UNET, unet), vae=(VAEConfig(), vae), text_encoder=(SD2_TEXT, text))
+        text = _under(tensors, *(f"{place}.transformer." for place in TEXT_PLACES))
+        parts = dict(unet=(UNetConfig(), unet), text_encoder=(TextEncoderConfig(), text))
+    else:
+        text = openclip_tensors(_under(tensors, *(f"{place}.model." for place in TEXT_PLACES)))
+        parts = dict(unet=(SD2_UNET, unet), text_encoder=(SD2_TEXT, text))
+    if _under(tensors, *VAE_PREFIXES):
+        parts["vae"] = vae(tensors)
+    return parts
 
 
-def _under(tensors, prefix):
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+def vae(tensors):
+    """The VAE in a single file, or in a file of its own: (config, its tensors by the folder layout's names)."""
+    tensors = _under(tensors, *VAE_PREFIXES) or tensors
+    if any(".up_blocks." in key for key in tensors):            # the folder layout's names already
+        return VAEConfig(), tensors
+    return VAEConfig(), {vae_key(key): tensor for key, tensor in tensors.items()}
+
+
+def _under(tensors, *prefixes):
+    """The tensors whose names have the first of these prefixes that any name has, without it."""
+    for prefix in prefixes:
+        if found := {key.removeprefix(prefix): z for key, z in tensors.items() if key.startswith(prefix)}:
+            return found
+    return {}
 
 
 def unet_key(key):

@@ -42,7 +42,7 @@ class UNetConfig(Config):
         time_cond_proj_dim=(None,), time_embedding_act_fn=(None,), time_embedding_dim=(None,),
         time_embedding_type=("positional",), timestep_post_act=(None,), transformer_layers_per_block=(1,))
 
-    LIMITS = dict(layers_per_block=(1, 100))
+    LIMITS = dict(layers_per_block=(1, 32))
 
     def __post_init__(self):
         set_heads(self)

@@ -27,7 +27,7 @@ class VAEConfig(Config):
                 mid_block_add_attention=(True,), shift_factor=(None,), use_quant_conv=(True,),
                 use_post_quant_conv=(True,))
 
-    LIMITS = dict(layers_per_block=(1, 100))
+    LIMITS = dict(layers_per_block=(1, 32))
 
     @property
     def factor(self):
