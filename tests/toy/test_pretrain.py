@@ -42,6 +42,25 @@ def test_the_controlnets_loss_counts_more_around_the_stick_figure():
     assert torch.equal(pretrain.around(hints, (8, 8)), expected)
 
 
+def test_the_controlnets_loss_uses_the_weight(folder, monkeypatch):
+    captured = []
+
+    def capture(args, model, file, loss_of):
+        captured.append(loss_of)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "train", capture)
+    monkeypatch.setattr(pretrain, "around", lambda hints, size: torch.arange(256.).view(1, 1, 16, 16) / 128)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train_control(SimpleNamespace(out=folder, seed=0, pictures=2, device="cpu"))
+    losses = {}
+    for figure in (0, 8):
+        monkeypatch.setattr(pretrain, "FIGURE", figure)
+        losses[figure] = captured[0](torch.tensor([1]), Random(5), torch.Generator().manual_seed(1)).item()
+    assert losses[0] == pytest.approx(1, rel=0.2)           # the noise's own size: this U-Net is hardly trained
+    assert losses[8] != losses[0] and losses[8] == pytest.approx(losses[0], rel=0.3)    # a mean, whatever the weight
+
+
 def test_every_word_of_a_caption_is_one_token_and_comes_back(folder):
     tokenizer, rng = Tokenizer.from_folder(folder / "tokenizer"), Random(1)
     for caption in (world.caption(world.random_scene(rng, held_out=i % 2 == 1), rng) for i in range(300)):
@@ -275,3 +294,5 @@ def test_the_latents_belong_to_the_scenes(folder):
         captions.append(world.caption(imagined[i][0], rng))
     expected = encoder(Tokenizer.from_folder(folder / "tokenizer")(captions))
     assert torch.equal(context, expected)
+    silent = pretrain.captioned_noise(args, imagined, empty=1)(chosen, Random(5), torch.Generator().manual_seed(1))
+    assert torch.equal(silent[2], encoder(Tokenizer.from_folder(folder / "tokenizer")(["", ""])))
