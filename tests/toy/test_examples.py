@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinytav.files import frames, page
+from tinytav.files import frames, records
 from tinytav.toy import examples
 from tinytav.toy.examples import COLUMN, LABEL, ROW, SIDE
 
@@ -26,7 +26,7 @@ def test_each_clip_plays_below_its_own_prompt(tmp_path):
     frames.write_mp4(tmp_path / "source.mp4", ramp, 8)
     for i, grey in enumerate((-0.6, -0.2, 0.2, 0.6)):
         frames.write_mp4(tmp_path / f"{i}.mp4", torch.full((8, 3, 32, 32), grey), 8)
-        page.write_record(tmp_path, f"{i}", f"prompt {i}", {}, [])
+        records.write_record(tmp_path, f"{i}", f"prompt {i}", {}, [])
     run = SimpleNamespace(path=tmp_path, settings=SimpleNamespace(prompt="a man"))
     examples.write_edits(run, tmp_path / "edits.gif")
     gif = Image.open(tmp_path / "edits.gif")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tinytav.files import frames, page
+from tinytav.files import frames, records
 from tinytav.files.runs import Run
 from tinytav.toy import draw, skeleton, world
 from tinytav.toy.world import Look, Motion, Scene, View
@@ -47,7 +47,7 @@ def label(prompt, caption):
 def write_edits(run, path):
     """The source and all edits of a runs.Run -> a GIF that plays them in step, each below its prompt."""
     caption = run.settings.prompt
-    samples = [(name, details["prompt"]) for name, details in page.read_samples(run.path)]
+    samples = [(name, details["prompt"]) for name, details in records.read_samples(run.path)]
     samples[0] = samples[0][0], f"source: {caption}"
     rows = -(-len(samples) // COLUMNS)
     whole = np.full((COUNT, rows * ROW - GAP, COLUMNS * COLUMN - GAP, 3), 255, np.uint8)
