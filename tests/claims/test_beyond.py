@@ -9,7 +9,7 @@ from tinytav.inflation import inflate
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 
-STEPS = 10
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,11 @@ def test_blending_keeps_the_inverted_clip_outside_the_mask(parts, monkeypatch):
     nowhere = torch.zeros(3, 8, 8, dtype=torch.bool)
     left = nowhere.clone()
     left[:, :, :4] = True
+    guided, seen = pipeline.guided, []
+    monkeypatch.setattr(pipeline, "guided", lambda net, x, *rest: seen.append(x) or guided(net, x, *rest))
     monkeypatch.setattr(beyond, "mask", lambda maps: nowhere)
     assert torch.equal(beyond.blended(net, schedule, trajectory, own, empty, [1], 3), latents)
+    assert all(map(torch.equal, seen, reversed(trajectory))) and len(seen) == STEPS         # back along the inversion
     monkeypatch.setattr(beyond, "mask", lambda maps: left)
     half = beyond.blended(net, schedule, trajectory, own, empty, [1], 3)
     assert torch.equal(half[..., 4:], latents[..., 4:]) and distance(half[..., :4], latents[..., :4]) > 1e-2

@@ -79,6 +79,7 @@ def test_a_picture_has_a_named_row_for_each_variant_in_order(tmp_path):
     assert [picture.getpixel((pictures.MARGIN + 100, y))[0] for y in (0, 63, 64, 127)] == [250, 250, 200, 200]
     short, long = (ink(picture, (0, y, pictures.MARGIN, y + 64)) for y in (0, 64))
     assert 0 < short.sum() < long.sum() and not short[:, 40:].any() and long[:32].any() and long[32:].any()
+    assert (np.asarray(picture)[64:, pictures.MARGIN:] == 200).all()             # no letter on the frames
     frames = torch.arange(2, dtype=torch.uint8)[:, None, None, None].expand(2, 3, 8, 8) * 100
     pictures.labelled(tmp_path / "y.png", {"": frames})
     strip = np.asarray(Image.open(tmp_path / "y.png"))[:, pictures.MARGIN:]
