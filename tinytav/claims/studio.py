@@ -19,7 +19,7 @@ from tinytav.measure.attention import word_positions
 from tinytav.stable_diffusion.controlnet import load_controlnet
 from tinytav.toy import skeleton, world
 from tinytav.toy.world import ATTRIBUTES
-from tinytav.tuning import Tuner, tune
+from tinytav.tuning import Tuner
 from tinytav.weights import load
 
 COARSE = 4          # the coarse part of a frame's noise: means over a grid of 4x4 cells
@@ -103,8 +103,7 @@ class Studio:
         if kind.tuned:
             tuner = Tuner(net, self.schedule, self.mean, self.std, self.own, kind.rate * self.settings["lr"], seed,
                           TUNED[kind.tuned](net))
-            for _ in tune(tuner, round(kind.steps * self.settings["steps"])):
-                pass
+            pipeline.last(tuner.run(round(kind.steps * self.settings["steps"])))
         return net
 
     def noise(self, kind, net, seed=33):
