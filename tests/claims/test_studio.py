@@ -122,7 +122,7 @@ def test_a_net_is_tuned_as_its_fields_say(quick, monkeypatch):
                      tuner.seed, steps))
         return []
 
-    monkeypatch.setattr("tinytav.claims.studio.tune", tune)
+    monkeypatch.setattr("tinytav.tuning.Tuner.run", tune)
     for kind in (Net(), Net("all", "first", "frame", steps=2, rate=1 / 3)):
         Studio.tuned_net(quick, kind, 34)
     everything = len(dict(quick.sd.unet.named_parameters())) + 7 * 7            # T-Attn: 7 tensors in each of 7 blocks
