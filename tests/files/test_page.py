@@ -83,7 +83,8 @@ def test_samples_stand_in_the_order_in_which_they_were_made_whatever_their_names
     for name, when in (("b", 1), ("a", 2)):
         (folder / f"{name}.attention.png").write_bytes(b"")
         os.utime(folder / f"{name}.attention.png", (when, when))
-    tiny.save_json(folder / "a.attention.json", dict(caption="Where it looks.", command="python -m tinytav attention run"))
+    told = dict(caption="Where it looks.", command="python -m tinytav attention run")
+    tiny.save_json(folder / "a.attention.json", told)
     shown = Elements(page.write(folder))
     assert "Where it looks." in shown.text and "python -m tinytav attention run" in shown.text
     assert [picture["src"] for picture in shown.all("img")] == ["b.attention.png", "a.attention.png"]

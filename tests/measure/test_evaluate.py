@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tinytav.errors import InputError
-from tinytav.files import frames, page
+from tinytav.files import frames, records
 from tinytav.files.runs import Run
 from tinytav.measure import evaluate, metrics
 
@@ -203,7 +203,7 @@ def test_prompts_that_differ_only_in_their_end_have_a_video_each(place):
     write_set(place / "long.csv", ["clip,caption,style,style", f"a.mp4,a man,{LONG} Klimt,{LONG} Monet"])
     call(place, "long.csv", *FLAGS)
     folder = place / "evaluated/long/a"
-    prompts = {name: details["prompt"] for name, details in page.read_samples(folder) if name != "source.mp4"}
+    prompts = {name: details["prompt"] for name, details in records.read_samples(folder) if name != "source.mp4"}
     assert sorted(prompt.rpartition(" by ")[2] for prompt in prompts.values()) == ["Klimt", "Monet", "Van Gogh"]
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [prompts[row["file"]] for row in rows] == [f"{LONG} Klimt", f"{LONG} Monet"]

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tinytav.errors import InputError
-from tinytav.files import frames, page
+from tinytav.files import frames, records
 from tinytav.files.runs import Run, Settings
 from tinytav.measure import metrics
 from tinytav.stable_diffusion.checkpoint import read_json
@@ -109,7 +109,7 @@ def run(tmp_path_factory):
                    short=("a man", dict(noise="inverted")))
     for number, (name, (prompt, settings)) in enumerate(samples.items(), 1):
         frames.write_mp4(run.path / f"{name}.mp4", (1 - 0.1 * number) * x[:2 if name == "short" else 3], 8, title=prompt)
-        page.write_record(run.path, name, prompt, settings, "")
+        records.write_record(run.path, name, prompt, settings, "")
     frames.write_mp4(run.path / "untitled.mp4", x, 8)
     for number, name in enumerate(("source", *samples, "untitled")):
         os.utime(run.path / f"{name}.mp4", (number, number))

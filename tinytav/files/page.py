@@ -38,8 +38,9 @@ NUMBERS = {                 # the measured numbers that a page shows, and their 
 }
 LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the mean cosine between CLIP's features of "
           "frames. Text is 100 x the mean cosine of frames and prompt. Values of two CLIPs cannot be compared")
+# Settings of a run that are said elsewhere on the page, or are long.
 NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "clip_fingerprint", "lora"}
-WORDS = {"ddim_steps": "DDIM steps", "fps": "frames a second", "lr": "learning rate"}
+WORDS = {"ddim_steps": "DDIM steps", "fps": "frames a second", "lr": "learning rate", "total": "frames of the clip"}
 POINTS = 1000               # of the chart's line, at most
 
 
