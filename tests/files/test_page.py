@@ -166,6 +166,7 @@ def test_a_set_shows_means_of_kinds_and_what_failed(tmp_path):
             for kind, value in (("style", 90.), ("style", 92.), ("all", 70.))]
     shown = Elements(page.write_set(tmp_path, "a set", rows, {"broken.mp4": "it is <broken>"}))
     assert "mean overeditsall pairsstyle291.00all170.00all384.00" in shown.text
+    assert "3 edits of 1 clip. " in shown.text and "without results: 1 clipbroken.mp4" in shown.text
     assert "broken.mp4: it is <broken>" in shown.text and shown.all("img")[0]["src"] == "c1/x%20y.png"
     assert "0 edits of 0 clips" in Elements(page.write_set(tmp_path, "a set", [], {})).text
 

@@ -290,13 +290,17 @@ def write_set(folder, title, results, failures, note=""):
     """
     names = dict.fromkeys(row["clip"] for row in results)
     parts = [element("p.kind", "an evaluated set"), element("h1", title),
-             element("p.soft", f"{len(results)} edits of {len(names)} clips. {note}"),
+             element("p.soft", f"{counted(results, 'edit')} of {counted(names, 'clip')}. {note}"),
              element("p.legend", LEGEND, ".")]
     if failures:
-        parts += [element("p.state.unfinished", f"without results: {len(failures)} clips"),
+        parts += [element("p.state.unfinished", f"without results: {counted(failures, 'clip')}"),
                   element("ul", [element("li", element("b", name), ": ", why) for name, why in failures.items()])]
     sections = [clip_section([row for row in results if row["clip"] == name]) for name in names]
     return save(folder, title, [parts, means_table(results), sections])
+
+
+def counted(things, name):
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def means_table(results):
