@@ -83,7 +83,8 @@ def test_samples_stand_in_the_order_in_which_they_were_made_whatever_their_names
     for name, when in (("b", 1), ("a", 2)):
         (folder / f"{name}.attention.png").write_bytes(b"")
         os.utime(folder / f"{name}.attention.png", (when, when))
-    tiny.save_json(folder / "a.attention.json", dict(caption="Where it looks.", command="python -m tinytav attention run"))
+    told = dict(caption="Where it looks.", command="python -m tinytav attention run")
+    tiny.save_json(folder / "a.attention.json", told)
     shown = Elements(page.write(folder))
     assert "Where it looks." in shown.text and "python -m tinytav attention run" in shown.text
     assert [picture["src"] for picture in shown.all("img")] == ["b.attention.png", "a.attention.png"]
@@ -165,6 +166,7 @@ def test_a_set_shows_means_of_kinds_and_what_failed(tmp_path):
             for kind, value in (("style", 90.), ("style", 92.), ("all", 70.))]
     shown = Elements(page.write_set(tmp_path, "a set", rows, {"broken.mp4": "it is <broken>"}))
     assert "mean overeditsall pairsstyle291.00all170.00all384.00" in shown.text
+    assert "3 edits of 1 clip. " in shown.text and "without results: 1 clipbroken.mp4" in shown.text
     assert "broken.mp4: it is <broken>" in shown.text and shown.all("img")[0]["src"] == "c1/x%20y.png"
     assert "0 edits of 0 clips" in Elements(page.write_set(tmp_path, "a set", [], {})).text
 

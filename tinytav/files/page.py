@@ -38,8 +38,9 @@ NUMBERS = {                 # the measured numbers that a page shows, and their 
 }
 LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the mean cosine between CLIP's features of "
           "frames. Text is 100 x the mean cosine of frames and prompt. Values of two CLIPs cannot be compared")
+# Settings of a run that are said elsewhere on the page, or are long.
 NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "clip_fingerprint", "lora"}
-WORDS = {"ddim_steps": "DDIM steps", "fps": "frames a second", "lr": "learning rate"}
+WORDS = {"ddim_steps": "DDIM steps", "fps": "frames a second", "lr": "learning rate", "total": "frames of the clip"}
 POINTS = 1000               # of the chart's line, at most
 
 
@@ -289,13 +290,17 @@ def write_set(folder, title, results, failures, note=""):
     """
     names = dict.fromkeys(row["clip"] for row in results)
     parts = [element("p.kind", "an evaluated set"), element("h1", title),
-             element("p.soft", f"{len(results)} edits of {len(names)} clips. {note}"),
+             element("p.soft", f"{counted(results, 'edit')} of {counted(names, 'clip')}. {note}"),
              element("p.legend", LEGEND, ".")]
     if failures:
-        parts += [element("p.state.unfinished", f"without results: {len(failures)} clips"),
+        parts += [element("p.state.unfinished", f"without results: {counted(failures, 'clip')}"),
                   element("ul", [element("li", element("b", name), ": ", why) for name, why in failures.items()])]
     sections = [clip_section([row for row in results if row["clip"] == name]) for name in names]
     return save(folder, title, [parts, means_table(results), sections])
+
+
+def counted(things, name):
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def means_table(results):

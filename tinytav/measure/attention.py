@@ -30,7 +30,6 @@ from tinytav.stable_diffusion import lora
 
 # Dark violet to light yellow, from nothing to the most: as heat maps are often drawn. Red, green, blue.
 HEAT = np.array([(0, 0, 4), (60, 15, 112), (137, 34, 106), (212, 72, 66), (250, 141, 10), (252, 255, 164)], float)
-FRAMES = 8              # in a picture at most; of more, they are spread over the clip
 COLUMNS = 4             # frames in a row of a picture
 SIDE = 200              # pixels of a frame's short side in a picture
 LABEL = 20              # pixels of the line of text above a row
@@ -128,7 +127,7 @@ class PixelMaps:
 
 def word_positions(tokenizer, prompt, word):
     """Where the tokens of `word` stand in the prompt's row of ids. Raises InputError if the prompt has no such word."""
-    spans = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
+    spans = spans_of(word, prompt)
     offsets = tokenizer.bpe.encode(prompt, add_special_tokens=False).offsets[:tokenizer.length - 2]
     positions = [1 + i for i, (first, end) in enumerate(offsets)            # 1: the row begins with <|startoftext|>
                  if any(first < span_end and end > span_first for span_first, span_end in spans)]
@@ -146,9 +145,7 @@ def heated(picture, heat):
     heat = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     heat = np.asarray(heat).clip(0, 1)[..., None]
     grey = 0.7 * picture.mean(-1, keepdims=True).repeat(3, -1)
-    place = heat * (len(HEAT) - 1)
-    low = np.minimum(place.astype(int), len(HEAT) - 2)
-    colour = HEAT[low[..., 0]] + (place - low) * (HEAT[low[..., 0] + 1] - HEAT[low[..., 0]])
+    colour = np.concatenate([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], -1)
     weight = 0.85 * heat ** 0.7                 # so that a little attention is seen too
     return ((1 - weight) * grey + weight * colour).round().astype(np.uint8)
 
@@ -175,15 +172,10 @@ def resized(x, side):
     return frames.to_uint8(F.interpolate(x, size, **mode)).numpy()
 
 
-def spread(count, most):
-    """At most `most` indices of `count` things, spread over them."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
-
-
 def word_rows(x, maps, word):
     """Rows of frames (f, 3, h, w), each above its frames under the word's maps (f, h', w'); all maps on one scale."""
     pictures, heat = resized(x, SIDE), (maps / maps.max().clamp(min=1e-12)).numpy()
-    chosen = spread(len(x), FRAMES)
+    chosen = frames.strip_columns(len(x))
     rows = []
     for part in (chosen[i:i + COLUMNS] for i in range(0, len(chosen), COLUMNS)):
         rows.append(("the sample", [(pictures[i], f"frame {i + 1}") for i in part]))
@@ -212,7 +204,7 @@ def pixel_rows(x, frame, place, seen, maps):
     rows = []
     for text, parts in maps.items():
         row = [(marked(pictures[frame], *place), f"frame {frame + 1}: the pixel")]
-        for i in spread(len(seen), FRAMES):
+        for i in frames.strip_columns(len(seen)):
             share = 100 * parts[i].sum() / parts.sum()
             row.append((heated(pictures[seen[i]], (parts[i] / top).numpy()),
                         f"frame {seen[i] + 1}: {share:.0f} % of its attention"))
@@ -242,8 +234,12 @@ def arguments():
 def prompt_with(run, word):
     """The newest sample's prompt that holds the word; the run's own if no sample's does."""
     prompts = [details["prompt"] for name, details in records.read_samples(run.path) if name != "source.mp4"]
-    holding = [prompt for prompt in prompts if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
-    return holding[-1] if holding else run.settings.prompt
+    return next((prompt for prompt in reversed(prompts) if spans_of(word, prompt)), run.settings.prompt)
+
+
+def spans_of(word, prompt):
+    """Where the word stands in the prompt, and is no part of a longer word: [(start, end)]."""
+    return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
 
 
 def save(run, name, rows, caption, flags):
