@@ -315,7 +315,7 @@ def hold_settings(out, wanted):
 
 
 def write_results(out, args, entries, results, failures):
-    """results.csv and index.html in `out`, replaced whole. results: {clip's folder: its rows}. Returns all rows."""
+    """results.csv and index.html in `out`, replaced whole. results: {clip's folder: its rows}. Returns all rows, and the page."""
     columns = (*COLUMNS, "pick_score") if args.pick else COLUMNS
     rows = [row for entry in entries for row in results.get(entry.folder, [])]
 
@@ -325,8 +325,7 @@ def write_results(out, args, entries, results, failures):
             writer.writeheader()
             writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
     replace(out / "results.csv", write)
-    page.write_set(out, Path(args.set).name, rows, failures, f"CLIP: {args.clip}.")
-    return rows
+    return rows, page.write_set(out, Path(args.set).name, rows, failures, f"CLIP: {args.clip}.")
 
 
 def no_formula(value):
@@ -401,12 +400,13 @@ def main():
         results |= part["results"]
         all_failures |= part["failures"]
     if rank == 0:
-        report(out, write_results(out, args, entries, results, all_failures), all_failures)
+        rows, shown = write_results(out, args, entries, results, all_failures)
+        report(out, rows, shown, all_failures)
     leave()
     return 1 if all_failures and rank == 0 else 0
 
 
-def report(out, rows, failures):
+def report(out, rows, shown, failures):
     """Prints the means over all edits, what failed, and where the results are."""
     for key in page.NUMBERS:
         mean = page.mean_of(rows, key)
@@ -414,4 +414,4 @@ def report(out, rows, failures):
             print(f"{key:24}{mean:8.2f}")
     for name, reason in failures.items():
         cli.say(f"without results: {name}: {reason}")
-    cli.say(f"results: {out / 'results.csv'}, {len(rows)} edits\npage: {out / 'index.html'}")
+    cli.say(f"results: {out / 'results.csv'}, {len(rows)} edits\npage: {shown}")
