@@ -205,8 +205,8 @@ def test_prompts_that_differ_only_in_their_end_have_a_video_each(place):
     folder = place / "evaluated/long/a"
     prompts = {name: details["prompt"] for name, details in records.read_samples(folder) if name != "source.mp4"}
     assert sorted(prompt.rpartition(" by ")[2] for prompt in prompts.values()) == ["Klimt", "Monet", "Van Gogh"]
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    assert [prompts[row["file"]] for row in rows] == [f"{LONG} Klimt", f"{LONG} Monet"]
+    values = json.loads((folder / "metrics.json").read_text())["values"]
+    assert [prompts[name] for name in values] == [f"{LONG} Klimt", f"{LONG} Monet"]
 
 
 def test_a_clip_that_changed_is_not_taken_for_the_one_before(place):
@@ -262,7 +262,7 @@ def test_two_evaluations_in_one_process_do_not_lock_each_other_out(place, monkey
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.argv", ["evaluate", "set.csv", *FLAGS, "--out", "evaluated/set"])
     open_files = len(list(Path("/proc/self/fd").iterdir()))
-    (place / "evaluated/set/a/results.json").unlink()
+    (place / "evaluated/set/a/metrics.json").unlink()
     for _ in range(3):
         assert evaluate.main() == 0
     assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + 1
@@ -299,7 +299,7 @@ def test_a_killed_evaluation_loses_no_finished_clip(place):
     process = subprocess.Popen(command("tinytav", "evaluate", "set.csv", *FLAGS, "--out", out), cwd=place, env=ALONE,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time() + 120
-    while not (out / "a/results.json").is_file():
+    while not (out / "a/metrics.json").is_file():
         assert time.time() < end and process.poll() is None
         time.sleep(0.01)
     process.kill()
