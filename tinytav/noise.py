@@ -1,4 +1,5 @@
-"""What an edit starts from: four kinds of noise. Each kind knows how it is made, how it is sampled, and whether it needs a clip.
+"""What an edit starts from: four kinds of noise. Each kind knows how it is made, how it is sampled, and whether it
+needs a clip.
 
 The paper begins with the clip's own noise, found by DDIM inversion (section 3.3). The other kinds stand beside it.
 """
