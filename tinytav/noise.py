@@ -90,5 +90,5 @@ NOISES = {kind.name: kind for kind in (Inverted, EditFriendly, Random, Shared)}
 
 def refuse_what_is_not_finite(*tensors):
     if not all(torch.isfinite(x).all() for x in tensors):
-        raise InputError("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or use "
-                         "--precision fp32.")
+        raise InputError("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or "
+                         "use --precision fp32.")
