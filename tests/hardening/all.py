@@ -9,13 +9,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import broken  # noqa: E402
-import crashes  # noqa: E402
-import trial  # noqa: E402
-from warm import Warm  # noqa: E402
+from hardening import broken, crashes, trial  # noqa: E402
+from hardening.warm import Warm  # noqa: E402
 
 
 def table(counts):

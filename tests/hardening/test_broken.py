@@ -3,13 +3,12 @@ import json
 import re
 import warnings
 
-import broken
 import pytest
 import torch
-import trial
+from hardening import broken, trial
+from hardening.warm import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from warm import ROOT
 
 from tinytav import cli
 from tinytav.errors import InputError

@@ -9,13 +9,12 @@ import tempfile
 import threading
 from pathlib import Path
 
-import broken
-import crashes
 import pytest
 import torch
+from hardening import broken, crashes
+from hardening.warm import ROOT, Touches, Warm
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from warm import ROOT, Touches, Warm
 
 from tinytav.errors import InputError
 from tinytav.files import runs

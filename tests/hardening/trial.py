@@ -9,11 +9,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import broken
 import tiny
-from broken import EITHER, ERROR, OK
+from hardening import broken
+from hardening.broken import EITHER, ERROR, OK
+from hardening.warm import ROOT
 from safetensors.torch import load_file
-from warm import ROOT
 
 MEMORY = 1500               # MB that a case may reach: the interpreter with torch takes 300 of them
 SECONDS = 60

@@ -4,6 +4,7 @@ The forked child is the script from its first line on, with its own memory, file
 C library and the peak of memory are seen of each case alone. In the child an audit hook reports every file opened for
 writing outside the allowed folder, every class that a pickle asks for, and every use of the network.
 """
+import functools
 import json
 import os
 import resource
@@ -39,6 +40,12 @@ class Warm:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+@functools.cache
+def warm():
+    """The one warm process that all tests of this process use."""
+    return Warm()
 
 
 def serve():
