@@ -165,9 +165,3 @@ def test_long(thing): note("begun"); time.sleep(50)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 2 and "KeyboardInterrupt" in output and not alive(project)
     assert all(file.read_text() == "begun\ntorn down\n" for file in project.glob("seen-*"))
-
-
-def test_the_files_that_take_longest_are_there_and_come_first():
-    import workers
-    names = {path.name for path in TESTS.rglob("test_*.py")}
-    assert set(workers.FIRST) <= names

@@ -15,7 +15,6 @@ import pytest
 
 WORKERS = 2
 PATIENCE = 10       # seconds in which a worker that is told to end must end
-FIRST = ()          # the files that take longest
 ALONE = ("collectonly", "usepdb", "trace", "basetemp", "setupshow", "setuponly", "setupplan")  # options for one process
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 PIPE = os.environ.pop("PYTEST_WORKERS_PIPE", None)      # of a worker: the number of its end
@@ -39,14 +38,8 @@ def pytest_runtestloop(session):
         return None
     if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
         reporter.showfspath = False     # the files take turns: letters without names
-    gather(session, sorted(files.values(), key=place_in_queue))
+    gather(session, list(files.values()))
     return True
-
-
-def place_in_queue(items):
-    """Files that take long come first, so that all workers end at about the same time."""
-    name = items[0].path.name
-    return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 # ---- in a worker ---------------------------------------------------------------------------------
