@@ -1,6 +1,7 @@
 """The whole of the hardening, by hand: python tests/hardening/all.py --cases 1000 --moments 100
 
-prints a table of counts and every failure with the kind and the seed that make it again: --only KIND --seed N --cases 1.
+prints a table of counts, and every failure with the kind and the seed that make it again:
+--only KIND --seed N --cases 1.
 """
 import argparse
 import sys
@@ -27,7 +28,7 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="the first seed")
     p.add_argument("--cases", type=int, default=1000, help="of broken input")
     p.add_argument("--real", type=int, default=50, help="of broken input, through the real commands")
-    p.add_argument("--moments", type=int, default=100, help="at which each signal ends the commands, train.py and sample.py in turn")
+    p.add_argument("--moments", type=int, default=100, help="at which each signal ends train.py and sample.py in turn")
     p.add_argument("--only", help="kinds of broken input whose name holds this")
     args = p.parse_args()
     names = [name for name in broken.KINDS if not args.only or args.only in name]
@@ -42,7 +43,8 @@ def main():
         if args.moments:
             times = crashes.stock(Path(folder) / "crashes", warm)
             ends = crashes.many(warm, Path(folder) / "crashes", times, range(args.seed, args.seed + args.moments // 2))
-    table(counts | {"all of these": sum(counts.values(), Counter()), "by real commands": sum(real.values(), Counter())} | ends)
+    sums = {"all of these": counts, "by real commands": real}
+    table(counts | {name: sum(part.values(), Counter()) for name, part in sums.items()} | ends)
     print(f"{time.time() - began:.0f} seconds")
 
 
