@@ -1,11 +1,12 @@
 """Broken input, the quick part: one case of each kind, and each kind of failure that the whole has found, by name."""
 import json
+import random
 import re
 import warnings
 
 import pytest
 import torch
-from hardening import broken, broken_clips, trial
+from hardening import broken, broken_clips, fuzz, trial
 from hardening.warm import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,23 @@ def test_broken_input_gives_a_sentence_or_a_right_result(warm, stock, name):
     assert not problem, f"{problem}\n{answer.err}"
 
 
+@pytest.mark.parametrize("name", fuzz.FORMATS)
+def test_mutated_pictures_and_videos_are_read_or_refused(warm, tmp_path, name):
+    read, refused, problems = fuzz.run(warm, tmp_path, name, 1000, 1040)
+    assert not problems and read + refused == 40 and read and refused
+
+
+def test_the_fuzzer_changes_what_it_says_and_mends_the_sums_of_a_png(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = fuzz.original("png")
+    assert fuzz.mended(whole) == whole
+    at = whole.index(b"IDAT") + 20
+    broken_sum = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+    assert fuzz.mended(broken_sum) != broken_sum
+    cases = [fuzz.mutated(random.Random(i), whole) for i in range(50)]
+    assert len(set(cases)) > 45 and cases == [fuzz.mutated(random.Random(i), whole) for i in range(50)]
+
+
 def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(warm, tmp_path):
     (tmp_path / "in").mkdir()
     bad = tmp_path / "bad.py"
@@ -42,7 +60,25 @@ def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(wa
     assert "for writing" in verdict("open('out', 'w')" + sentence)
     assert "pickle.find_class" in verdict("import pickle; pickle.loads(b'cos\\ngetcwd\\n)R.')" + sentence)
     assert "MB of memory" in verdict("x = b'x' * 2 ** 31" + sentence)
+    assert "control character" in verdict("print('\\x1b[31m')" + sentence)
+    assert "suggests" in verdict("print('go on with python train.py --resume a; touch b')" + sentence)
     assert verdict("open('in/out', 'w')" + sentence) == ""
+
+
+def test_the_harness_sees_touched_files_and_permissions(tmp_path):
+    place, out = tmp_path / "place", tmp_path / "place/out"
+    out.mkdir(parents=True)
+    (out / "index.html").write_text("mine"), (place / "w").write_text("w")
+    case = broken.Case(["train.py"], broken.EITHER)
+    before = {path: trial.state(path) for path in tmp_path.rglob("*")}
+    (out / "new").write_text("x")
+    assert trial.touched(before, tmp_path, place, case) == "" and trial.too_private(before, place, None) == ""
+    (out / "new").chmod(0o600)
+    assert "permissions 600" in trial.too_private(before, place, 0o022)
+    (place / "beside").touch()
+    assert "beside" in trial.touched(before, tmp_path, place, case)
+    (place / "beside").unlink(), (out / "index.html").write_text("ours")
+    assert "index.html" in trial.touched(before, tmp_path, place, case)
 
 
 # ---- found by the whole --------------------------------------------------------------------------

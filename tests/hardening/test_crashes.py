@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def test_ended_at_random_moments_both_commands_leave_whole_files_and_go_on(warm,
     times, failures = crashes.stock(tmp_path / "stock", warm), []
     crashes.many(warm, tmp_path / "stock", times, range(1000, 1002), failures.append)
     assert not failures
+
+
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(place):
+    command = [sys.executable, str(ROOT / "train.py"), "clip.mp4", "a man", "--weights", "w"]
+    process = subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in error, error
 
 
 def test_the_harness_sees_a_torn_file(tmp_path):

@@ -104,6 +104,7 @@ def child(job, files):
         if job.umask is not None:
             os.umask(job.umask)
         if job.user is not None:
+            import tinytav.editing  # noqa: F401  Python's own folder may be closed to that user
             os.setgid(job.user), os.setuid(job.user)
         if job.file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_size, job.file_size))
