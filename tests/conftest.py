@@ -5,7 +5,7 @@ import signal
 import pytest
 import tiny
 from hardening.warm import warm
-from workers import pytest_configure, pytest_runtestloop  # noqa: F401
+from workers import pytest_runtestloop  # noqa: F401
 
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores Ctrl-C
 

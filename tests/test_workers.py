@@ -12,7 +12,7 @@ import pytest
 TESTS = Path(__file__).parent
 NOTE = "import os, time\ndef note(name): open(f'seen-{os.getpid()}', 'a').write(name + '\\n')\n"
 FILES = {
-    "conftest.py": "from workers import pytest_configure, pytest_runtestloop\n",
+    "conftest.py": "from workers import pytest_runtestloop\n",
     "test_good.py": NOTE + """
 import pytest, warnings
 def test_passes(): note("good"); time.sleep(0.3)
@@ -81,6 +81,7 @@ def test_two_processes_share_the_files_and_all_tests_are_counted_once(project):
 def test_a_choice_of_tests_or_a_way_to_run_them_is_as_without_workers(project, arguments, last, count):
     status, output, said = run(project, *arguments)
     assert (status, said, processes(project)) == (0, last, count), output
+    assert count != 1 or re.search(r"^test_\w+\.py [.s]", output, re.MULTILINE)   # pytest itself names files
 
 
 def test_a_failure_is_printed_in_full_with_what_the_test_printed(project):
@@ -131,7 +132,11 @@ def part():
     note("part begins"); yield; note("part ends")
 """)
     for name in "1234":
-        (project / f"test_{name}.py").write_text("def test_a(whole, part): pass\ndef test_b(whole, part): pass\n")
+        (project / f"test_{name}.py").write_text("""
+import os
+def test_a(whole, part): assert os.environ["OMP_NUM_THREADS"] == "1"
+def test_b(whole, part): pass
+""")
     assert run(project, *(f"test_{name}.py" for name in "1234"))[::2] == (0, "8 passed")
     for file in project.glob("seen-*"):
         first, *parts, last = file.read_text().splitlines()

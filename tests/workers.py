@@ -20,11 +20,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 PIPE = os.environ.pop("PYTEST_WORKERS_PIPE", None)      # of a worker: the number of its end
 
 
-def pytest_configure(config):
-    if PIPE:
-        config.workerinput = {}         # pytest's own sign of a worker: it writes no cache and no report
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     """Runs all tests in workers and returns True; returns None where pytest's own loop is right."""
@@ -34,7 +29,8 @@ def pytest_runtestloop(session):
     for item in session.items:
         files.setdefault(item.path, []).append(item)
     alone = any(getattr(options, name, None) for name in ALONE) or getattr(options, "capture", None) == "no"
-    if alone or len(files) < 2 or session.testsfailed or hasattr(session.config, "workerinput"):
+    xdist = hasattr(session.config, "workerinput")
+    if alone or xdist or len(files) < 2 or session.testsfailed:
         return None
     if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
         reporter.showfspath = False     # the files take turns: letters without names
