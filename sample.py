@@ -12,28 +12,28 @@ from tinytav.stable_diffusion import lora
 
 def arguments():
     p = cli.parser(__doc__)
-    p.add_argument("--prompt", nargs="+", action="extend", required=True, help="what the edit shows; each prompt makes a clip")
-    p.add_argument("--run", metavar="PATH", help="the folder of a run that train.py made (default: the newest in runs/)")
-    p.add_argument("--negative", metavar="PROMPT", help="what the edit must not show (default: guide away from the empty prompt)")
+    p.add_argument("--prompt", nargs="+", action="extend", required=True,
+                   help="what the edit shows; each prompt makes a clip")
+    p.add_argument("--run", metavar="PATH", help="edit this run of train.py (default: the newest in runs/)")
+    p.add_argument("--negative", metavar="PROMPT", help="guide away from this prompt (default: from the empty one)")
     p.add_argument("--noise", choices=NOISES,
-                   help="begin with the clip's inverted noise (the default where there is a run), with edit-friendly noise, "
-                        "which keeps more of the clip, with random noise, or with random noise that all frames share")
-    p.add_argument("--no-inversion", action="store_const", dest="noise", const="random",
-                   help="begin with random noise, as --noise random does")
+                   help="begin with the clip's inverted noise (the default where there is a run), with edit-friendly "
+                        "noise, which keeps more of the clip, or with random noise, of each frame or shared by all")
+    p.add_argument("--no-inversion", action="store_const", dest="noise", const="random", help="as --noise random")
     p.add_argument("--frames", type=cli.number(int, 1, 1000), metavar="N",
-                   help="from random noise: make N frames (default: the run's or the weights' own number); 1 is a picture")
+                   help="make N frames from random noise (default: the run's or the weights' number); 1 is a picture")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N",
-                   help="from random noise: make squares of N pixels (default: the size of the run's clip or of the weights)")
-    p.add_argument("--control", metavar="PATH", help="follow a hint by this ControlNet, a folder or a .safetensors file")
+                   help="make squares of N pixels from random noise (default: the size of the run or of the weights)")
+    p.add_argument("--control", metavar="PATH", help="follow a hint by this ControlNet: a folder or a .safetensors")
     p.add_argument("--hint", metavar="PATH",
-                   help="what the ControlNet understands (skeletons, depth, edges): a video or a folder of pictures, one a frame")
+                   help="skeletons, depth or edges for the ControlNet: a video or a folder of pictures, one a frame")
     p.add_argument("--control-scale", type=cli.number(float, 0), metavar="X",
                    help="how strongly the edit follows the hint, usually from 0 to 2 (default: 1)")
     p.add_argument("--steps", type=cli.number(int, 1, 999), metavar="N",
                    help="make N steps of DDIM, best a divisor of 1000 (default: the run's own)")
     p.add_argument("--guidance", type=cli.number(float, 0), metavar="X",
                    help="how strongly the edit follows the prompt (default: the run's own)")
-    p.add_argument("--attention", choices=ATTENTIONS, help="choose which frames a frame looks at (default: the run's own)")
+    p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at (default: the run's own)")
     cli.add_lora(p, "add these LoRA files to those that the run was tuned with")
     p.add_argument("--out", metavar="PATH", help="write the results here (default: the run's folder, or samples/)")
     return p.parse_args()
@@ -50,11 +50,11 @@ def check(args, run):
     """Raises InputError for flags that do not go together."""
     noise = NOISES[args.noise or ("inverted" if run else "random")]
     if noise.needs_clip and (args.frames or args.size):
-        raise InputError("The noise of a clip has the clip's own size and frames: leave out --frames and --size, or begin "
-                         "with random noise by --noise random.")
+        raise InputError("The noise of a clip has the clip's own size and frames: leave out --frames and --size, or "
+                         "begin with random noise by --noise random.")
     if not noise.seeded and args.seed is not None:
-        raise InputError(f"The {noise.name} noise has nothing random: leave out --seed, or begin with random noise by --noise "
-                         "random.")
+        raise InputError(f"The {noise.name} noise has nothing random: leave out --seed, or begin with random noise by "
+                         "--noise random.")
     if (args.control is None) != (args.hint is None):
         raise InputError("--control and --hint belong together: the ControlNet's weights, and what it is to follow.")
     if args.control_scale is not None and args.control is None:
@@ -91,7 +91,8 @@ def main():
     args = arguments()
     run = find_run(args)
     check(args, run)
-    cli.say(f"run: {run.path}" if run else "no run: sampling the untuned net from random noise; --run names a run to edit")
+    untuned = "no run: sampling the untuned net from random noise; --run names a run to edit"
+    cli.say(f"run: {run.path}" if run else untuned)
     session = open_session(args, run)
     memory.warn_before_sampling(session.net, session.shape, session.sd.device)
     control = None

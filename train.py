@@ -23,7 +23,8 @@ def arguments():
     p.add_argument("--out", metavar="PATH", help="make the run's folder here (default: runs)")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N",
                    help="scale the short side to N pixels (default: the size the weights were made for)")
-    p.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="use N frames (default: the weights' own number)")
+    p.add_argument("--frames", type=cli.number(int, 1), metavar="N",
+                   help="use N frames (default: the weights' own number)")
     p.add_argument("--start", type=cli.number(int, 0), metavar="N", help="begin at frame N of the clip (default: 0)")
     p.add_argument("--stride", type=cli.number(int, 1), metavar="N",
                    help="take every N-th frame (default: spread the frames over the whole clip)")
@@ -37,8 +38,8 @@ def arguments():
     p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
     cli.add_lora(p, "merge these LoRA files into the weights before tuning")
     p.add_argument("--checkpointing", choices=["auto", "on", "off"],
-                   help="compute blocks of the U-Net again for the gradient, which saves memory and costs time (default: "
-                        "auto, as few as the memory needs)")
+                   help="compute blocks of the U-Net again for the gradient, which saves memory and costs time "
+                        "(default: auto, as few as the memory needs)")
     p.add_argument("--resume", metavar="RUN", help="go on with an unfinished run, by its own settings")
     return p.parse_args()
 
@@ -61,8 +62,8 @@ def start(args):
         stride=args.stride, steps=args.steps, lr=args.lr, attention=args.attention or "sparse-causal",
         norm=args.norm or "clip", seed=33 if args.seed is None else args.seed, preview=args.preview, loras=loras)
     settings, (height, width) = session.run.settings, session.shape[3:]
-    cli.say(f"clip: {args.clip}, {settings.frames} of {settings.total} frames: {float(Fraction(settings.fps)):.3g} fps, "
-            f"{width * sd.multiple}x{height * sd.multiple}")
+    cli.say(f"clip: {args.clip}, {settings.frames} of {settings.total} frames: {float(Fraction(settings.fps)):.3g} "
+            f"fps, {width * sd.multiple}x{height * sd.multiple}")
     if settings.steps == 0:
         cli.say(f"{sd.path} was tuned by the official code and is used as it is; --steps N would tune it further.")
     return session
@@ -83,7 +84,9 @@ def resume(args):
 # ---- Tuning --------------------------------------------------------------------------------------
 
 class Stop:
-    """Within it, Ctrl-C and SIGTERM only leave their number in `received`, so that a step ends whole. A second one kills."""
+    """Within it, Ctrl-C and SIGTERM only leave their number in `received`, so that a step ends whole. A second one
+    kills.
+    """
 
     def __enter__(self):
         self.received = 0
@@ -147,7 +150,8 @@ def write_preview(session, step, stop):
     settings = session.run.settings
     try:
         noise = session.make_noise("inverted", progress=until_stopped)
-        x = editing.sample_clip(session.sd, session.net, noise, settings.preview, settings.guidance, progress=until_stopped)
+        x = editing.sample_clip(session.sd, session.net, noise, settings.preview, settings.guidance,
+                                progress=until_stopped)
     except Stopped:
         return
     frames.write_gif(session.run.path / f"preview-{step}.gif", x, Fraction(settings.fps))

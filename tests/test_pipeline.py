@@ -58,6 +58,8 @@ def test_the_vae_takes_a_clip_in_parts_and_gives_the_same(sd, monkeypatch):
     x = torch.rand(7, 3, 16, 24) * 2 - 1
     whole = pipeline.encode(sd.vae, x)
     assert whole[0].shape == whole[1].shape == (1, 4, 7, 8, 12)
+    for z, expected in zip(whole, sd.vae.encode(x)):                        # mean, std
+        torch.testing.assert_close(z[0].transpose(0, 1), expected)
     decoded = pipeline.decode(sd.vae, whole[0])
     assert decoded.shape == x.shape
     monkeypatch.setattr(pipeline, "PIXELS", 2 * 16 * 24)           # two frames at once

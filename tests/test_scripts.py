@@ -1,5 +1,4 @@
 """The two commands as a user runs them, on a tiny checkpoint of filled weights."""
-import functools
 import html
 import json
 import os
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hardening.warm import Warm
+from hardening.warm import warm
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,10 +26,6 @@ from tinytav.files.runs import Run
 from tinytav.weights import default_path, load
 
 ROOT = Path(__file__).parents[1]
-signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores Ctrl-C, and so would its children
-
-
-warm = functools.cache(Warm)
 
 
 def command(script, *args):
@@ -42,16 +37,6 @@ def call(cwd, script, *args, status=0):
     done = warm()(cwd, script, *args, limit=300)
     assert done.status == status, done.out + done.err
     return done
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a checkpoint, a clip and one finished run."""
-    place = tmp_path_factory.mktemp("place")
-    tiny.write_folder(place / "w")
-    tiny.write_clip(place / "clip.mp4")
-    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w")
-    return place
 
 
 def test_a_run_saves_what_it_changed_and_all_it_needs(place):

@@ -31,13 +31,13 @@ def parser(description, seeded=True):
     """
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--weights", metavar="PATH",
-                   help="use this Stable Diffusion: a folder, a .safetensors file, or hub:OWNER/NAME, which is downloaded "
+                   help="use this Stable Diffusion: a folder, a .safetensors file, or hub:OWNER/NAME, which is fetched "
                         "(default: what lies in weights/)")
     p.add_argument("--tokenizer", metavar="PATH",
                    help="use this tokenizer where the weights have none: a folder, or hub:NAME, which is downloaded")
     p.add_argument("--prediction", choices=PREDICTIONS,
                    help="say what the net of a single file predicts, where the file itself does not")
-    p.add_argument("--vae", metavar="PATH", help="use this VAE, a folder or a .safetensors file, in place of the weights' own")
+    p.add_argument("--vae", metavar="PATH", help="use this VAE, a folder or a .safetensors file, not the weights' own")
     p.add_argument("--embedding", nargs="+", action="extend", metavar="FILE",
                    help="learn the words of these files (textual inversion), to write them in prompts")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; else the best there is")
@@ -83,7 +83,9 @@ def choose_device(name=None):
 
 
 def choose_dtype(device, name=None):
-    """--precision -> torch.dtype. Without a name bf16 where the device has it; else fp16 on CUDA and float32 elsewhere."""
+    """--precision -> torch.dtype. Without a name bf16 where the device has it; else fp16 on CUDA and float32
+    elsewhere.
+    """
     if name is not None:
         return PRECISIONS[name]
     if device.type == "cpu" and cpu_has_bf16():
@@ -94,7 +96,8 @@ def choose_dtype(device, name=None):
 
 
 def load_weights(args, source=None, precision=None):
-    """The Stable Diffusion that the flags name, or else `source`, a dict of the same names, or else what is in weights/.
+    """The Stable Diffusion that the flags name, or else `source`, a dict of the same names, or else what is in
+    weights/.
 
     precision: where --precision is not given. The first line printed says which weights. Raises InputError.
     """

@@ -1,9 +1,9 @@
 """From a clip on disk to an edited clip: the life of a run. The method is in pipeline.py and tuning.py.
 
-A session holds the weights, the inflated U-Net, and the folder of a run. `begin` reads and encodes the clip once, `tune` makes
-the steps and saves them now and then, `finish` saves the tuned tensors and the inverted clip, `edit` makes one edit and writes
-its files. The scripts, the evaluation of sets and a notebook all use it. A `progress` is a function of (an iterable of steps,
-their number, a name) that returns an iterable; the default shows nothing.
+A session holds the weights, the inflated U-Net, and the folder of a run. `begin` reads and encodes the clip once,
+`tune` makes the steps and saves them now and then, `finish` saves the tuned tensors and the inverted clip, `edit`
+makes one edit and writes its files. The scripts, the evaluation of sets and a notebook all use it. A `progress` is a
+function of (an iterable of steps, their number, a name) that returns an iterable; the default shows nothing.
 """
 import sys
 import time
@@ -40,6 +40,7 @@ from tinytav.stable_diffusion.precision import name_of
 from tinytav.weights import StableDiffusion
 
 SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")     # of an edit's files
+RECORDED = ("guidance", "noise", "seed", "negative", "precision", "lora", "control", "hint", "control_scale")   # flags
 SAVING = 20             # a twentieth of the time goes into saving what is tuned
 
 
@@ -86,8 +87,8 @@ def encode_clip(sd, x, prompt):
 def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
     """The inflated U-Net for `count` frames.
 
-    If the official code has tuned the weights, T-Attn is theirs. Otherwise it is new, and its first q, k and v come from
-    the seed alone. The caller's random state stays as it was.
+    If the official code has tuned the weights, T-Attn is theirs. Otherwise it is new, and its first q, k and v come
+    from the seed alone. The caller's random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]):             # inflation draws on the CPU
         torch.manual_seed(seed)
@@ -100,8 +101,8 @@ def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
 def sample_clip(sd, net, noise, prompt, guidance, negative="", control=None, progress=no_progress):
     """Samples from a Noise under a prompt -> frames (f, 3, h, w) in [-1, 1].
 
-    negative: the prompt that guidance goes away from. control: a control.Control. Raises InputError if the result is not
-    finite.
+    negative: the prompt that guidance goes away from. control: a control.Control. Raises InputError if the result is
+    not finite.
     """
     context, away = sd.encode_prompts([prompt, negative]).split(1)
     walk = noise.sample(net, sd.schedule, context, away, guidance, control)
@@ -181,8 +182,8 @@ class Session:
         """
         kind = NOISES[name or ("inverted" if self.clip else "random")]
         if kind.needs_clip and (self.clip is None or self.clip.mean.shape != self.shape):
-            raise InputError(f"The {kind.name} noise is made from a run's clip, and has its frames and its size: name a run "
-                             "with --run and leave out --frames and --size, or begin with --noise random.")
+            raise InputError(f"The {kind.name} noise is made from a run's clip, and has its frames and its size: name "
+                             "a run with --run and leave out --frames and --size, or begin with --noise random.")
         noise = kind(chosen(steps, self.defaults.ddim_steps), seed)
         saved = self.saved_inversion() if kind.name == "inverted" else {}
         if saved and int(saved["steps"]) == noise.steps:
@@ -199,8 +200,8 @@ class Session:
     def edit(self, prompt, noise=None, guidance=None, negative="", control=None, out=None, progress=no_progress):
         """Makes an edit and writes its video, gif, strip and record -> Edit. The page shows it.
 
-        noise: what `make_noise` returned; else the inverted clip, or random noise. Without guidance the run's or the weights'
-        own holds. out: a folder; else the run's, or samples/. Errors as sample_clip's.
+        noise: what `make_noise` returned; else the inverted clip, or random noise. Without guidance the run's or the
+        weights' own holds. out: a folder; else the run's, or samples/. Errors as sample_clip's.
         """
         noise = noise or self.make_noise(progress=progress)
         guidance = chosen(guidance, self.defaults.guidance)
@@ -210,7 +211,7 @@ class Session:
         name = new_name(folder, self.name_of(prompt, noise, control), SUFFIXES)
         file = self.write(folder / name, x, self.rows_above(noise, control), prompt)
         record = self.record(noise, guidance, negative, control)
-        records.write_record(folder, name, prompt, record, self.command(prompt, record, out))      # last: it says that all is there
+        records.write_record(folder, name, prompt, record, self.command(prompt, record, out))   # last: all is there
         return Edit(x, file, page.write(folder))
 
     def name_of(self, prompt, noise, control):
@@ -220,7 +221,8 @@ class Session:
 
     def record(self, noise, guidance, negative="", control=None):
         """The settings of an edit: all that decides the result, beside the run or the weights."""
-        settings = dict(ddim_steps=noise.steps, guidance=guidance, noise=noise.name, seed=noise.seed if noise.seeded else None,
+        settings = dict(ddim_steps=noise.steps, guidance=guidance, noise=noise.name,
+                        seed=noise.seed if noise.seeded else None,
                         negative=negative or None, attention=self.net.attention, frames=self.net.frames,
                         size=self.sd.multiple * min(self.shape[3:]), precision=name_of(self.sd.dtype),
                         weights=self.sd.fingerprint, lora=[f"{one.file}:{one.scale:g}" for one in self.loras] or None)
@@ -230,9 +232,8 @@ class Session:
 
     def command(self, prompt, record, out=None):
         """The line that makes an edit again, whatever the defaults are then."""
-        flags = dict(run=self.run.path if self.run else None, **self.moved(), prompt=prompt, steps=record["ddim_steps"], out=out)
-        flags |= {name: record.get(name) for name in ("guidance", "noise", "seed", "negative", "precision", "lora", "control",
-                                                      "hint", "control_scale")}
+        flags = dict(run=self.run.path if self.run else None, **self.moved(), prompt=prompt, out=out)
+        flags |= {name: record.get(name) for name in RECORDED} | dict(steps=record["ddim_steps"])
         if self.run is None or self.net.attention != self.run.settings.attention:
             flags["attention"] = self.net.attention
         if self.clip is None or self.clip.mean.shape != self.shape:
@@ -256,7 +257,9 @@ class Session:
         return decode(self.sd.vae, self.clip.mean[:, :, strip_columns(self.clip.frames)])
 
     def write(self, stem, x, above, prompt):
-        """Frames x (f, 3, h, w) -> a strip, a gif, and last an mp4 with the prompt as its title; of one frame a picture."""
+        """Frames x (f, 3, h, w) -> a strip, a gif, and last an mp4 with the prompt as its title; of one frame a
+        picture.
+        """
         picture, video = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.mp4")
         write_strip(picture, *above, x[strip_columns(len(x))])
         if len(x) == 1:
@@ -272,15 +275,15 @@ class Session:
         return self.run.settings if self.run else self.sd.defaults
 
 
-def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, start=0, stride=None, steps=None, lr=None,
-          ddim_steps=None, guidance=None, attention="sparse-causal", norm="clip", seed=33, preview=None, loras=(),
-          progress=no_progress):
+def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, start=0, stride=None, steps=None,
+          lr=None, ddim_steps=None, guidance=None, attention="sparse-causal", norm="clip", seed=33, preview=None,
+          loras=()):
     """Reads a video, a GIF or a folder of pictures, encodes it once, and makes a new run of it -> Session.
 
-    The run's folder is out/NAME, or out/NAME-2, ...; or `folder`, which must not exist. size: pixels of the short side.
-    frames: how many; a shorter clip is then refused. start, stride: as in files.frames.read. loras: those that are
-    merged into `sd` already. preview: a prompt that run.json keeps. Where a number is None, the weights' own holds. Raises
-    InputError.
+    The run's folder is out/NAME, or out/NAME-2, ...; or `folder`, which must not exist. size: pixels of the short
+    side. frames: how many; a shorter clip is then refused. start, stride: as in files.frames.read. loras: those that
+    are merged into `sd` already. preview: a prompt that run.json keeps. Where a number is None, the weights' own
+    holds. Raises InputError.
     """
     if not prompt.strip():
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
@@ -290,12 +293,14 @@ def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, 
                          exact=frames is not None)
     warn_if_far_apart(source, clip)
     settings = Settings.from_json(dict(
-        clip=str(clip), clip_fingerprint=fingerprint(clip), prompt=prompt, preview=preview, fingerprint=sd.fingerprint,
-        precision=name_of(sd.dtype), lora=[asdict(one) for one in loras] or None, size=size, frames=len(source.x), start=start,
-        stride=stride, indices=list(source.indices), total=source.total, fps=str(source.fps),
-        steps=chosen(steps, 0 if sd.temporal else d.steps), lr=chosen(lr, d.lr), ddim_steps=chosen(ddim_steps, d.ddim_steps),
-        guidance=chosen(guidance, d.guidance), attention=attention, norm=norm, seed=seed,
-        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0]), **sd.source))
+        clip=str(clip), clip_fingerprint=fingerprint(clip), prompt=prompt, preview=preview,
+        fingerprint=sd.fingerprint, precision=name_of(sd.dtype), lora=[asdict(one) for one in loras] or None,
+        size=size, frames=len(source.x), start=start, stride=stride,
+        indices=list(source.indices), total=source.total, fps=str(source.fps),
+        steps=chosen(steps, 0 if sd.temporal else d.steps), lr=chosen(lr, d.lr),
+        ddim_steps=chosen(ddim_steps, d.ddim_steps), guidance=chosen(guidance, d.guidance),
+        attention=attention, norm=norm, seed=seed, **sd.source,
+        versions=dict(tinytav=tinytav.__version__, torch=torch.__version__, python=sys.version.split()[0])))
     encoded = encode_clip(sd, source.x, prompt)
 
     def fill(run):
@@ -311,7 +316,8 @@ def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, 
 def resume(sd, run):
     """An unfinished run -> Session, with the net as it was before tuning. `tune` goes on from the saved state.
 
-    The caller holds the run's lock. `sd`: the run's weights with its LoRAs merged. Raises InputError if they do not fit.
+    The caller holds the run's lock. `sd`: the run's weights with its LoRAs merged. Raises InputError if they do not
+    fit.
     """
     settings = run.settings
     if run.finished:
@@ -324,8 +330,8 @@ def resume(sd, run):
 def open_run(sd, run, attention=None, frames=None, size=None, loras=()):
     """A finished run -> Session, with the tuned net. Raises InputError if they do not fit.
 
-    `sd`: the run's weights with its LoRAs merged. attention, frames (their number), size (of a square): other than the run's.
-    loras: more LoRAs, which are added to the tuned net and to the text encoder.
+    `sd`: the run's weights with its LoRAs merged. attention, frames (their number), size (of a square): other than
+    the run's. loras: more LoRAs, which are added to the tuned net and to the text encoder.
     """
     settings = run.settings
     clip = clip_of(run, sd)

@@ -1,9 +1,10 @@
 """The memory of a tuning step. It is tried, not simulated.
 
-A block of the U-Net that is computed again for the gradient keeps only its inputs, and costs one more forward of this block
-(gradient checkpointing, Chen et al., arXiv 1604.06174). The more blocks, the less memory and the more time. So there is a
-ladder. Its first rung computes nothing again. When memory runs out, tuning takes the next rung and makes the same step
-again. On a CPU the kernel may end the process instead, so there an estimate chooses the rung before the first step.
+A block of the U-Net that is computed again for the gradient keeps only its inputs, and costs one more forward of this
+block (gradient checkpointing, Chen et al., arXiv 1604.06174). The more blocks, the less memory and the more time. So
+there is a ladder. Its first rung computes nothing again. When memory runs out, tuning takes the next rung and makes
+the same step again. On a CPU the kernel may end the process instead, so there an estimate chooses the rung before the
+first step.
 """
 import warnings
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 
 from tinytav.stable_diffusion.unet import ResnetBlock, Transformer
 
-# What a step keeps for each latent pixel of each frame, in bytes, where nothing is computed again: measured on a CPU with
-# Stable Diffusion 1.5, whose finest level has 320 channels. The rungs keep these shares of it.
+# What a step keeps for each latent pixel of each frame, in bytes, where nothing is computed again: measured on a CPU
+# with Stable Diffusion 1.5, whose finest level has 320 channels. The rungs keep these shares of it.
 KEPT = {torch.float32: 680e3, torch.bfloat16: 320e3, torch.float16: 320e3}
 SHARES = (1, 0.67, 0.57, 0.31, 0.18, 0.16)
 CHANNELS = 320
@@ -30,7 +31,9 @@ def blocks(net):
 
 
 def ladder(net):
-    """The rungs: nothing; the finest level's transformers; all blocks of the finest level, of the two finest, ..., all."""
+    """The rungs: nothing; the finest level's transformers; all blocks of the finest level, of the two finest, ...,
+    all.
+    """
     levels = [blocks(down) + blocks(up) for down, up in zip(net.down_blocks, reversed(net.up_blocks))]
     levels[-1] += blocks(net.mid_block)
     rungs = [[], [block for block in levels[0] if isinstance(block, Transformer)]]
@@ -71,8 +74,8 @@ def tried(net, step):
         net.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        warnings.warn(f"The memory is too small for a step. From now on {recomputed(net)} of {len(blocks(net))} blocks are "
-                      "computed again for the gradient, which is slower.")
+        warnings.warn(f"The memory is too small for a step. From now on {recomputed(net)} of {len(blocks(net))} blocks "
+                      "are computed again for the gradient, which is slower.")
 
 
 def is_out_of_memory(error):
@@ -102,7 +105,9 @@ def prepare(net, shape, device, checkpointing="auto", free=None):
 
 
 def shares(count):
-    """The shares of `count` rungs. A U-Net of fewer levels than Stable Diffusion's has the first ones and the last one."""
+    """The shares of `count` rungs. A U-Net of fewer levels than Stable Diffusion's has the first ones and the last
+    one.
+    """
     return [SHARES[min(i, len(SHARES) - 1)] for i in range(count - 1)] + [SHARES[-1]]
 
 
@@ -113,7 +118,9 @@ def pixel_bytes(net, shape):
 
 
 def tuning_bytes(net, shape, share):
-    """What a step of tuning takes beside the weights: gradients and AdamW's two moments in float32, and what it keeps."""
+    """What a step of tuning takes beside the weights: gradients and AdamW's two moments in float32, and what it
+    keeps.
+    """
     return 12 * sum(p.numel() for p in net.tuned().values()) + share * pixel_bytes(net, shape)
 
 
@@ -125,12 +132,14 @@ def warn_before_sampling(net, shape, device):
 
 def warn_if_tight(what, need, free):
     if need > (1 - RESERVE) * free:
-        warnings.warn(f"{what} needs about {need / 2 ** 30:.2f} GiB of memory, and {free / 2 ** 30:.2f} are free. It may "
-                      "fail. Half the --frames need about half of it, half the --size a quarter.")
+        warnings.warn(f"{what} needs about {need / 2 ** 30:.2f} GiB of memory, and {free / 2 ** 30:.2f} are free. It "
+                      "may fail. Half the --frames need about half of it, half the --size a quarter.")
 
 
 def free_bytes():
-    """The memory of this machine that is free, within the limits of its control groups. Infinite where it is not told."""
+    """The memory of this machine that is free, within the limits of its control groups. Infinite where it is not
+    told.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

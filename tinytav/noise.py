@@ -1,4 +1,5 @@
-"""What an edit starts from: four kinds of noise. Each kind knows how it is made, how it is sampled, and whether it needs a clip.
+"""What an edit starts from: four kinds of noise. Each kind knows how it is made, how it is sampled, and whether it
+needs a clip.
 
 The paper begins with the clip's own noise, found by DDIM inversion (section 3.3). The other kinds stand beside it.
 """
@@ -89,5 +90,5 @@ NOISES = {kind.name: kind for kind in (Inverted, EditFriendly, Random, Shared)}
 
 def refuse_what_is_not_finite(*tensors):
     if not all(torch.isfinite(x).all() for x in tensors):
-        raise InputError("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or use "
-                         "--precision fp32.")
+        raise InputError("The net inverts the clip to values that are not finite: tune again with a smaller --lr, or "
+                         "use --precision fp32.")

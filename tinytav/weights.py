@@ -1,8 +1,8 @@
 """The weights that everything here starts from: a Stable Diffusion, and what belongs to its use on video.
 
-These are the values that the scripts take by default, and T-Attn's tensors where the official Tune-A-Video code has tuned
-the U-Net. It stores such a net as a UNet3DConditionModel: the image U-Net's config with "3D" for "2D", the image U-Net's
-tensors, and in each transformer block T-Attn and its norm, `attn_temp.*` and `norm_temp.*`.
+These are the values that the scripts take by default, and T-Attn's tensors where the official Tune-A-Video code has
+tuned the U-Net. It stores such a net as a UNet3DConditionModel: the image U-Net's config with "3D" for "2D", the
+image U-Net's tensors, and in each transformer block T-Attn and its norm, `attn_temp.*` and `norm_temp.*`.
 """
 import warnings
 from dataclasses import dataclass, field, fields
@@ -75,7 +75,8 @@ class StableDiffusion:
             return self.text_encoder(ids).float()
 
 
-def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float32, vae=None, embedding=None, connect=True):
+def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float32, vae=None, embedding=None,
+         connect=True):
     """A Stable Diffusion folder or single file -> StableDiffusion on `device`, in eval mode and without gradients.
 
     tokenizer: a folder; by default the checkpoint's own. prediction: "epsilon" or "v", where the file does not tell.

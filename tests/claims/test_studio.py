@@ -69,6 +69,19 @@ def test_the_true_edit_succeeds_and_neither_the_source_nor_a_still_copy_does(qui
     assert not still["success"] and still["moves"] == 0 and still["edited"] > 0.8
 
 
+@pytest.mark.parametrize("kind, needed", [("quick", ("place", *MOTIONS, "moves")), ("posing", WANTED)])
+def test_an_edit_succeeds_if_all_that_is_needed_is_right_in_most_frames(kind, needed, request, monkeypatch):
+    studio, all_right = request.getfixturevalue(kind), dict.fromkeys((*world.ATTRIBUTES, *MOTIONS, "moves"), 1.)
+    wrong = [name for name in all_right if not answered(studio, all_right | {name: 0.5}, monkeypatch)["success"]]
+    assert set(wrong) == set(needed) and answered(studio, all_right | dict(hat=0.625, x=0.625), monkeypatch)["success"]
+
+
+def answered(studio, shares, monkeypatch):
+    """The scores of an edit of which the judge says `shares`."""
+    monkeypatch.setattr(studio.asked, "answers", lambda x, scene, said: shares)
+    return studio.score_one(studio.source, studio.clip.edits[0], studio.texts[0])
+
+
 def test_an_edit_moves_towards_its_prompt_and_keeps_the_motion(studio):
     source, scores = studio.eye.images(studio.source), studio.score(studio.edit(Variant(), seed=33))
     for after, text in zip(scores, studio.texts):

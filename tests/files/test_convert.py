@@ -1,5 +1,4 @@
 """Pickled checkpoints become safetensors; no code in them runs."""
-import functools
 import json
 import os
 import re
@@ -9,15 +8,13 @@ import zipfile
 import pytest
 import tiny
 import torch
-from hardening.warm import Warm
+from hardening.warm import warm
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tinytav.errors import InputError
 from tinytav.files.convert import convert_file, convert_folder, safe_name
 from tinytav.weights import load
-
-warm = functools.cache(Warm)
 
 
 def convert(source, target, status=0):

@@ -1,14 +1,14 @@
-"""One warm interpreter, and one set of weights, clip and runs, for all quick tests here."""
+"""One set of weights, clip and runs for all quick tests here."""
+import shutil
+
 import pytest
-import trial
-from warm import Warm
+from hardening import trial
+from hardening.warm import warm as shared_warm
 
 
 @pytest.fixture(scope="session")
 def warm():
-    warm = Warm()
-    yield warm
-    warm.close()
+    return shared_warm()
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +21,4 @@ def stock(warm, tmp_path_factory):
 @pytest.fixture
 def place(stock, tmp_path):
     """A copy of the stock that a test may spoil."""
-    import shutil
-    shutil.copytree(stock, tmp_path / "place")
-    return tmp_path / "place"
+    return shutil.copytree(stock, tmp_path / "place")

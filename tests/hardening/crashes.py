@@ -18,7 +18,7 @@ SAME = ("tuned.safetensors", "inversion.safetensors", "clip.safetensors", "loss.
 
 
 def stock(folder, warm):
-    """Weights, a clip, and what the two commands make of them when nothing stops them. -> (seconds, touches) of each."""
+    """Weights, a clip, and what the two commands make of them unless they are stopped -> (seconds, touches) of each."""
     tiny.write_folder(folder / "w")
     tiny.save_json(folder / "w/defaults.json", tiny.DEFAULTS | dict(size=16, ddim_steps=2))
     tiny.write_clip(folder / "clip.mp4")
@@ -36,7 +36,8 @@ def moment(rng, seconds, touches, number):
     """What ends the process, as the warm interpreter is told it."""
     if rng.random() < 0.5:
         return dict(signal=(number, rng.uniform(0.05, seconds)))
-    return dict(kill=(number, rng.randint(1, touches), rng.choice([0, 0, 1e-5, 1e-4, 1e-3]) if number == signal.SIGKILL else 0))
+    later = rng.choice([0, 0, 1e-5, 1e-4, 1e-3]) if number == signal.SIGKILL else 0
+    return dict(kill=(number, rng.randint(1, touches), later))
 
 
 def torn(run, whole):
@@ -104,11 +105,12 @@ def crash_sample(warm, stock, place, how):
         return f"cannot sample again: {again.err[-300:]}"
     if any(file.read_bytes() != data for file, data in before.items()):
         return "overwrites an earlier result"
-    return "" if all((place / line).is_file() for line in again.out.splitlines() if line.endswith(".mp4")) else "lacks a result"
+    results = [place / line for line in again.out.splitlines() if line.endswith(".mp4")]
+    return "" if all(result.is_file() for result in results) else "lacks a result"
 
 
 def many(warm, stock, times, seeds, report=print):
-    """Ends both commands at every seed's moment, at every fifth by Ctrl-C too -> {kind: Counter of cases, ended, failures}."""
+    """Ends both commands at every seed's moment, at every fifth by Ctrl-C too -> {kind: Counter}."""
     counts = {}
     for seed in seeds:
         for script, crash in (("train.py", crash_train), ("sample.py", crash_sample)):

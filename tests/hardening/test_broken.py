@@ -1,15 +1,15 @@
 """Broken input, the quick part: one case of each kind, and each kind of failure that the whole has found, by name."""
 import json
+import random
 import re
 import warnings
 
-import broken
 import pytest
 import torch
-import trial
+from hardening import broken, broken_clips, fuzz, trial
+from hardening.warm import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from warm import ROOT
 
 from tinytav import cli
 from tinytav.errors import InputError
@@ -28,6 +28,23 @@ def test_broken_input_gives_a_sentence_or_a_right_result(warm, stock, name):
     assert not problem, f"{problem}\n{answer.err}"
 
 
+@pytest.mark.parametrize("name", fuzz.FORMATS)
+def test_mutated_pictures_and_videos_are_read_or_refused(warm, tmp_path, name):
+    read, refused, problems = fuzz.run(warm, tmp_path, name, 1000, 1040)
+    assert not problems and read + refused == 40 and read and refused
+
+
+def test_the_fuzzer_changes_what_it_says_and_mends_the_sums_of_a_png(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = fuzz.original("png")
+    assert fuzz.mended(whole) == whole
+    at = whole.index(b"IDAT") + 20
+    broken_sum = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+    assert fuzz.mended(broken_sum) != broken_sum
+    cases = [fuzz.mutated(random.Random(i), whole) for i in range(50)]
+    assert len(set(cases)) > 45 and cases == [fuzz.mutated(random.Random(i), whole) for i in range(50)]
+
+
 def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(warm, tmp_path):
     (tmp_path / "in").mkdir()
     bad = tmp_path / "bad.py"
@@ -35,7 +52,7 @@ def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(wa
     def verdict(code, limit=60):
         bad.write_text(code)
         answer = warm(tmp_path, str(bad), limit=limit, allowed=str(tmp_path / "in"))
-        return trial.judge(answer, tmp_path, ["train.py"], broken.EITHER, trial.ERROR)
+        return trial.judge(answer, tmp_path, broken.Case(["train.py"], broken.EITHER), trial.ERROR)
     assert "ends with 1: KeyError" in verdict("{}['x']")
     assert "hangs" in verdict("while True: pass", limit=1)
     assert "without a sentence" in verdict("import sys; sys.exit(2)")
@@ -43,7 +60,25 @@ def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(wa
     assert "for writing" in verdict("open('out', 'w')" + sentence)
     assert "pickle.find_class" in verdict("import pickle; pickle.loads(b'cos\\ngetcwd\\n)R.')" + sentence)
     assert "MB of memory" in verdict("x = b'x' * 2 ** 31" + sentence)
+    assert "control character" in verdict("print('\\x1b[31m')" + sentence)
+    assert "suggests" in verdict("print('go on with python train.py --resume a; touch b')" + sentence)
     assert verdict("open('in/out', 'w')" + sentence) == ""
+
+
+def test_the_harness_sees_touched_files_and_permissions(tmp_path):
+    place, out = tmp_path / "place", tmp_path / "place/out"
+    out.mkdir(parents=True)
+    (out / "index.html").write_text("mine"), (place / "w").write_text("w")
+    case = broken.Case(["train.py"], broken.EITHER)
+    before = {path: trial.state(path) for path in tmp_path.rglob("*")}
+    (out / "new").write_text("x")
+    assert trial.touched(before, tmp_path, place, case) == "" and trial.too_private(before, place, None) == ""
+    (out / "new").chmod(0o600)
+    assert "permissions 600" in trial.too_private(before, place, 0o022)
+    (place / "beside").touch()
+    assert "beside" in trial.touched(before, tmp_path, place, case)
+    (place / "beside").unlink(), (out / "index.html").write_text("ours")
+    assert "index.html" in trial.touched(before, tmp_path, place, case)
 
 
 # ---- found by the whole --------------------------------------------------------------------------
@@ -55,7 +90,7 @@ def test_a_picture_that_is_long_and_thin_is_refused_and_not_enlarged_for_minutes
 
 
 def test_names_within_a_video_that_are_no_text_are_a_sentence(tmp_path):
-    path = broken.video(tmp_path / "in.mp4")
+    path = broken_clips.video(tmp_path / "in.mp4")
     assert b"VideoHandler" in (data := path.read_bytes())
     path.write_bytes(data.replace(b"VideoHandler", b"Video\xc8\xffdler"))
     with pytest.raises(InputError, match="cannot be read as a video"):
@@ -72,8 +107,9 @@ def test_a_size_beyond_reason_is_refused_before_its_memory_is_taken(tmp_path):
         frames.read(tmp_path, 100_000, 4, 2)
 
 
-@pytest.mark.parametrize("settings", [dict(model_max_length=10 ** 30), dict(model_max_length="77"), dict(model_max_length=78),
-                                      dict(pad_token=5), dict(pad_token=None), dict(model_max_length=1)])
+@pytest.mark.parametrize("settings", [
+    dict(model_max_length=10 ** 30), dict(model_max_length="77"), dict(model_max_length=78), dict(model_max_length=1),
+    dict(pad_token=5), dict(pad_token=None)])
 def test_a_tokenizers_settings_of_wrong_types_are_refused(place, settings):
     (place / "w/tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="is not CLIP's|do not belong together"):
@@ -120,7 +156,8 @@ def test_memory_that_runs_out_is_a_sentence_and_any_other_error_of_torch_a_bug(e
     (UNetConfig, dict(block_out_channels=[None, 16])), (UNetConfig, dict(attention_head_dim=["2"] * 4)),
     (UNetConfig, dict(attention_head_dim=7)), (TextEncoderConfig, dict(num_attention_heads=5)),
     (TextEncoderConfig, dict(num_hidden_layers=2 ** 20)),
-    (Schedule, dict(beta_start=-1.)), (Schedule, dict(beta_end=float("nan"))), (Schedule, dict(num_train_timesteps=10 ** 12))])
+    (Schedule, dict(beta_start=-1.)), (Schedule, dict(beta_end=float("nan"))),
+    (Schedule, dict(num_train_timesteps=10 ** 12))])
 def test_a_number_in_a_config_that_no_model_has_is_refused(Config, settings):
     with pytest.raises(InputError, match="is not|must be|do not divide"):
         Config.from_json(settings)
@@ -147,7 +184,8 @@ def test_a_runs_tensors_of_another_type_or_shape_are_refused(warm, place, name, 
     key = "noise" if name == "inversion" else sorted(tensors)[-1]
     save_file(tensors | {key: change(tensors[key]).contiguous()}, file)
     answer = warm(place, "sample.py", "--run", "runs/done", "--prompt", "a")
-    assert answer.status == 2 and re.search("does not fit this run|does not hold", answer.err) and "Traceback" not in answer.err
+    assert answer.status == 2 and re.search("does not fit this run|does not hold", answer.err)
+    assert "Traceback" not in answer.err
 
 
 # ---- trust ---------------------------------------------------------------------------------------
@@ -161,9 +199,10 @@ def test_no_line_of_the_core_unpickles_or_opens_a_connection():
         assert ("from_pretrained" in text) == (path.name == "tokenizer.py"), path
 
 
-@pytest.mark.parametrize("file", ["w/unet/diffusion_pytorch_model.safetensors", "w/tokenizer/vocab.json", "w/defaults.json",
-                                  "w/tokenizer/merges.txt", "clip.mp4", "runs/done/clip.safetensors", "runs/done/run.json",
-                                  "runs/done/tuned.safetensors", "runs/done/inversion.safetensors"])
+@pytest.mark.parametrize("file", [
+    "w/unet/diffusion_pytorch_model.safetensors", "w/tokenizer/vocab.json", "w/tokenizer/merges.txt", "w/defaults.json",
+    "clip.mp4", "runs/done/clip.safetensors", "runs/done/run.json", "runs/done/tuned.safetensors",
+    "runs/done/inversion.safetensors"])
 def test_a_pickle_in_the_place_of_any_file_is_not_run(warm, place, file):
     (place / file).write_bytes(b"cos\nsystem\n(S'touch " + str(place / "pwned").encode() + b"'\ntR.")
     argv = ["sample.py", "--run", "runs/done", "--prompt", "a"] if "runs" in file else broken.train("clip.mp4")

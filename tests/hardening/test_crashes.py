@@ -7,21 +7,22 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
-import broken
-import crashes
 import pytest
 import torch
+from hardening import broken, crashes
+from hardening.warm import ROOT, Touches, Warm
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from warm import ROOT, Touches, Warm
 
 from tinytav.errors import InputError
 from tinytav.files import runs
 from tinytav.files.atomic import replace
 
-NEW = {"new": torch.ones(50_000)}        # made here: in a fork, torch's threads are gone and more than one would be waited for
+NEW = {"new": torch.ones(50_000)}        # made here: torch's threads are gone in a fork, which would wait for them
+COMMANDS = [broken.train("clip.mp4"), ["train.py", "--resume", "runs/half"], broken.sample_run()]
 WRITERS = {"text": lambda file: Path(file).write_text("new" * 100_000),
            "tensors": lambda file: save_file(NEW, file),
            "picture": lambda file: Image.new("RGB", (300, 300), "red").save(file, "PNG")}
@@ -55,6 +56,16 @@ def test_ended_at_random_moments_both_commands_leave_whole_files_and_go_on(warm,
     assert not failures
 
 
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(place):
+    command = [sys.executable, str(ROOT / "train.py"), "clip.mp4", "a man", "--weights", "w"]
+    process = subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in error, error
+
+
 def test_the_harness_sees_a_torn_file(tmp_path):
     for name in ("whole", "run"):
         (tmp_path / name).mkdir()
@@ -72,7 +83,7 @@ def test_the_harness_sees_a_torn_file(tmp_path):
 @pytest.mark.parametrize("size", [3000, 20_000, 60_000])
 def test_a_full_disk_is_a_sentence_and_tears_nothing(warm, place, size):
     before = {file: file.read_bytes() for file in (place / "runs").rglob("*") if file.is_file()}
-    for argv in (broken.train("clip.mp4"), ["train.py", "--resume", "runs/half"], ["sample.py", "--run", "runs/done", "--prompt", "a"]):
+    for argv in COMMANDS:
         answer = warm(place, *argv, file_size=size)
         assert answer.status == 2 and "error: " in answer.err or size == 60_000 and answer.status == 0
         assert "Traceback" not in answer.err
@@ -84,7 +95,7 @@ def test_a_full_disk_is_a_sentence_and_tears_nothing(warm, place, size):
     assert warm(place, "train.py", "--resume", "runs/half").status == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0 or not all(p.stat().st_mode & 1 for p in ROOT.parents),
+@pytest.mark.skipif(os.getuid() != 0 or not all(folder.stat().st_mode & 1 for folder in ROOT.parents),
                     reason="only root can become someone who may not write, and only where others may enter")
 def test_a_folder_without_write_permission_is_a_sentence(warm, place):
     with tempfile.TemporaryDirectory() as folder:           # pytest's own folder is closed to others
@@ -93,41 +104,50 @@ def test_a_folder_without_write_permission_is_a_sentence(warm, place):
         shutil.copytree(place, there)
         for file in there.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
-        for argv in (broken.train("clip.mp4"), ["train.py", "--resume", "runs/half"],
-                     ["sample.py", "--run", "runs/done", "--prompt", "a"]):
+        for argv in COMMANDS:
             answer = warm(there, *argv, user=65534)
             assert answer.status == 2 and "ermission denied" in answer.err and "Traceback" not in answer.err
 
 
 def test_two_train_py_on_one_run_are_one_too_many(warm, place):
     """The second is refused while the first holds the folder, and not after it was killed."""
-    code = "import sys, time, signal; from tinytav.files import runs; runs.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    code = """if True:
+        import sys, time
+        from tinytav.files.runs import Run
+        run = Run.locked(sys.argv[1])
+        print("held", flush=True)
+        time.sleep(60)
+    """
     holder = subprocess.Popen([sys.executable, "-c", code, place / "runs/half"], cwd=ROOT, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     before = {file: file.read_bytes() for file in (place / "runs/half").iterdir()}
     answer = warm(place, "train.py", "--resume", "runs/half")
-    assert answer.status == 2 and "Another train.py is at work in runs/half" in answer.err
+    assert answer.status == 2 and "Another process is at work in runs/half" in answer.err
     assert before == {file: file.read_bytes() for file in (place / "runs/half").iterdir()}
     holder.kill(), holder.wait()
     assert warm(place, "train.py", "--resume", "runs/half").status == 0
 
 
 def test_a_run_being_tuned_cannot_be_resumed(place):
-    run = runs.Run.create(place / "out", "clip", {})
-    with pytest.raises(InputError, match="Another train.py is at work"):
-        runs.lock(run.path)
+    settings = runs.Run.open(place / "runs/half").settings
+    run = runs.Run.create(place / "out", "clip", settings, runs.Run.save)
+    with pytest.raises(InputError, match="Another process is at work"):
+        runs.Run.locked(run.path)
+    run.close()
+    runs.Run.locked(run.path).close()
 
 
 def test_two_train_py_begun_at_once_make_two_runs(warm, place, monkeypatch):
     other, answers = Warm(), []
-    threads = [threading.Thread(target=lambda w=w: answers.append(w(place, *broken.train("clip.mp4")))) for w in (warm, other)]
+    train = lambda warm: answers.append(warm(place, *broken.train("clip.mp4")))
+    threads = [threading.Thread(target=train, args=[one]) for one in (warm, other)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     other.close()
     assert [answer.status for answer in answers] == [0, 0]
     assert {run.name for run in (place / "out").iterdir()} == {"clip", "clip-2"}
-    names = iter(["clip", "clip", "clip-3"])                # both saw the same free name; a dangling link is no hang either
+    names = iter(["clip", "clip", "clip-3"])        # both saw the same free name; a dangling link is no hang either
     monkeypatch.setattr(runs, "new_name", lambda folder, name: next(names))
-    assert runs.Run.create(place / "out", "clip", {}).path.name == "clip-3"
+    assert runs.Run.create(place / "out", "clip", {}, lambda run: None).path.name == "clip-3"
 
 
 def test_a_dangling_link_is_not_taken_for_a_free_name(tmp_path):
@@ -136,7 +156,9 @@ def test_a_dangling_link_is_not_taken_for_a_free_name(tmp_path):
 
 
 def test_resuming_clears_away_what_a_killed_process_left(warm, place):
-    (place / "runs/half/.state.safetensors.1.part").write_bytes(b"half")
+    left = place / "runs/half/.state.safetensors.1.part"
+    left.mkdir()
+    (left / ".tmpaB12").write_bytes(b"half")                # safetensors' own temporary file
     assert warm(place, "train.py", "--resume", "runs/half").status == 0
     assert not list((place / "runs/half").glob(".*"))
     (place / "runs/half/state.safetensors").write_bytes(b"left between the last two lines")
@@ -158,6 +180,9 @@ def test_a_learning_rate_that_breaks_the_net_keeps_the_state(warm, place):
 
 def test_a_clip_whose_latents_are_not_finite_makes_no_run(warm, place):
     file = place / "w/vae/diffusion_pytorch_model.safetensors"
-    save_file({name: z * 1e30 if name in ("encoder.conv_out.weight", "quant_conv.weight") else z for name, z in load_file(file).items()}, file)
+    tensors = load_file(file)
+    for name in ("encoder.conv_out.weight", "quant_conv.weight"):
+        tensors[name] = tensors[name] * 1e30
+    save_file(tensors, file)
     answer = warm(place, *broken.train("clip.mp4"))
     assert answer.status == 2 and "latents that are not finite" in answer.err and not (place / "out").exists()

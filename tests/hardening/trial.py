@@ -1,6 +1,8 @@
 """One broken input, tried: what the command did, and whether it may."""
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,20 +11,22 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import broken
 import tiny
-from broken import EITHER, ERROR, OK
+from hardening import broken, broken_clips, broken_runs, broken_weights  # noqa: F401
+from hardening.broken import EITHER, ERROR, OK
+from hardening.warm import ONE_THREAD, ROOT
 from safetensors.torch import load_file
-from warm import ROOT
 
-MEMORY = 1500               # MB that a case may reach: the interpreter with torch takes 300 of them
 SECONDS = 60
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")       # what could command a terminal
+NO_READER = (120, 141, -13)     # how a process may end whose words nobody reads
 
 
 def stock(folder, warm):
-    """What every case begins with: weights, a clip, a finished and an unfinished run, and a file nobody may touch."""
+    """What every case begins with: weights, a CLIP, a clip, a finished and an unfinished run, a file to leave alone."""
     tiny.write_folder(folder / "w")
     tiny.save_json(folder / "w/defaults.json", tiny.DEFAULTS | dict(size=16, frames=2, steps=2, ddim_steps=1))
+    tiny.write_judge(folder / "judge")
     tiny.write_clip(folder / "clip.mp4")
     (folder / "precious.txt").write_text("mine")
     for name in ("done", "half"):
@@ -36,10 +40,10 @@ def stock(folder, warm):
     return folder
 
 
-def files_of(place, but):
-    """{file: its size and time} of all in `place` that does not lie in the folders `but`."""
-    return {str(path): "" if path.is_dir() else (path.lstat().st_size, path.lstat().st_mtime_ns)
-            for path in place.rglob("*") if not any(path.is_relative_to(folder) for folder in but)}
+def state(path):
+    """What would show that a file was touched."""
+    status = path.lstat()
+    return "" if path.is_dir() and not path.is_symlink() else (status.st_size, status.st_mtime_ns)
 
 
 def trial(warm, stock, name, seed, real=False):
@@ -48,63 +52,136 @@ def trial(warm, stock, name, seed, real=False):
     place = above / "place"
     try:
         shutil.copytree(stock, place, symlinks=True)
-        argv, expected = broken.make(name, seed, place)
-        mine = ["out"] + [f"runs/{run}" for run in ("half", "done") if f"runs/{run}" in argv]
-        before = files_of(above, [place / folder for folder in mine])
-        answer = (command if real else in_process)(warm, place, argv, mine)
+        case = broken.make(name, seed, place)
+        before = {path: state(path) for path in above.rglob("*")}
+        answer = (command if real else in_process)(warm, place, case)
         outcome = OK if answer.status == 0 else ERROR
-        problem = judge(answer, place, argv, expected, outcome)
-        if changed := before.items() ^ files_of(above, [place / folder for folder in mine]).items():
-            problem = problem or f"touched {sorted(path for path, _ in changed)[:3]}"
+        problem = judge(answer, place, case, outcome) or touched(before, above, place, case)
+        if not problem and outcome == OK:
+            problem = missing_result(answer, place, case.argv) or too_private(before, place, case.job.get("umask"))
         return outcome, problem, answer
     finally:
         shutil.rmtree(above)
 
 
-def in_process(warm, place, argv, mine):
-    return warm(place, *argv, limit=SECONDS, allowed=str(place))
+def in_process(warm, place, case):
+    return warm(place, *case.argv, limit=SECONDS, allowed=str(place), **case.job)
 
 
-def command(warm, place, argv, mine):
+def command(warm, place, case):
     """The same as a user types it."""
+    streams = {name: case.job.get("streams", {}).get(name) for name in ("out", "err")}
+    closing = "".join(f" {number}>&-" for number, name in ((1, "out"), (2, "err")) if streams[name] == "closed")
+    words = ["bash", "-c", f'exec "$0" "$@"{closing}', sys.executable, str(ROOT / case.argv[0]), *case.argv[1:]]
+    pipes = {f"std{name}": end_of(fault) for name, fault in streams.items()}
     try:
-        done = subprocess.run([sys.executable, str(ROOT / argv[0]), *map(os.fsencode, argv[1:])], cwd=place, timeout=3 * SECONDS,
-                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        done = subprocess.run([os.fsencode(word) for word in words], cwd=place, timeout=3 * SECONDS, **pipes,
+                              umask=case.job.get("umask", -1), env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)})
     except subprocess.TimeoutExpired:
         return SimpleNamespace(status=1, hang=True, err="", out="", broken="", peak=0, seconds=3 * SECONDS)
-    return SimpleNamespace(status=done.returncode, hang=False, err=done.stderr.decode(errors="replace"), broken="",
-                           out=done.stdout.decode(errors="replace"), peak=0, seconds=0)
+    out, err = ((data or b"").decode(errors="replace") for data in (done.stdout, done.stderr))
+    return SimpleNamespace(status=done.returncode, hang=False, out=out, err=err, broken="", peak=0, seconds=0)
 
 
-def judge(answer, place, argv, expected, outcome):
+def end_of(fault):
+    """What a stream of a real command leads to."""
+    if fault == "full":
+        return os.open("/dev/full", os.O_WRONLY)
+    if fault == "broken":
+        reader, writer = os.pipe()
+        os.close(reader)
+        return writer
+    return subprocess.PIPE
+
+
+# ---- judging -------------------------------------------------------------------------------------
+
+def judge(answer, place, case, outcome):
     """What is wrong with an answer, in words; "" if nothing is."""
-    last = answer.err.strip().splitlines()[-1:] or [""]
+    last = (answer.err.strip().splitlines()[-1:] or [""])[0][:300]
     if answer.hang:
         return f"hangs: no end within {SECONDS} seconds"
-    if answer.status not in (0, 2) or "Traceback" in answer.err:
-        return f"ends with {answer.status}: {last[0][:300]}"
-    if answer.status == 2 and "error: " not in answer.err:
-        return f"ends with 2 without a sentence: {last[0][:300]}"
+    if answer.status not in may_end_with(case) or "Traceback" in answer.err:
+        return f"ends with {answer.status}: {last}"
+    if answer.status in (1, 2) and "error: " not in answer.err and not case.job.get("streams"):
+        return f"ends with {answer.status} without a sentence: {last}"
     if answer.broken:
         return answer.broken.splitlines()[0]
-    if answer.peak > MEMORY:
+    if answer.peak > case.memory:
         return f"takes {answer.peak} MB of memory"
-    if expected not in (EITHER, outcome):
-        return f"gives {'a result' if outcome == OK else last[0][:300]}, where the {expected} was due"
-    return "" if outcome == ERROR else missing_result(answer, place, argv)
+    if control := CONTROL.search(answer.out + answer.err):
+        return f"prints the control character {control[0]!r}"
+    if badly_quoted := [word for word in suggested(answer) if not (place / word).exists()]:
+        return f"suggests a command on {badly_quoted[0]!r}, which is not there"
+    if case.outcome not in (EITHER, outcome):
+        return f"gives {'a result' if outcome == OK else last}, where the {case.outcome} was due"
+    return ""
+
+
+def may_end_with(case):
+    """The exit statuses of this case that are no bug."""
+    return (0, 2) + NO_READER * bool(case.job.get("streams")) + (1,) * ("evaluate" in case.argv)
+
+
+def suggested(answer):
+    """The runs that suggested commands name, as a shell would read them."""
+    for text in re.findall(r"python (?:train|sample)\.py --(?:run|resume) (.*?)(?: --prompt.*)?[.)]*$",
+                           answer.out + answer.err, re.MULTILINE):
+        try:
+            words = shlex.split(text, comments=True)
+        except ValueError:
+            words = []
+        if not re.search(r"\\[xnu]", text):             # it is shown with an escape for a control character
+            yield words[0] if len(words) == 1 else text
+
+
+def touched(before, above, place, case):
+    """Names the files that were made or changed where the command may not; "" if there is none."""
+    mine = [place / f"runs/{run}" for run in ("half", "done") if f"runs/{run}" in case.argv]
+    changed = [path for path, old in before.items() if not os.path.lexists(path) or state(path) != old]
+    changed = [path for path in changed if not any(path.is_relative_to(run) for run in mine)]
+    made = [path for path in above.rglob("*") if path not in before
+            and not any(path.is_relative_to(folder) for folder in [*mine, place / "out"])]
+    return f"touched {sorted(map(str, changed + made))[:3]}" if changed + made else ""
+
+
+def too_private(before, place, umask):
+    """Names a new file that the umask would let others read; "" if there is none."""
+    mask = os.umask(0)
+    os.umask(mask)
+    mask = mask if umask is None else umask
+    for path in set(place.rglob("*")) - set(before):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~mask
+        if not path.is_symlink() and path.stat().st_mode & 0o777 != wanted:
+            return f"gives {path.relative_to(place)} the permissions {path.stat().st_mode & 0o777:o}, not {wanted:o}"
+    return ""
 
 
 def missing_result(answer, place, argv):
     """A command that ends well has made what it says."""
     if argv[0] == "sample.py":
         paths = [line for line in answer.out.splitlines() if line.endswith((".mp4", ".png"))]
-        return "" if paths and all((place / path).stat().st_size for path in paths) else "names no result"
-    if argv[0] == broken.MODULE:
-        return "" if all(load_file(file) for file in files_made(place / argv[-1])) else "leaves a file without tensors"
-    run = place / "runs/half" if "--resume" in argv else next((place / "out").iterdir())
-    tuned = load_file(run / "tuned.safetensors")
-    finite = all(z.isfinite().all() for z in tuned.values())
-    return "" if finite and json.loads((run / "run.json").read_text())["finished"] else "leaves a run that is not finished"
+        there = all((place / path).stat().st_size for path in paths if not re.search(r"\\[xnu]", path))
+        return "" if (paths and there) or not answer.out else "names no result"
+    if "evaluate" in argv:
+        return "" if any((place / "out").glob("*.csv")) else "writes no results"
+    try:
+        if "convert" in argv:
+            files = files_made(place / argv[-1])
+            return "" if all(load_file(file) for file in files) else "leaves a file without tensors"
+        runs = [file.parent for file in (place / "out").rglob("run.json")]
+        runs = [place / "runs/half"] if "--resume" in argv else runs
+        whole = any(is_whole(run) for run in runs)
+    except Exception as error:                          # whatever a broken file makes its reader say
+        return f"leaves a file that cannot be read: {error}"
+    return "" if whole else "leaves a run that is not finished"
+
+
+def is_whole(run):
+    if (run / "run.json").read_text() == "mine":
+        return False
+    finite = all(z.isfinite().all() for z in load_file(run / "tuned.safetensors").values())
+    return finite and json.loads((run / "run.json").read_text())["finished"]
 
 
 def files_made(target):
@@ -112,11 +189,11 @@ def files_made(target):
     return [target] if target.is_file() else list(target.rglob("*.safetensors")) or [target]
 
 
-def many(warm, stock, seeds, names=tuple(broken.KINDS), real=False, report=print):
+def many(warm, stock, seeds, names=None, real=False, report=print):
     """Tries every kind with every seed -> {kind: Counter of cases, OK, ERROR, failures}."""
-    counts = {name: Counter() for name in names}
+    counts = {name: Counter() for name in names or broken.KINDS}
     for seed in seeds:
-        for name in names:
+        for name in counts:
             outcome, problem, _ = trial(warm, stock, name, seed, real)
             counts[name].update(["cases", "failures" if problem else outcome])
             if problem:

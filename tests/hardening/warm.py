@@ -4,6 +4,7 @@ The forked child is the script from its first line on, with its own memory, file
 C library and the peak of memory are seen of each case alone. In the child an audit hook reports every file opened for
 writing outside the allowed folder, every class that a pickle asks for, and every use of the network.
 """
+import functools
 import json
 import os
 import resource
@@ -17,8 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+# How a job's process is started and ended, if not as usual. `streams`: which are "closed", "broken" or "full".
+JOB = dict(count=False, kill=None, signal=None, file_size=None, user=None, umask=None, streams={})
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
+NEVER = ("pickle.find_class", "socket.connect", "socket.getaddrinfo", "os.system", "os.posix_spawn",
+         "subprocess.Popen")
 # calls into C between which a file can be torn: a killed process may leave what lies on the disk between any two
 TOUCHES = {"open", "replace", "rename", "serialize_file", "write", "writelines", "flush", "close", "unlink", "mkdir",
            "sendfile", "truncate", "link", "remove", "rmdir", "fsync", "__exit__"}
@@ -28,8 +34,8 @@ class Warm:
     """Call it: warm(cwd, "train.py", "clip.mp4", ...) -> status, out, err, broken rules, seconds, peak memory in MB."""
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env=os.environ | ONE_THREAD)
 
     def __call__(self, cwd, script, *args, limit=60, allowed=".", **job):
         job |= dict(cwd=str(cwd), script=script, args=[str(arg) for arg in args], limit=limit, allowed=allowed)
@@ -39,6 +45,12 @@ class Warm:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+@functools.cache
+def warm():
+    """The one warm process that all tests of this process use."""
+    return Warm()
 
 
 def serve():
@@ -51,7 +63,7 @@ def serve():
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        job = SimpleNamespace(**({"count": False, "kill": None, "signal": None, "file_size": None, "user": None} | json.loads(line)))
+        job = SimpleNamespace(**JOB | json.loads(line))
         files = dict(zip(("out", "err", "broken", "touches"), map(os.memfd_create, "oebt")))
         pid = os.fork()
         if pid == 0:
@@ -81,14 +93,18 @@ def watch(pid, job):
 
 def child(job, files):
     """Becomes the script. Never returns."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(files["out"], 1), os.dup2(files["err"], 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin = open(0)
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, errors=e) for n, e in ((1, "strict"), (2, "backslashreplace")))
+    sys.stdout = stream(1, files["out"], job.streams.get("out"), "strict")
+    sys.stderr = stream(2, files["err"], job.streams.get("err"), "backslashreplace")
     sys.dont_write_bytecode = True
     code = 1
     try:
         os.chdir(job.cwd)
+        if job.umask is not None:
+            os.umask(job.umask)
         if job.user is not None:
+            import tinytav.editing  # noqa: F401  Python's own folder may be closed to that user
             os.setgid(job.user), os.setuid(job.user)
         if job.file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_size, job.file_size))
@@ -104,23 +120,44 @@ def child(job, files):
         traceback.print_exc()
     finally:
         sys.setprofile(None)
-        sys.stdout.flush(), sys.stderr.flush()
+        for file in (sys.stdout, sys.stderr):
+            try:
+                file.flush()
+            except (AttributeError, ValueError):        # it is closed
+                pass
+            except OSError:
+                code = code or 120                      # as Python ends when it cannot flush
         os._exit(code)
+
+
+def stream(number, file, fault, errors):
+    """The stream of this number, written to `file`, or with a fault, as Python opens it; None where it is closed."""
+    if fault == "closed":
+        os.close(number)
+        return None
+    if fault == "broken":
+        reader, file = os.pipe()
+        os.close(reader)
+    elif fault == "full":
+        file = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(file, number)
+    return os.fdopen(number, "w", buffering=1 if number == 2 or not fault else -1, errors=errors)
 
 
 def guard(allowed, report):
     """An audit hook that writes broken rules into the file `report`."""
     def inside(path):
-        path = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else None      # else an open file's number
-        return path is None or path == os.devnull or os.path.realpath(path).startswith(allowed + os.sep) \
-            or os.path.realpath(path) == allowed
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            return True                                 # an open file's number
+        path = os.fsdecode(path)
+        return path == os.devnull or f"{os.path.realpath(path)}/".startswith(f"{allowed}/")
 
     def hook(event, args):
         if event == "open" and isinstance(args[2], int) and args[2] & WRITES and not inside(args[0]):
             os.write(report, f"opens {args[0]!r} for writing\n".encode())
         elif event in CHANGES and not all(inside(path) for path in args[:2 if event == "os.rename" else 1]):
             os.write(report, f"{event} {args!r}\n".encode())
-        elif event == "pickle.find_class" or event in ("socket.connect", "socket.getaddrinfo", "os.system", "subprocess.Popen"):
+        elif event in NEVER:
             os.write(report, f"{event} {args!r}\n".encode())
     return hook
 

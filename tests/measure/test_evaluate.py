@@ -1,6 +1,5 @@
 """Evaluation of sets: both layouts, resuming, broken clips, and ranks, by the command on tiny weights."""
 import csv
-import functools
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from hardening.warm import Warm
+from hardening.warm import warm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +22,6 @@ from tinytav.measure import evaluate, metrics
 
 ROOT = Path(__file__).parents[2]
 HEADS = "Video name,Our GT caption,Style Change Caption,Object Change Caption,Background Change Caption,Multiple Changes Caption"
-warm = functools.cache(Warm)
 
 
 def call(cwd, *args, status=0):

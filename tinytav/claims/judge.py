@@ -43,14 +43,8 @@ class Judge:
         return self.pictures(scene, part, offset) / 127.5 - 1
 
     def nearest(self, x, alternatives):
-        """For each frame of x (f, 3, h, w) the index of the nearest drawing.
-
-        Squared distance over the pixels that differ between any two of the drawings: what x shows where they agree says
-        nothing about the question.
-        """
-        drawn = torch.stack(alternatives)                                           # (a, f, 3, h, w)
-        asked = (drawn.amax(0) > drawn.amin(0)).any(1, keepdim=True)                # (f, 1, h, w)
-        return ((drawn - x).square() * asked).sum((2, 3, 4)).argmin(0).tolist()
+        """For each frame of x (f, 3, h, w) the index of the nearest drawing, by squared distance."""
+        return torch.stack([(drawn - x).square().sum((1, 2, 3)) for drawn in alternatives]).argmin(0).tolist()
 
     def attribute(self, x, scene, name):
         """Which value of an attribute, or of a part of the look, each frame shows, all else as in the scene."""
