@@ -43,7 +43,8 @@ from tinytav.weights import StableDiffusion
 
 BLOCKS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}    # heading's first word: folder
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480
-COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.OF_CLIP)
+COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.COLUMNS[:3])
+ADVICE = "remove this folder, or name another one with --out."
 SETTINGS = ("size", "frames", "steps", "lr", "ddim_steps", "guidance", "seed")      # those of editing.begin
 
 
@@ -65,13 +66,13 @@ def read_set(path):
     Raises InputError where the file is no set; not where a clip is missing.
     """
     path = Path(path)
-    head, *rows = read_rows(path)
-    names = [name.lower() for name in head[1]]
+    (_, head), *rows = read_rows(path)
+    names = [name.lower() for name in head]
     is_loveu = names[:2] == ["video name", "our gt caption"]
     if is_loveu:
         kinds = [name.split()[0] if name.endswith("caption") else "" for name in names[2:]]
     elif names[:2] == ["clip", "caption"]:
-        kinds = head[1][2:]
+        kinds = head[2:]
     else:
         raise InputError(f"{path} is no set: its first line is neither `clip,caption,...` nor LOVEU-TGVE's "
                          "`Video name,Our GT caption,...`.")
@@ -218,8 +219,7 @@ class Evaluation:
             run = Run.locked(path)
             session = editing.open_run(self.sd, run) if run.finished else editing.resume(self.sd, run)
         elif os.path.lexists(path):
-            raise InputError(f"{path} is there already, and is no run's folder: remove it, or name another folder with "
-                             "--out.")
+            raise InputError(f"{path} is there already, and is no run's folder: {ADVICE}")
         else:
             session = editing.begin(self.sd, entry.path, entry.caption, folder=path, **self.settings)
         if not session.run.finished:
@@ -246,12 +246,10 @@ class Evaluation:
 
 def check_same(run, entry):
     """Raises InputError unless the run was tuned on this clip, as it is now, with this caption."""
-    advice = "remove this folder, or name another one with --out."
     if run.settings.prompt != entry.caption:
-        raise InputError(f"{run.path} was tuned with the caption {run.settings.prompt!r}, not {entry.caption!r}: "
-                         f"{advice}")
+        raise InputError(f"{run.path} was tuned with another caption, {run.settings.prompt!r}: {ADVICE}")
     if run.settings.clip_fingerprint != frames.fingerprint(entry.path):
-        raise InputError(f"{entry.path} is not the clip any more that {run.path} was tuned on: {advice}")
+        raise InputError(f"{entry.path} is not the clip any more that {run.path} was tuned on: {ADVICE}")
 
 
 def made_edit(session, noise, prompt):
@@ -300,7 +298,8 @@ def hold_settings(out, wanted):
         replace_text(file, json.dumps(wanted, indent=2) + "\n")
     saved = read_json(file)
     if differing := sorted(name for name in wanted if saved.get(name) != wanted[name]):
-        raise InputError(f"{out} was made with other settings ({', '.join(differing)}): name another folder with --out.")
+        raise InputError(f"{out} was made with other settings ({', '.join(differing)}): name another folder "
+                         "with --out.")
 
 
 def write_csv(path, columns, rows):
@@ -318,7 +317,7 @@ def no_formula(value):
 
 
 def report(args, out, rows, failures):
-    """Writes results.csv and the page in `out`. Prints the means over all edits, what failed, and both files."""
+    """Writes results.csv and the page. Prints the means over all edits, what failed, and where both files are."""
     write_csv(out / "results.csv", (*COLUMNS, "pick_score") if args.pick else COLUMNS, rows)
     shown = page.write_set(out, Path(args.set).name, rows, failures, f"CLIP: {args.clip}.")
     for key in page.NUMBERS:

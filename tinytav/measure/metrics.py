@@ -29,8 +29,7 @@ from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 
-OF_CLIP = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment")      # what of_clip measures
-COLUMNS = (*OF_CLIP, "psnr")                                                            # of rows, by name
+COLUMNS = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment", "psnr")      # of rows, by name
 
 
 def consistency_all_pairs(features):
@@ -105,10 +104,10 @@ class Features:
 
 
 def of_clip(eye, pictures, prompt):
-    """Measures frames, as Features.images takes them -> {name: value} of OF_CLIP; nan where undefined."""
+    """Frames, as Features.images takes them -> {name: value} of the first three COLUMNS; nan where undefined."""
     features = eye.images(pictures)
     alignment = textual_alignment(features, eye.texts([prompt])) if prompt else math.nan
-    return dict(zip(OF_CLIP, (consistency_all_pairs(features), consistency_neighbours(features), alignment)))
+    return dict(zip(COLUMNS, (consistency_all_pairs(features), consistency_neighbours(features), alignment)))
 
 
 def rows(run, eye):
