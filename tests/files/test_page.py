@@ -101,10 +101,12 @@ def test_metrics_are_shown_once_they_are_there_and_only_defined_ones(tmp_path):
 
 def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path):
     folder = make_run(tmp_path / "run", losses=7, finished=0, preview="a dog")
-    (folder / "preview-5.gif").write_bytes(b"GIF89a")
+    for step in (5, 10):
+        (folder / f"preview-{step}.gif").write_bytes(b"GIF89a")
     shown = Elements(page.write(folder))
     assert "unfinished: 7 of 20 steps" in shown.text and f"python train.py --resume {folder}" in shown.text
-    assert [picture["src"] for picture in shown.all("img")] == ["preview-5.gif"] and "a dog" in shown.text
+    assert [picture["src"] for picture in shown.all("img")] == ["preview-5.gif", "preview-10.gif"]
+    assert "after 5 steps" in shown.text and "a dog" in shown.text
 
 
 def test_the_chart_draws_each_step_and_its_running_mean(tmp_path):

@@ -188,6 +188,18 @@ def test_a_new_edit_is_made_without_tuning_again(place):
     assert rows(place / "more/results.csv")[0]["prompt"] == "a horse"
 
 
+def test_an_edit_with_other_settings_is_not_taken_for_one_of_the_set(place):
+    shutil.copytree(place / "evaluated/set", place / "other")
+    done = warm()(place, "sample.py", "--run", "other/b", "--prompt", "a fox", "--guidance", 1.5, limit=300)
+    assert done.status == 0, done.err
+    write_set(place / "other.csv", ["clip,caption,edit", "b.mp4,a man,a fox"])
+    call(place, "other.csv", *FLAGS, "--out", "other")
+    samples = dict(records.read_samples(place / "other/b"))
+    [name] = json.loads((place / "other/b/metrics.json").read_text())["values"]
+    assert samples["a-fox.mp4"]["settings"]["guidance"] == 1.5 and samples[name]["prompt"] == "a fox"
+    assert samples[name]["settings"]["guidance"] == samples["a-cat.mp4"]["settings"]["guidance"] != 1.5
+
+
 def test_a_broken_clip_is_reported_and_does_not_stop_the_rest(place):
     (place / "broken.mp4").write_bytes(b"no video")
     lines = ["clip,caption,edit", "broken.mp4,a man,a dog", "none.mp4,a man,a dog", "a.mp4,a man,a dog"]
