@@ -14,12 +14,13 @@ class Control:
     """A ControlNet and a clip's hints, one a frame. Pass it to pipeline.sample or editing.sample_clip.
 
     The ControlNet keeps its image weights. It sees each frame by itself, without the others. hints (f, 3, H, W), RGB in
-    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied.
+    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied. path, hint: where the
+    ControlNet and the hints come from, for the record of an edit.
     """
 
     @torch.no_grad()
-    def __init__(self, controlnet, hints, scale=1.0):
-        self.controlnet, self.hints, self.scale = controlnet, hints, scale
+    def __init__(self, controlnet, hints, scale=1.0, path=None, hint=None):
+        self.controlnet, self.hints, self.scale, self.path, self.hint = controlnet, hints, scale, path, hint
         with autocast(controlnet):
             self.embedded = controlnet.embed_hint(hints)                    # f c h w, the same at every step
 
@@ -46,7 +47,7 @@ def load_control(sd, path, hint, shape, scale=1.0):
     check_fits(controlnet.cfg, sd.unet.cfg, sd.multiple)
     _, _, count, height, width = shape
     hints = read_hints(hint, count, height * sd.multiple, width * sd.multiple, sd.multiple)
-    return Control(controlnet, hints.to(sd.device), scale)
+    return Control(controlnet, hints.to(sd.device), scale, str(path), str(hint))
 
 
 def read_hints(path, count, height, width, multiple):
