@@ -383,7 +383,7 @@ def test_further_prefixes_are_read(models, tmp_path, part, name):
     ({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {QUERY: 0}}, 0, 1),
     ({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"o_q": 2}}, 2, 1)])     # a name's part begins at a dot
 def test_alpha_in_the_header_counts_as_in_diffusers(models, tmp_path, settings, unet, text):
-    """The expected numbers are those of diffusers 0.42.1 with peft 0.21.2."""
+    """The numbers of the U-Net are those of diffusers 0.42.1 with peft 0.21.2."""
     tensors = {}
     for part, pair in models[1].items():
         tensors |= ends(*pair, f"{part}.{PLACES[part]}")
