@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,9 +144,11 @@ def test_a_tokenizer_of_the_hub_gives_the_same_ids_as_its_folder(client):
     local = Tokenizer.from_folder(tiny.DATA / "tokenizer")
     local.bpe.enable_padding(length=9), local.bpe.enable_truncation(3)          # which are ours to do
     local.bpe.save(str(client.root / "tokenizer.json"))
-    (client.root / "tokenizer_config.json").write_text('{"model_max_length": 5}')
     sd = load(client.root, tokenizer="hub:a/b")
     assert client.fetched == {"tokenizer.json"} and sd.source["tokenizer"] == "hub:a/b"
+    file, = Path(constants.HF_HUB_CACHE).glob("models--a--b/snapshots/*/tokenizer.json")
+    file.with_name("tokenizer_config.json").write_text('{"model_max_length": 5}')           # as another program fetched it
+    sd = load(client.root, tokenizer="hub:a/b")
     prompts = ["a man is skiing on the snow", ""]
     assert sd.tokenizer(prompts).equal(Tokenizer.from_folder(tiny.DATA / "tokenizer")(prompts))
 

@@ -152,6 +152,7 @@ def test_blocks_that_do_not_fit_each_other_are_refused_by_name(settings, name):
 
 
 def test_the_default_weights(tmp_path):
+    tiny.save_json(tmp_path / "toy/model_index.json", {})
     assert default_path(tmp_path) == tmp_path / "toy"
     tiny.save_json(tmp_path / "sd15/model_index.json", {})
     assert default_path(tmp_path) == tmp_path / "sd15"

@@ -114,8 +114,8 @@ def test_a_file_without_a_vae_says_how_to_name_one(place):
         read(place, without_vae())
 
 
-@pytest.mark.parametrize("layout", ["", "first_stage_model.", "vae.", "folder"])
-@pytest.mark.parametrize("make", [without_vae, singles.single1])
+@pytest.mark.parametrize("layout, make", [("", without_vae), ("first_stage_model.", singles.single1),
+                                          ("vae.", singles.single1), ("folder", without_vae)])
 def test_a_vae_of_its_own_takes_the_place(place, layout, make):
     save_file(other_vae(layout), place / "vae.safetensors")
     expected = read(place, singles.single1())

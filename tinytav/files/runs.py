@@ -197,8 +197,11 @@ class Run:
         return self.settings.finished > 0
 
     def check(self, sd):
-        """Raises InputError unless `sd` is the Stable Diffusion this run was made with, and its latents are whole."""
-        if sd.fingerprint != self.settings.fingerprint:
+        """Raises InputError unless `sd` is the Stable Diffusion this run was made with, and its latents are whole.
+
+        It may have learned further words.
+        """
+        if self.settings.fingerprint not in (sd.fingerprint, *sd.before):
             raise InputError(f"{self.path} was made with other weights ({self.settings.weights}, fingerprint "
                              f"{self.settings.fingerprint}) than {sd.path} ({sd.fingerprint}): name those with --weights.")
         self.latents()

@@ -33,7 +33,7 @@ class Checkpoint:
     parts: dict
     schedule: Schedule
     tokenizer: Tokenizer
-    fingerprint: str                # of the weights as they are on disk
+    fingerprints: list              # of the weights as they are on disk, then with each learned word
 
     def build(self, device="cpu", dtype=torch.float32):
         """{a name of MODELS: the model on `device`}, in eval mode and without gradients.
@@ -64,10 +64,12 @@ def read(path, tokenizer=None, prediction=None, vae=None, embeddings=(), half=Fa
         raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text "
                          f"encoder in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do "
                          "not belong together. Learned tokens stand in the tokenizer's JSON files.")
+    marks = [fingerprint(parts, schedule, tokenizer)]
     for file in embeddings:
         word, vectors = embedding.parse(read_file(file, "embedding"), file)
         parts["text_encoder"] = embedding.add(word, vectors, tokenizer, *parts["text_encoder"])
-    return Checkpoint(parts, schedule, tokenizer, fingerprint(parts, schedule, tokenizer))
+        marks.append(fingerprint(parts, schedule, tokenizer))
+    return Checkpoint(parts, schedule, tokenizer, marks)
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):
