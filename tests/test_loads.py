@@ -197,7 +197,8 @@ def learned(place):
     """Another VAE and two learned words in `place`, and a run made with that VAE and one of the words."""
     vae = load_file(place / "w/vae/diffusion_pytorch_model.safetensors")
     tiny.save_json(place / "vae/config.json", tiny.VAE)
-    save_file(vae | {"quant_conv.bias": vae["quant_conv.bias"] + 0.1}, place / "vae/diffusion_pytorch_model.safetensors")
+    vae["quant_conv.bias"] = vae["quant_conv.bias"] + 0.1
+    save_file(vae, place / "vae/diffusion_pytorch_model.safetensors")
     for seed, word in enumerate(("<cat>", "<dog>")):
         vectors = torch.randn(2, 24, generator=torch.Generator().manual_seed(seed))
         save_file({word: 3 * vectors}, place / f"{word[1:-1]}.safetensors")

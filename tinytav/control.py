@@ -1,6 +1,7 @@
 """Pose control: a ControlNet says, by one hint a frame, where things stand in a clip. No extra training is needed.
 
-The paper shows it (section 5, applications); the official code never had it. ControlNet: Zhang et al., arXiv 2302.05543.
+The paper shows it (section 5, applications); the official code never had it. ControlNet: Zhang et al., arXiv
+2302.05543.
 """
 import torch
 
@@ -58,8 +59,8 @@ def read_hints(path, count, height, width, multiple):
     """
     total = open_clip(path).count()
     if total != count:
-        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one hint "
-                         "for each frame. A run's own frames are in its source.mp4.")
+        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one "
+                         "hint for each frame. A run's own frames are in its source.mp4.")
     x = read(path, min(height, width), multiple, count).x
     if x.shape[2:] != (height, width):
         raise InputError(f"The hint {path} is {x.shape[3]}x{x.shape[2]} pixels where the clip to be sampled is {width}x"

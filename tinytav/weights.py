@@ -97,10 +97,10 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
     image, temporal = split(tensors, where)
     found.parts["unet"] = config, image, where
     models = found.build(device, dtype)
-    return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path), fingerprint=found.fingerprints[-1],
-                           device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
-                           defaults=_defaults(Path(path), found.schedule), temporal=temporal, source=source,
-                           before=found.fingerprints[:-1], **models)
+    return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path),
+                           fingerprint=found.fingerprints[-1], device=torch.device(device), dtype=dtype,
+                           multiple=models["vae"].cfg.factor, defaults=_defaults(Path(path), found.schedule),
+                           temporal=temporal, source=source, before=found.fingerprints[:-1], **models)
 
 
 def text(value):

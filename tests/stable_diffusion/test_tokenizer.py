@@ -32,8 +32,8 @@ def whole(place, added=(), pairs=" ".join):
     """The plain tokenizer as transformers 5 saves it: tokenizer.json alone, beside the settings."""
     folder(place)
     lines = (place / "merges.txt").read_text().splitlines()[1:]
-    model = dict(type="BPE", vocab=json.loads((place / "vocab.json").read_text()), unk_token=END, end_of_word_suffix="</w>",
-                 merges=[pairs(line.split()) for line in lines if line])
+    model = dict(type="BPE", vocab=json.loads((place / "vocab.json").read_text()), unk_token=END,
+                 end_of_word_suffix="</w>", merges=[pairs(line.split()) for line in lines if line])
     (place / "vocab.json").unlink(), (place / "merges.txt").unlink()
     (place / "tokenizer.json").write_text(json.dumps(dict(
         truncation=dict(max_length=3), padding=dict(strategy=dict(Fixed=9)), model=model,
@@ -68,7 +68,8 @@ def test_settings_beside_tokenizer_json_are_read(tmp_path):
 
 TOY, STYLE = 650, 651
 NAMES = {"<cat-toy>": TOY, "<style>": STYLE}
-DECODER = {str(TOY): token("<cat-toy>"), str(STYLE): token("<style>", normalized=False, special=True)}
+SPECIAL = token("<style>", normalized=False, special=True)
+DECODER = {str(TOY): token("<cat-toy>"), str(STYLE): SPECIAL}
 
 
 @pytest.mark.parametrize("make", [
@@ -77,7 +78,7 @@ DECODER = {str(TOY): token("<cat-toy>"), str(STYLE): token("<style>", normalized
                          special_tokens_map=dict(additional_special_tokens=[token("<style>")])),
     lambda place: folder(place, tokenizer_config=dict(added_tokens_decoder=DECODER)),
     lambda place: folder(place, tokenizer_config=dict(added_tokens_decoder=DECODER), added_tokens={"<other>": 650}),
-    lambda place: whole(place, [token("<cat-toy>", id=TOY), token("<style>", id=STYLE, normalized=False, special=True)])])
+    lambda place: whole(place, [token("<cat-toy>", id=TOY), SPECIAL | dict(id=STYLE)])])
 def test_learned_tokens_are_used_as_transformers_uses_them(tmp_path, make):
     """A token that is not special is found whatever its case, a special one as it is spelt; both within words too."""
     tokenizer = Tokenizer.from_folder(make(tmp_path / "a"))
