@@ -172,6 +172,12 @@ def test_other_kinds_of_files_are_told_apart(place):
         assert "tinytav convert" not in str(caught.value)               # which would refuse it
 
 
+def test_the_command_that_converts_is_quoted(place):
+    (place / "a; touch x #.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match="convert '.*/a; touch x #.ckpt' '.*/a; touch x #.safetensors'$"):
+        load(place / "a; touch x #.ckpt")
+
+
 def test_the_hubs_own_folder_and_an_unusual_variant_are_explained(place):
     folder = tiny.write_folder(place / "models--a--b/snapshots/abc")
     with pytest.raises(InputError, match="Name a folder in its snapshots/"):

@@ -6,6 +6,7 @@ copy. Nothing is ever unpickled.
 import hashlib
 import json
 import re
+import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -142,7 +143,7 @@ def how_to_convert(path):
         return f"Only .safetensors files are read. {kind}Look for the same model as .safetensors."
     new = path.with_suffix(".safetensors") if path.suffix in PICKLED else "NEW_FOLDER"
     return ("Only .safetensors files are read. Convert it first, which runs no code in it: "
-            f"python -m tinytav convert {path} {new}")
+            f"python -m tinytav convert {shlex.join([str(path), str(new)])}")
 
 
 def read_file(path, what):
