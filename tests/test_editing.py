@@ -201,7 +201,7 @@ def test_each_noise_knows_how_it_is_made_and_sampled(finished, tmp_path, name):
     again, other = finished.make_noise(name, steps=5, seed=7), finished.make_noise(name, steps=5, seed=8)
     first, second, third = (finished.edit("a dog", one, out=tmp_path).frames for one in (noise, again, other))
     assert torch.equal(first, second) and torch.equal(first, third) == (not noise.seeded)
-    record = json.loads((tmp_path / f"{finished.name_of('a dog', noise, None)}.sample.json").read_text())["settings"]
+    record = json.loads((tmp_path / f"{finished.file_name('a dog', noise, None)}.sample.json").read_text())["settings"]
     assert record["noise"] == name and record.get("seed") == (7 if noise.seeded else None)
 
 
