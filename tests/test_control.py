@@ -1,7 +1,7 @@
 """Pose control: a ControlNet's hints guide a clip's frames, in the pipeline and by sample.py."""
+import json
 from pathlib import Path
 
-import json
 import numpy as np
 import pytest
 import tiny

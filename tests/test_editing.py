@@ -261,7 +261,7 @@ def test_the_untuned_net_draws_squares_from_the_weights_alone(sd, tmp_path):
 
 def test_the_lines_that_readme_prints_make_an_edited_clip(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    code = next(block for block in blocks if "begin" in block)
+    code = next(block for block in blocks if "tinytav.begin" in block)
     folder = tiny.write_folder(tmp_path / "weights/toy")
     tiny.write_clip(folder / "skiing.mp4")
     monkeypatch.chdir(tmp_path)
