@@ -104,6 +104,10 @@ def load_weights(args, source=None, precision=None):
     source = dict(source or {})
     named = {name: getattr(args, name) for name in SOURCE if getattr(args, name) is not None}
     connect = not any(hub.is_name(value) for name, value in source.items() if name not in named)    # a run never does
+    if own := source.get("embedding"):              # the run's caption needs its own words, at the same ids
+        more = named.get("embedding", [])
+        own = [file for file in own if Path(file).is_file() or not more]            # else one of `more` is it, moved
+        named["embedding"] = [*own, *(file for file in more if file not in own)]
     source |= named
     path = source.pop("weights", None) or default_path()
     say(f"weights: {path}")

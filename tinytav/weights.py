@@ -67,6 +67,7 @@ class StableDiffusion:
     defaults: Defaults = field(default_factory=Defaults)
     temporal: dict = field(default_factory=dict)    # T-Attn's tensors, if the official code has tuned the U-Net
     source: dict = field(default_factory=dict)      # what `load` was told: run.json keeps it
+    before: list = field(default_factory=list)      # fingerprints with fewer learned words
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
@@ -97,9 +98,10 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
     image, temporal = split(tensors, where)
     found.parts["unet"] = config, image, where
     models = found.build(device, dtype)
-    return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path), fingerprint=found.fingerprint,
-                           device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
-                           defaults=_defaults(Path(path), found.schedule), temporal=temporal, source=source, **models)
+    return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path),
+                           fingerprint=found.fingerprints[-1], device=torch.device(device), dtype=dtype,
+                           multiple=models["vae"].cfg.factor, defaults=_defaults(Path(path), found.schedule),
+                           temporal=temporal, source=source, before=found.fingerprints[:-1], **models)
 
 
 def text(value):

@@ -115,8 +115,9 @@ def tuning_command(folder, settings):
     given["embedding"] = [word for word in words if isinstance(word, str)] or None
     if given["steps"] == 0:                 # a net that was tuned before: train.py takes it as it is, without the flag
         given["steps"] = None
-    loras = settings.get("lora") if isinstance(settings.get("lora"), list) else []
+    loras, files = (settings[name] if isinstance(settings.get(name), list) else [] for name in ("lora", "embedding"))
     given["lora"] = [f"{lora['file']}:{lora['scale']}" for lora in loras if is_lora(lora)] or None
+    given["embedding"] = [file for file in files if isinstance(file, str)] or None
     return call("python train.py", [plain.get("clip"), plain.get("prompt")], given | dict(out=folder.parent))
 
 

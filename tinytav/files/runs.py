@@ -203,8 +203,10 @@ class Run:
         return self.settings.finished > 0
 
     def check(self, sd):
-        """Raises InputError unless `sd` is the Stable Diffusion this run was made with."""
-        if sd.fingerprint != self.settings.fingerprint:
+        """Raises InputError unless `sd` is the Stable Diffusion this run was made with. It may have learned further
+        words.
+        """
+        if self.settings.fingerprint not in (sd.fingerprint, *sd.before):
             raise InputError(f"{self.path} was made with other weights ({self.settings.weights}, fingerprint "
                              f"{self.settings.fingerprint}) than {sd.path} ({sd.fingerprint}): name those with "
                              "--weights.")

@@ -68,7 +68,7 @@ def models(case):
     """The Stable Diffusion that a case names."""
     device, dtype = torch.device(case.device), PRECISIONS[case.precision]
     if case.random is None:
-        return load(case.weights, case.tokenizer, case.prediction, device, dtype)
+        return load(case.weights, case.tokenizer, case.prediction, device, dtype, case.vae, case.embedding)
     with device:
         unet, vae = (Model(cfg).to(dtype).eval().requires_grad_(False)
                      for Model, cfg in zip((UNet, VAE), RANDOM[case.random]))
@@ -79,7 +79,7 @@ def models(case):
 def prepare(sd, case):
     """A function that does the part once, and the inflated net, or None where the part needs none."""
     if case.part == "loading":
-        return lambda: load(case.weights, case.tokenizer, case.prediction, sd.device, sd.dtype), None
+        return lambda: models(case), None
     side = case.size // sd.multiple
     noise = pipeline.gaussian((1, 4, case.frames, side, side), 0).to(sd.device)
     if case.part == "encoding":
@@ -217,7 +217,7 @@ def main():
     args = arguments()
     if args.random is None:
         sd = cli.load_weights(args)
-        device, dtype, multiple, defaults, args.weights = sd.device, sd.dtype, sd.multiple, sd.defaults, str(sd.path)
+        device, dtype, multiple, defaults, args.weights = sd.device, sd.dtype, sd.multiple, sd.defaults, sd.source["weights"]
         del sd
     else:
         device, defaults, multiple = cli.choose_device(args.device), Defaults(), RANDOM[args.random][1].factor
