@@ -47,8 +47,10 @@ def project(tmp_path):
 
 def start(project, *args):
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", project, *args]
-    return subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"PYTHONPATH": str(TESTS)})
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    environment.pop("OMP_NUM_THREADS", None)
+    return subprocess.Popen(command, cwd=project, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def run(project, *args):
