@@ -163,7 +163,8 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
 
 
 @pytest.mark.parametrize("upcast, half, dtype", [
-    (True, torch.float16, torch.float32), (False, torch.float16, torch.float16), (True, torch.bfloat16, torch.bfloat16)])
+    (True, torch.float16, torch.float32), (False, torch.float16, torch.float16),
+    (True, torch.bfloat16, torch.bfloat16)])
 def test_upcast_attention_computes_in_float32_where_fp16_would_overflow(monkeypatch, upcast, half, dtype):
     attention, seen = torch.nn.functional.scaled_dot_product_attention, []
 
