@@ -26,8 +26,11 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u206
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
-def parser(description):
-    """An argument parser with the flags that train.py and sample.py have in common. A flag not given is None."""
+def parser(description, seeded=True):
+    """An argument parser with the flags that train.py and sample.py have in common. A flag not given is None.
+
+    seeded: is there a flag --seed?
+    """
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--weights", metavar="PATH",
                    help="use this Stable Diffusion: a folder, a .safetensors file, or hub:OWNER/NAME, which is fetched "
@@ -41,7 +44,8 @@ def parser(description):
                    help="learn the words of these files (textual inversion), to write them in prompts")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; else the best there is")
     p.add_argument("--precision", choices=PRECISIONS, help="of the frozen weights; else bf16 where it is fast")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="same seed, same result (default: 33)")
+    if seeded:
+        p.add_argument("--seed", type=number(int, 0, 2 ** 31), metavar="N", help="same seed, same result (default: 33)")
     return p
 
 

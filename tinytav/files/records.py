@@ -30,8 +30,13 @@ def record(file):
         return {}
 
 
+def inner(details, name):
+    """The object that a record holds under this name; an empty one where it holds none."""
+    return details[name] if isinstance(details.get(name), dict) else {}
+
+
 def read_samples(folder):
-    """[(file name, record)], the source first, then from the oldest to the newest. A record always has a prompt."""
+    """[(file name, record)], the source first, then from the oldest to the newest. Each has a prompt and settings."""
     names = [file.name.removesuffix(".sample.json") for file in folder.glob("*.sample.json")]
     stems = [folder / name for name in names]
     pictures = [Path(f"{stem}.png") for stem in stems if not Path(f"{stem}.mp4").exists()]  # beside one it is a strip
@@ -40,6 +45,7 @@ def read_samples(folder):
         details = record(path.with_suffix(".sample.json"))
         if not isinstance(details.get("prompt"), str):
             details["prompt"] = title(path) or path.stem
+        details["settings"] = inner(details, "settings")
         found.append((path.name, details))
     return sorted(found, key=lambda sample: sample[0] != "source.mp4")      # a stable sort
 
@@ -91,16 +97,15 @@ def flags(values):
     """
     words = []
     for name, value in values.items():
-        flag = f"--{name.replace('_', '-')}"
-        many = [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
         if value is None or value is False:
             continue
-        elif value is True:
-            words.append(flag)
-        elif any(item.startswith("-") for item in many):
-            words += [f"{flag}={item}" for item in many]
+        flag = f"--{name.replace('_', '-')}"
+        items = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+        items = [str(item) for item in items]
+        if any(item.startswith("-") for item in items):
+            words += [f"{flag}={item}" for item in items]
         else:
-            words += [flag, *many]
+            words += [flag, *items]
     return words
 
 
