@@ -34,17 +34,20 @@ from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.toy import draw, skeleton, world
-from tinytav.toy.training import RECIPES, Training, checkpoint, half
+from tinytav.toy.training import Training, checkpoint, half
 
 TOY = Path(__file__).parents[2] / "weights/toy"     # the shipped toy
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Of each stage: the highest learning rate, the batch, and the weight decay of matrices and kernels.
+RECIPES = dict(clip=(1e-3, 256, 0.1), vae=(2e-3, 16, 0.0), unet=(8e-4, 48, 0.01), control=(8e-4, 32, 0.01))
 FIGURE = 8          # how much more the ControlNet's loss counts at the stick figure
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 def new(args, Model, Config, part, **settings):
-    """An untrained model of the same sizes as the shipped toy's, or with --from as the one there."""
-    return Model(Config.from_json(read_json((args.start or TOY) / part / "config.json") | settings))
+    """An untrained model, by a part's config.json."""
+    return Model(Config.from_json(read_json(args.source / part / "config.json") | settings))
 
 
 def copy(folder, part, out):
@@ -55,16 +58,11 @@ def copy(folder, part, out):
             (out / part / path.name).write_bytes(path.read_bytes())
 
 
-def file_of(folder, part):
-    stem = "model" if part in ("clip", "text_encoder") else "diffusion_pytorch_model"
-    return folder / part / f"{stem}.safetensors"
-
-
-def write(args, part, tensors):
-    """Writes a part to --out: weights {name: tensor} in half precision, and config.json."""
-    copy(args.start or TOY, part, args.out)
+def write(args, file, tensors):
+    """Writes a part's weights {name: tensor} to `file` in --out, in half precision, and config.json beside it."""
+    copy(args.source, Path(file).parent, args.out)
     tensors = {name: x.half().contiguous().cpu() for name, x in tensors.items()}
-    save_file(tensors, file_of(args.out, part), metadata=dict(format="pt"))
+    save_file(tensors, args.out / file, metadata=dict(format="pt"))
 
 
 def finished(args, name):
@@ -87,11 +85,9 @@ def render(imagined):
 
 def draw_many(imagined):
     """The pictures of scenes and views, (count, SIZE, SIZE, 3) uint8, drawn by all cores."""
-    pictures = np.empty((len(imagined), draw.SIZE, draw.SIZE, 3), np.uint8)
+    picture = np.dtype((np.uint8, (draw.SIZE, draw.SIZE, 3)))
     with Pool() as pool:
-        for i, picture in enumerate(pool.imap(render, imagined, chunksize=64)):
-            pictures[i] = picture
-    return torch.from_numpy(pictures)
+        return torch.from_numpy(np.fromiter(pool.imap(render, imagined, chunksize=64), picture, len(imagined)))
 
 
 def noise_like(x, generator):
@@ -107,10 +103,10 @@ def mistaken(scene, names, rng):
 
 # ---- The stages ----------------------------------------------------------------------------------
 
-def train(args, model, part, loss_of):
-    """Trains a new model, or with --from goes on with the finished weights there; returns the weights."""
+def train(args, model, file, loss_of):
+    """Trains a new model, or with --from goes on with the finished weights in `file` there; returns the weights."""
     if args.start:
-        model.load_state_dict(load_file(file_of(args.start, part)))
+        model.load_state_dict(load_file(args.start / file))
     return Training(args, model.to(args.device)).train(loss_of)
 
 
@@ -130,7 +126,7 @@ def train_clip(args):
 
     Among the captions stands one more for each picture, wrong in one attribute: Yuksekgonul et al., arXiv 2210.01936.
     """
-    tokenizer = Tokenizer.from_folder((args.start or TOY) / "tokenizer")
+    tokenizer = Tokenizer.from_folder(args.source / "tokenizer")
     imagined = imagine(args.seed, args.pictures)
     scenes, pictures = [scene for scene, _ in imagined], draw_many(imagined)
     model = new(args, CLIP, CLIPConfig, "clip")
@@ -147,10 +143,11 @@ def train_clip(args):
         model.logit_scale.data.clamp_(max=math.log(100))
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits[:, :len(chosen)].T, truth)) / 2
 
-    weights = train(args, model, "clip", loss_of)
-    write(args, "clip", weights)
-    write(args, "text_encoder", {name: x for name, x in weights.items() if name.startswith("text_model.")})
-    copy(args.start or TOY, "tokenizer", args.out)
+    weights = train(args, model, "clip/model.safetensors", loss_of)
+    write(args, "clip/model.safetensors", weights)
+    tower = {name: x for name, x in weights.items() if name.startswith("text_model.")}
+    write(args, "text_encoder/model.safetensors", tower)
+    copy(args.source, "tokenizer", args.out)
 
 
 def difference(x, y):
@@ -174,10 +171,8 @@ def train_vae(args):
         kl = (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean() / 2
         return difference(x, y) + 3e-4 * kl
 
-    weights = train(args, model, "vae", loss_of)
-    write(args, "vae", weights)
+    write(args, f"vae/{WEIGHTS}", train(args, model, f"vae/{WEIGHTS}", loss_of))
     if not args.keep:
-        model.load_state_dict(weights)
         mean, std = encode_all(model, pictures[:1024], args.device)
         scale = float(1 / (mean.var() + (std ** 2).mean()).sqrt())      # of draws from the posterior
         file = args.out / "vae/config.json"
@@ -187,12 +182,9 @@ def train_vae(args):
 @torch.no_grad()
 def encode_all(vae, pictures, device):
     """The mean and the std of every picture's latents, (n, 4, 16, 16) each."""
-    parts = []
-    for part in pictures.split(32):
-        with half(device):
-            mean, std = vae.encode(frames.to_tensor(part.to(device)))
-        parts.append((mean.float(), std.float()))
-    return [torch.cat(part).contiguous() for part in zip(*parts)]
+    with half(device):
+        parts = [vae.encode(frames.to_tensor(part.to(device))) for part in pictures.split(32)]
+    return [torch.cat(part).float().contiguous() for part in zip(*parts)]
 
 
 def captioned_noise(args, imagined, empty):
@@ -228,7 +220,7 @@ def train_unet(args):
         noisy, t, context, noise = make(chosen, rng, generator)
         return F.mse_loss(model(noisy, t, context).float(), noise)
 
-    write(args, "unet", train(args, model, "unet", loss_of))
+    write(args, f"unet/{WEIGHTS}", train(args, model, f"unet/{WEIGHTS}", loss_of))
     copy(TOY, "scheduler", args.out)
     copy(TOY, ".", args.out)        # model_index.json, and what the shipped toy's defaults are and what it knows
 
@@ -275,7 +267,7 @@ def train_control(args):
         weight = 1 + FIGURE * around(hints, noise.shape[2:])
         return (weight * error ** 2).mean() / weight.mean()
 
-    write(args, "controlnet", train(args, model, "controlnet", loss_of))
+    write(args, f"controlnet/{WEIGHTS}", train(args, model, f"controlnet/{WEIGHTS}", loss_of))
 
 
 STAGES = dict(clip=train_clip, vae=train_vae, unet=train_unet, control=train_control)
@@ -295,8 +287,8 @@ def arguments(argv):
     p.add_argument("--seed", type=int, default=0, help="same seed, same pictures and same randomness (default: 0)")
     p.add_argument("--device", default=better, help="cpu or cuda; else the better one there is")
     args = p.parse_args(argv)
-    recipe = RECIPES[args.stage]
-    args.batch, args.lr = args.batch or recipe.batch, args.lr or recipe.lr
+    lr, batch, args.decay = RECIPES[args.stage]
+    args.lr, args.batch, args.source = args.lr or lr, args.batch or batch, args.start or TOY
     if args.keep and not (args.start and args.stage in ("clip", "vae")):
         p.error("--keep is for clip and vae, and needs --from")
     return args

@@ -1,8 +1,7 @@
-"""The training loop that all stages of pretrain.py share: AdamW, moving average, checkpoint."""
+"""The training loop that all stages of pretrain.py share: AdamW, learning rate, checkpoint."""
 import json
 import math
 from random import Random
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,19 +17,6 @@ STATE = ("step", "exp_avg", "exp_avg_sq")       # of AdamW
 FREE = ("device", "out")                        # options that may change when a stage goes on
 
 
-class Recipe(NamedTuple):
-    lr: float
-    batch: int
-    decay: float        # weight decay, of matrices and kernels only
-
-
-RECIPES = dict(
-    clip=Recipe(1e-3, 256, 0.1),
-    vae=Recipe(2e-3, 16, 0.0),
-    unet=Recipe(8e-4, 48, 0.01),
-    control=Recipe(8e-4, 32, 0.01))
-
-
 def half(device):
     """The context of a forward pass: bf16, unless the CPU would have to emulate it, which is slower than float32."""
     return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or cpu_has_bf16())
@@ -42,26 +28,24 @@ def checkpoint(args):
 
 
 class Training:
-    """One stage's training: the weights, their moving average and AdamW's state, all kept in a checkpoint."""
+    """One stage's training. A checkpoint keeps the weights and AdamW's state."""
 
     def __init__(self, args, model):
         self.args, self.model, self.steps = args, model, 0
         self.options = {name: str(value) for name, value in vars(args).items() if name not in FREE}
         self.parameters = {name: p for name, p in model.train().named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         vectors = [p for p in self.parameters.values() if p.ndim < 2]
         matrices = [p for p in self.parameters.values() if p.ndim > 1]
-        groups = [dict(params=vectors, weight_decay=0.0), dict(params=matrices, weight_decay=RECIPES[args.stage].decay)]
+        groups = [dict(params=vectors, weight_decay=0.0), dict(params=matrices, weight_decay=args.decay)]
         self.optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.98), fused=True)
         self.file = checkpoint(args)
         if self.file.exists():
             self.resume()
 
     def save(self):
-        tensors = {}
+        tensors = {f"weights/{name}": p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
-            tensors |= {f"model/{name}": p.detach(), f"average/{name}": self.average[name]}
-            tensors |= {f"{key}/{name}": self.optimizer.state[p][key] for key in STATE}
+            tensors |= {f"{key}/{name}": x for key, x in self.optimizer.state[p].items()}
         metadata = dict(steps=str(self.steps), options=json.dumps(self.options))
         atomic.replace(self.file, lambda file: save_file(tensors, file, metadata))
 
@@ -74,8 +58,7 @@ class Training:
                              "Give the same options to go on with it. Delete the file to begin anew.")
         self.steps, tensors = int(saved["steps"]), load_file(self.file, device=self.args.device)
         for name, p in self.parameters.items():
-            p.data.copy_(tensors[f"model/{name}"])
-            self.average[name].copy_(tensors[f"average/{name}"])
+            p.data.copy_(tensors[f"weights/{name}"])
             self.optimizer.state[p] = {key: tensors[f"{key}/{name}"] for key in STATE}
         print(f"{self.args.stage}: goes on after {self.steps} steps")
 
@@ -93,14 +76,11 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * min(1, share / 0.03) * (1 + math.cos(math.pi * share)) / 2
         self.optimizer.step()
-        weight = 1 - min(0.999, (1 + self.steps) / (10 + self.steps))       # the average spans the last tenth
-        for name, p in self.parameters.items():
-            self.average[name].lerp_(p.detach(), weight)
         self.steps += 1
         return loss.item()
 
     def train(self, loss_of):
-        """Takes the steps that are left and saves twenty times; returns the averaged weights {name: tensor}.
+        """Takes the steps that are left and saves twenty times; returns the weights {name: tensor}.
 
         loss_of: (indices of pictures, Random, torch.Generator) -> loss.
         """
@@ -112,4 +92,4 @@ class Training:
                 bar.update()
                 if self.steps % max(1, total // 20) == 0:
                     self.save()
-        return self.model.state_dict() | self.average
+        return self.model.state_dict()
