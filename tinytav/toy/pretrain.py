@@ -6,8 +6,8 @@
     python -m tinytav pretrain control --steps 3000 --out my-toy
 
 Each stage draws its pictures first. Then it trains, and writes its part of the folder in the form in which Stable
-Diffusion is published. The networks' sizes and the tokenizer are the shipped toy's, or those of the --from folder. A
-stage that was killed goes on from its checkpoint when the same command is given again.
+Diffusion is published, twenty times on its way. The networks' sizes and the tokenizer are the shipped toy's, or those
+of the --from folder. `--from my-toy` goes on with what a stage wrote, also if it was killed.
 """
 import argparse
 import json
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import trange
 
 from tinytav import cli
 from tinytav.files import frames
@@ -30,11 +31,11 @@ from tinytav.stable_diffusion.checkpoint import MODELS, build, read_component, r
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig
 from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.precision import cpu_has_bf16
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.toy import draw, skeleton, world
-from tinytav.toy.training import Training, checkpoint, half
 
 TOY = Path(__file__).parents[2] / "weights/toy"     # the shipped toy
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -103,11 +104,45 @@ def mistaken(scene, names, rng):
 
 # ---- The stages ----------------------------------------------------------------------------------
 
-def train(args, model, file, loss_of):
-    """Trains a new model, or with --from goes on with the finished weights in `file` there; returns the weights."""
+def half(device):
+    """The context of a forward pass: bf16, unless the CPU would have to emulate it, which is slower than float32."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or cpu_has_bf16())
+
+
+def rate(share):
+    """The learning rate after a share of the steps: it rises to 1 over the first 3 %, and falls to zero."""
+    return min(1, share / 0.03) * (1 + math.cos(math.pi * share)) / 2
+
+
+def train(args, model, file, loss_of, written=lambda: None):
+    """Trains a model by AdamW, with --from beginning with the weights in `file` there. Writes `file` in --out.
+
+    loss_of: (indices of pictures, Random, torch.Generator) -> loss. Its randomness is a function of seed, stage and
+    step. written: called each time that the weights are written.
+    """
     if args.start:
         model.load_state_dict(load_file(args.start / file))
-    return Training(args, model.to(args.device)).train(loss_of)
+    parameters = [p for p in model.to(args.device).parameters() if p.requires_grad]
+    vectors, matrices = [p for p in parameters if p.ndim < 2], [p for p in parameters if p.ndim > 1]
+    groups = [dict(params=vectors, weight_decay=0.0), dict(params=matrices, weight_decay=args.decay)]
+    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True), []
+    for step in (bar := trange(args.steps, desc=args.stage, unit="step")):
+        rng = Random(f"{args.seed}/{args.stage}/{step}")
+        generator = torch.Generator(args.device).manual_seed(rng.getrandbits(32))
+        chosen = torch.tensor([rng.randrange(args.pictures) for _ in range(args.batch)])
+        with half(args.device):
+            loss = loss_of(chosen, rng, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * rate((step + 1) / (args.steps + 1))
+        optimizer.step()
+        losses = [*losses[-99:], loss.item()]
+        bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", refresh=False)
+        if (args.steps - step - 1) % max(1, args.steps // 20) == 0:
+            write(args, file, model.state_dict())
+            written()
 
 
 def initialise_clip(model):
@@ -143,11 +178,12 @@ def train_clip(args):
         model.logit_scale.data.clamp_(max=math.log(100))
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits[:, :len(chosen)].T, truth)) / 2
 
-    weights = train(args, model, "clip/model.safetensors", loss_of)
-    write(args, "clip/model.safetensors", weights)
-    tower = {name: x for name, x in weights.items() if name.startswith("text_model.")}
-    write(args, "text_encoder/model.safetensors", tower)
-    copy(args.source, "tokenizer", args.out)
+    def written():
+        copy(args.source, "tokenizer", args.out)
+        tower = {name: x for name, x in model.state_dict().items() if name.startswith("text_model.")}
+        write(args, "text_encoder/model.safetensors", tower)
+
+    train(args, model, "clip/model.safetensors", loss_of, written)
 
 
 def difference(x, y):
@@ -171,12 +207,13 @@ def train_vae(args):
         kl = (mean ** 2 + std ** 2 - 1 - 2 * std.log()).mean() / 2
         return difference(x, y) + 3e-4 * kl
 
-    write(args, f"vae/{WEIGHTS}", train(args, model, f"vae/{WEIGHTS}", loss_of))
-    if not args.keep:
+    def written():
         mean, std = encode_all(model, pictures[:1024], args.device)
         scale = float(1 / (mean.var() + (std ** 2).mean()).sqrt())      # of draws from the posterior
         file = args.out / "vae/config.json"
         file.write_text(json.dumps(read_json(file) | dict(scaling_factor=round(scale, 5)), indent=2) + "\n")
+
+    train(args, model, f"vae/{WEIGHTS}", loss_of, (lambda: None) if args.keep else written)
 
 
 @torch.no_grad()
@@ -220,7 +257,7 @@ def train_unet(args):
         noisy, t, context, noise = make(chosen, rng, generator)
         return F.mse_loss(model(noisy, t, context).float(), noise)
 
-    write(args, f"unet/{WEIGHTS}", train(args, model, f"unet/{WEIGHTS}", loss_of))
+    train(args, model, f"unet/{WEIGHTS}", loss_of)
     copy(TOY, "scheduler", args.out)
     copy(TOY, ".", args.out)        # model_index.json, and what the shipped toy's defaults are and what it knows
 
@@ -267,7 +304,7 @@ def train_control(args):
         weight = 1 + FIGURE * around(hints, noise.shape[2:])
         return (weight * error ** 2).mean() / weight.mean()
 
-    write(args, f"controlnet/{WEIGHTS}", train(args, model, f"controlnet/{WEIGHTS}", loss_of))
+    train(args, model, f"controlnet/{WEIGHTS}", loss_of)
 
 
 STAGES = dict(clip=train_clip, vae=train_vae, unet=train_unet, control=train_control)
@@ -299,7 +336,5 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     # At these sizes a CPU trains a U-Net a third faster with attention as plain matrix products in bfloat16.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    args.out.mkdir(parents=True, exist_ok=True)
     with sdpa_kernel(SDPBackend.MATH):
         STAGES[args.stage](args)
-    checkpoint(args).unlink()
