@@ -164,10 +164,6 @@ def lit(scene: Scene, strength: float) -> Callable[[Colour], Colour]:
     return lambda colour: mix(mix(colour, glow, strength * share), shapes.PAPER, paper)
 
 
-def is_dark(scene: Scene) -> bool:
-    return scene.time == "night" or scene.place == "moon"
-
-
 def sky(image: Image.Image, scene: Scene) -> None:
     """Fills the picture with the sky's gradient; a comic has it in flat bands."""
     top, bottom = shapes.SKIES[scene.time][scene.look.sky]
@@ -185,7 +181,7 @@ def scenery(b: Brush, scene: Scene, view: View) -> None:
     """Everything behind the figure but the sky's colour, from far to near."""
     place, activity = shapes.PLACES[scene.place], scene.activity
     b = replace(b, light=lit(scene, 0))
-    if is_dark(scene):
+    if scene.time == "night" or scene.place == "moon":
         stars = Random(5)
         b.draw(("dot", shapes.CREAM, stars.uniform(1, 63), stars.uniform(1, 36), 0.6) for _ in range(24))
     b.draw(shapes.EARTH if scene.place == "moon" else ())
@@ -276,7 +272,7 @@ def render(scene: Scene, view: View, size: int = SIZE) -> np.ndarray:
     sky(image, scene)
     scenery(b, scene, view)
     # A rim sets the figure off from any backdrop: the whole figure in one colour, a little fatter, beneath it.
-    rim = shapes.PALE if is_dark(scene) else shapes.DARK
+    rim = shapes.PALE if scene.time == "night" or scene.place == "moon" else shapes.DARK
     halo = replace(b, edge=(edge + 0.6) * unit, ink=rim, light=lambda _: rim)
     for brush in (halo, replace(b, light=lit(scene, 0.5))):
         figure(standing(brush, scene.activity, view), scene, view.phase)
