@@ -218,7 +218,8 @@ def test_without_a_run_hints_guide_the_untuned_net(place, precision):
     (["--noise", "inverted", "--frames", 2], "The noise of a clip has the clip's own size"),
     (["--noise", "edit-friendly", "--size", 24], "The noise of a clip has the clip's own size"),
     (["--noise", "inverted", "--seed", 3], "The inverted noise has nothing random"),
-    (["--weights", "w", "--noise", "edit-friendly"], "The edit-friendly noise is made from a run's clip")])
+    (["--weights", "w", "--noise", "edit-friendly"], "The edit-friendly noise is made from a run's clip"),
+    (["--noise", "shared", "--no-inversion"], "not allowed with")])
 def test_what_does_not_fit_is_an_error_before_anything_is_sampled(place, args, message):
     if not (place / "square").exists():
         write_hints(place / "square", 3, size=(32, 32))

@@ -15,8 +15,8 @@ class Control:
     """A ControlNet and a clip's hints, one a frame. Pass it to pipeline.sample or editing.sample_clip.
 
     The ControlNet keeps its image weights. It sees each frame by itself, without the others. hints (f, 3, H, W), RGB in
-    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied. path, hint: where the
-    ControlNet and the hints come from, for the record of an edit.
+    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied. path, hint: where
+    ControlNet and hints came from, for an edit's record.
     """
 
     @torch.no_grad()

@@ -98,6 +98,11 @@ def gaussian(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def no_progress(steps, total, name):
+    """The progress that shows nothing: a function of (an iterable of steps, their number, a name) -> an iterable."""
+    return steps
+
+
 def last(steps):
     """The final value of a generator; None if there is none."""
     value = None

@@ -22,6 +22,7 @@ from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE
 
+TOY = Path(__file__).parents[1] / "weights/toy"
 TEMPORAL = "_temp."                 # T-Attn's tensors and those of its norm have it in their names
 BLOCK_TYPES = ("down_block_types", "up_block_types", "mid_block_type")
 
@@ -117,7 +118,7 @@ def default_path(folder=None):
     """
     folder = Path(folder or "weights")
     if not folder.is_dir():
-        folder = Path(__file__).parents[1] / "weights"
+        folder = TOY.parent
     found = []
     for path in sorted(folder.glob("*")):
         if path.name != "toy" and is_stable_diffusion(path):
@@ -126,7 +127,8 @@ def default_path(folder=None):
             warnings.warn(f"{path} is ignored. {how_to_convert(path)}")
     if len(found) > 1:
         raise InputError(f"{folder} holds {', '.join(p.name for p in found)}: name one with --weights.")
-    return found[0] if found else folder / "toy"
+    toy = folder / "toy"
+    return found[0] if found else toy if toy.is_dir() else TOY
 
 
 def is_stable_diffusion(path):
@@ -152,7 +154,7 @@ def _defaults(path, schedule):
 # ---- A U-Net that the official code has tuned ----------------------------------------------------
 
 class OfficialConfig(UNetConfig):
-    """The config.json of a U-Net, which may be the official code's. An instance is the image U-Net's UNetConfig."""
+    """Not a config but a reader: from_json gives a UNetConfig, also for the official code's file."""
 
     @classmethod
     def from_json(cls, d):

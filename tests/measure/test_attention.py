@@ -310,6 +310,7 @@ def test_the_command_draws_pictures_that_the_page_shows_and_changes_no_other_fil
     (("--pixel", 3, 3, "--frame", 9), "of frame 9 is not in it"), ((), "required"),
     (("--word", "man", "--frame", 1), "--frame and --before belong to --pixel"),
     (("--word", "man", "--before"), "--frame and --before belong to --pixel"),
-    (("--pixel", 3, 3, "--prompt", "a"), "--prompt belongs to --word")])
+    (("--pixel", 3, 3, "--prompt", "a"), "--prompt belongs to --word"),
+    (("--pixel", 3, 3, "--seed", 5), "unrecognized arguments: --seed 5")])
 def test_what_cannot_be_shown_is_refused(place, args, message):
     assert message in call(place, "runs/clip", *args, status=2).err

@@ -45,7 +45,7 @@ def rows(output):
 
 def case(weights, **changes):
     given = dict(part="tuning", frames=2, size=32, device="cpu", precision="fp32", random=None, weights=weights,
-                 tokenizer=None, prediction=None, repeats=1, checkpointing="off")
+                 tokenizer=None, prediction=None, vae=None, embedding=None, repeats=1, checkpointing="off")
     return argparse.Namespace(**given | changes)
 
 
@@ -85,6 +85,20 @@ def test_several_sizes_are_written_as_json(here, weights, tmp_path, capsys):
 def test_a_size_that_the_model_does_not_take_is_refused(here, weights):
     with pytest.raises(InputError, match="The size 17 does not suit this model: use a multiple of 2"):
         here("--weights", weights, "--size", 16, 17)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--seed", 5], "unrecognized arguments: --seed 5"), (["--random", "sd15", "--vae", "v"], "takes no weights")])
+def test_flags_that_would_do_nothing_are_refused(here, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        here(*flags)
+    assert message in capsys.readouterr().err
+
+
+def test_all_flags_of_the_weights_are_used(monkeypatch):
+    monkeypatch.setattr(bench, "load", lambda *given: given)
+    loaded = bench.models(case("w", tokenizer="t", prediction="v", vae="other", embedding=["e"]))
+    assert loaded == ("w", "t", "v", CPU, torch.float32, "other", ["e"])
 
 
 def test_the_median_leaves_out_the_warm_up(monkeypatch):

@@ -21,7 +21,8 @@ from tinytav.files.runs import Run
 from tinytav.measure import evaluate, metrics
 
 ROOT = Path(__file__).parents[2]
-HEADS = "Video name,Our GT caption,Style Change Caption,Object Change Caption,Background Change Caption,Multiple Changes Caption"
+HEADS = ("Video name,Our GT caption,Style Change Caption,Object Change Caption,Background Change Caption,"
+         "Multiple Changes Caption")
 
 
 def call(cwd, *args, status=0):
@@ -44,7 +45,8 @@ def write_set(path, lines):
 # ---- the set -------------------------------------------------------------------------------------
 
 def test_our_layout_has_a_column_for_each_kind_and_an_empty_cell_is_no_edit(tmp_path):
-    file = write_set(tmp_path / "set.csv", ["clip,caption,object,Style", "a.mp4, a man ,a dog,", "", "b/a.mp4,\"a, b\",,comic"])
+    lines = ["clip,caption,object,Style", "a.mp4, a man ,a dog,", "", "b/a.mp4,\"a, b\",,comic"]
+    file = write_set(tmp_path / "set.csv", lines)
     clips, side = evaluate.read_set(file)
     assert side is None and [clip.path for clip in clips] == [tmp_path / "a.mp4", tmp_path / "b/a.mp4"]
     assert [clip.caption for clip in clips] == ["a man", "a, b"] and [clip.folder for clip in clips] == ["a", "a-2"]
@@ -63,15 +65,18 @@ def loveu(folder):
             Image.new("RGB", (48, 32), (60 * number, 90, 200)).save(pictures / f"{number:05}.jpg")
     return write_set(folder / "LOVEU-TGVE-2023_Dataset.csv", [
         HEADS + ",", "DAVIS Videos:,,,,,,",
-        "gold-fish,Several goldfish swim in a tank.,\"Several goldfish swim in a tank, impressionist style.\",Several sharks "
-        "swim in a tank.,Several goldfish swim in a pond.,\"Several koi fish swim in a pond, rainbow color scheme.\",",
-        ",,,,,,", "Youtube Videos:,,,,,,", "squirrel-climb,A squirrel climbs.,a,b,c,d,", ",,,,,,", "Videvo Videos:,,,,,,",
+        "gold-fish,Several goldfish swim in a tank.,\"Several goldfish swim in a tank, impressionist style.\","
+        "Several sharks swim in a tank.,Several goldfish swim in a pond.,"
+        "\"Several koi fish swim in a pond, rainbow color scheme.\",",
+        ",,,,,,", "Youtube Videos:,,,,,,", "squirrel-climb,A squirrel climbs.,a,b,c,d,", ",,,,,,",
+        "Videvo Videos:,,,,,,",
         "earth-full-view,The earth.,a,b,c,d,", "missing,A clip that is not there.,a,b,c,d,"])
 
 
 def test_loveu_layout_has_blocks_with_headings_and_four_edits_a_clip(tmp_path):
     clips, side = evaluate.read_set(loveu(tmp_path))
-    assert side == 480 and [clip.name for clip in clips] == ["gold-fish", "squirrel-climb", "earth-full-view", "missing"]
+    names = [clip.name for clip in clips]
+    assert side == 480 and names == ["gold-fish", "squirrel-climb", "earth-full-view", "missing"]
     assert [clip.path.relative_to(tmp_path).as_posix() for clip in clips] == [
         "DAVIS_480p/480p_videos/gold-fish.mp4", "youtube_480p/480p_frames/squirrel-climb",
         "videvo_480p/480p_frames/earth-full-view", "videvo_480p/480p_videos/missing.mp4"]
@@ -80,8 +85,9 @@ def test_loveu_layout_has_blocks_with_headings_and_four_edits_a_clip(tmp_path):
 
 
 @pytest.mark.parametrize("lines, message", [
-    (["name,text"], "is no set"), ([], "is no set"), (["clip,caption,edit"], "holds no clip"), (["clip,caption,edit", "a,,b"], "line 2"),
-    (["clip,caption,edit", "a.mp4,a man,"], "line 2: 'a.mp4' has no edit"), ([HEADS, ",a caption,a,b,c,d"], "no video's name")])
+    (["name,text"], "is no set"), ([], "is no set"), (["clip,caption,edit"], "holds no clip"),
+    (["clip,caption,edit", "a,,b"], "line 2"), (["clip,caption,edit", "a.mp4,a man,"], "line 2: 'a.mp4' has no edit"),
+    ([HEADS, ",a caption,a,b,c,d"], "no video's name")])
 def test_a_file_that_is_no_set_is_refused(tmp_path, lines, message):
     with pytest.raises(InputError, match=message):
         evaluate.read_set(write_set(tmp_path / "set.csv", lines))
@@ -90,7 +96,8 @@ def test_a_file_that_is_no_set_is_refused(tmp_path, lines, message):
 def test_the_toys_set_names_its_own_clips_with_their_captions():
     clips, _ = evaluate.read_set(ROOT / "weights/toy/set.csv")
     readme = " ".join((ROOT / "weights/toy/README.md").read_text().split())
-    assert len(clips) == 4 and all(clip.path.is_file() and clip.caption in readme and len(clip.edits) == 3 for clip in clips)
+    assert len(clips) == 4
+    assert all(clip.path.is_file() and clip.caption in readme and len(clip.edits) == 3 for clip in clips)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -109,7 +116,8 @@ def test_pick_score_is_the_scaled_cosine_and_loveu_squashes_first(tmp_path):
     frames.write_mp4(tmp_path / "x.mp4", x, fps=8)
     pictures, eye = frames.pictures(tmp_path / "x.mp4"), metrics.Features(folder)
     told = evaluate.Judges(folder, folder, None, "cpu").measure(tmp_path / "x.mp4", "a man")
-    assert told["pick_score"] == pytest.approx(eye.clip.logit_scale.exp().item() * told["textual_alignment"] / 100, abs=1e-3)
+    scale = eye.clip.logit_scale.exp().item()
+    assert told["pick_score"] == pytest.approx(scale * told["textual_alignment"] / 100, abs=1e-3)
     assert told["textual_alignment"] == pytest.approx(
         metrics.textual_alignment(eye.images(pictures), eye.texts(["a man"])), abs=1e-3)
     squashed = evaluate.Judges(folder, None, 480, "cpu").measure(tmp_path / "x.mp4", "a man")
@@ -128,8 +136,8 @@ def place(tmp_path_factory):
     tiny.write_judge(place / "judge")
     for name in "abc":
         tiny.write_clip(place / f"{name}.mp4", frames=5 + ord(name) % 3)
-    write_set(place / "set.csv", ["clip,caption,object,style", "a.mp4,a man,a dog,\"a man, comic\"", "b.mp4,a man,a cat,",
-                                  "c.mp4,a fox,a \"\"dog\"\",pencil"])
+    write_set(place / "set.csv", ["clip,caption,object,style", "a.mp4,a man,a dog,\"a man, comic\"",
+                                  "b.mp4,a man,a cat,", "c.mp4,a fox,a \"\"dog\"\",pencil"])
     call(place, "set.csv", *FLAGS)
     return place
 
@@ -142,7 +150,8 @@ def test_results_are_a_csv_a_page_and_a_run_for_each_clip(place):
     assert [(row["clip"], row["kind"], row["prompt"]) for row in found] == [
         ("a.mp4", "object", "a dog"), ("a.mp4", "style", "a man, comic"), ("b.mp4", "object", "a cat"),
         ("c.mp4", "object", 'a ""dog""'), ("c.mp4", "style", "pencil")]
-    assert list(found[0]) == list(evaluate.COLUMNS) and all(0 < abs(float(row["textual_alignment"])) <= 100 for row in found)
+    assert list(found[0]) == list(evaluate.COLUMNS)
+    assert all(0 < abs(float(row["textual_alignment"])) <= 100 for row in found)
     measured = metrics.Features(place / "judge")
     features = measured.images(frames.pictures(place / "evaluated/set/a/a-dog.mp4"))
     assert float(found[0]["consistency_all_pairs"]) == pytest.approx(metrics.consistency_all_pairs(features), abs=1e-3)
@@ -181,9 +190,11 @@ def test_a_new_edit_is_made_without_tuning_again(place):
 
 def test_a_broken_clip_is_reported_and_does_not_stop_the_rest(place):
     (place / "broken.mp4").write_bytes(b"no video")
-    write_set(place / "broken.csv", ["clip,caption,edit", "broken.mp4,a man,a dog", "none.mp4,a man,a dog", "a.mp4,a man,a dog"])
+    lines = ["clip,caption,edit", "broken.mp4,a man,a dog", "none.mp4,a man,a dog", "a.mp4,a man,a dog"]
+    write_set(place / "broken.csv", lines)
     done = call(place, "broken.csv", *FLAGS, status=1)
-    assert "error: broken.mp4" in done.err and "error: none.mp4: No such file" in done.err and "Traceback" not in done.err
+    assert "error: broken.mp4" in done.err and "error: none.mp4: No such file" in done.err
+    assert "Traceback" not in done.err
     assert [row["clip"] for row in rows(place / "evaluated/broken/results.csv")] == ["a.mp4"]
     page = (place / "evaluated/broken/index.html").read_text()
     assert "without results: 2 clips" in page and "No such file" in page
@@ -203,8 +214,8 @@ def test_prompts_that_differ_only_in_their_end_have_a_video_each(place):
     folder = place / "evaluated/long/a"
     prompts = {name: details["prompt"] for name, details in records.read_samples(folder) if name != "source.mp4"}
     assert sorted(prompt.rpartition(" by ")[2] for prompt in prompts.values()) == ["Klimt", "Monet", "Van Gogh"]
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    assert [prompts[row["file"]] for row in rows] == [f"{LONG} Klimt", f"{LONG} Monet"]
+    values = json.loads((folder / "metrics.json").read_text())["values"]
+    assert [prompts[name] for name in values] == [f"{LONG} Klimt", f"{LONG} Monet"]
 
 
 def test_a_clip_that_changed_is_not_taken_for_the_one_before(place):
@@ -214,6 +225,13 @@ def test_a_clip_that_changed_is_not_taken_for_the_one_before(place):
     tiny.write_clip(place / "changing.mp4", frames=9)
     done = call(place, "changing.csv", *FLAGS, status=1)
     assert "0 finished before, 1 to do" in done.out and "is not the clip any more" in done.err
+
+
+def test_another_caption_is_not_taken_for_the_one_before(place):
+    shutil.copytree(place / "evaluated/set", place / "captions")
+    write_set(place / "captions.csv", ["clip,caption,edit", "a.mp4,a woman,a dog"])
+    done = call(place, "captions.csv", *FLAGS, "--out", "captions", status=1)
+    assert "0 finished before, 1 to do" in done.out and "was tuned with another caption, 'a man'" in done.err
 
 
 def test_results_of_another_clip_model_are_measured_again(place):
@@ -260,7 +278,7 @@ def test_two_evaluations_in_one_process_do_not_lock_each_other_out(place, monkey
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.argv", ["evaluate", "set.csv", *FLAGS, "--out", "evaluated/set"])
     open_files = len(list(Path("/proc/self/fd").iterdir()))
-    (place / "evaluated/set/a/results.json").unlink()
+    (place / "evaluated/set/a/metrics.json").unlink()
     for _ in range(3):
         assert evaluate.main() == 0
     assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + 1
@@ -285,8 +303,9 @@ ALONE = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 
 
 def test_two_ranks_give_the_same_csv_as_one(place):
-    done = subprocess.run(command("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tinytav", "evaluate",
-                                  "set.csv", *FLAGS, "--out", "ranks"), cwd=place, env=ALONE, capture_output=True, text=True)
+    line = command("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tinytav", "evaluate",
+                   "set.csv", *FLAGS, "--out", "ranks")
+    done = subprocess.run(line, cwd=place, env=ALONE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "rank 0 of 2: 3 clips, 0 finished before, 2 to do" in done.stdout and "rank 1: b.mp4, 1 of 1" in done.stdout
     assert (place / "ranks/results.csv").read_bytes() == (place / "evaluated/set/results.csv").read_bytes()
@@ -297,7 +316,7 @@ def test_a_killed_evaluation_loses_no_finished_clip(place):
     process = subprocess.Popen(command("tinytav", "evaluate", "set.csv", *FLAGS, "--out", out), cwd=place, env=ALONE,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time() + 120
-    while not (out / "a/results.json").is_file():
+    while not (out / "a/metrics.json").is_file():
         assert time.time() < end and process.poll() is None
         time.sleep(0.01)
     process.kill()

@@ -21,7 +21,8 @@ from tinytav.stable_diffusion.clip import Preprocessor
 
 ROOT = Path(__file__).parents[2]
 RUN = Settings(clip="clip.mp4", prompt="a man", weights="w", fingerprint="0", frames=3, fps="8", size=64, norm="clip",
-           attention="sparse-causal", steps=1, lr=1e-3, seed=33, ddim_steps=2, guidance=2., precision="fp32", finished=1.)
+               attention="sparse-causal", steps=1, lr=1e-3, seed=33, ddim_steps=2, guidance=2., precision="fp32",
+               finished=1.)
 
 
 def unit(f, d=5):
@@ -108,7 +109,8 @@ def run(tmp_path_factory):
                    posed=("a man", dict(noise="inverted", control="pose")), dog=("a dog", dict(noise="inverted")),
                    short=("a man", dict(noise="inverted")))
     for number, (name, (prompt, settings)) in enumerate(samples.items(), 1):
-        frames.write_mp4(run.path / f"{name}.mp4", (1 - 0.1 * number) * x[:2 if name == "short" else 3], 8, title=prompt)
+        sample = (1 - 0.1 * number) * x[:2 if name == "short" else 3]
+        frames.write_mp4(run.path / f"{name}.mp4", sample, 8, title=prompt)
         records.write_record(run.path, name, prompt, settings, "")
     frames.write_mp4(run.path / "untitled.mp4", x, 8)
     for number, name in enumerate(("source", *samples, "untitled")):
@@ -132,10 +134,12 @@ def test_every_clip_of_a_run_has_a_row(run, folder):
 
 
 def test_features_have_the_fingerprint_of_what_decides_them(folder, tmp_path):
-    marks = {metrics.Features(folder[0]).fingerprint, metrics.Features(shutil.copytree(folder[0], tmp_path / "same")).fingerprint}
+    same = shutil.copytree(folder[0], tmp_path / "same")
+    marks = {metrics.Features(folder[0]).fingerprint, metrics.Features(same).fingerprint}
     assert len(marks) == 1
     changed = shutil.copytree(folder[0], tmp_path / "changed")
-    tiny.save_json(changed / "preprocessor_config.json", PREPARED["half"] | dict(size=64, crop_size=64, image_mean=[0.4] * 3))
+    preparation = PREPARED["half"] | dict(size=64, crop_size=64, image_mean=[0.4] * 3)
+    tiny.save_json(changed / "preprocessor_config.json", preparation)
     weights = shutil.copytree(folder[0], tmp_path / "weights")
     tensors = load_file(weights / "model.safetensors")
     tensors["logit_scale"] += 1

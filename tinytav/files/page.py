@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from tinytav.files import frames
 from tinytav.files.atomic import replace_text
-from tinytav.files.records import by_time, call, read_losses, read_samples, record, tuning_command
+from tinytav.files.records import by_time, call, inner, read_losses, read_samples, record, tuning_command
 from tinytav.files.runs import FPS
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -60,8 +60,7 @@ def save(folder, title, parts):
     """
     names = itertools.chain(["index.html"], (f"index-{number}.html" for number in itertools.count(2)))
     path = next(path for name in names if not is_foreign(path := Path(folder) / name))
-    start, rest = TEMPLATE.read_text(encoding="utf-8").split("<!--title-->")
-    middle, end = rest.split("<!--page-->")
+    start, middle, end = re.split("<!--title-->|<!--page-->", TEMPLATE.read_text(encoding="utf-8"))
     text = "".join([start, markup(title), middle, "\n".join(map(markup, parts)), end])
     replace_text(path, text.encode(errors="replace").decode())      # file names may hold bytes that are no text
     return path
@@ -114,8 +113,9 @@ def picture(file, alt, link, *text):
 
 
 def definitions(style, pairs):
-    """A list of terms and their texts, from (term, text) pairs."""
-    return element(f"dl.{style}", [element("div", element("dt", term), element("dd", text)) for term, text in pairs])
+    """A list of terms and their texts, from (term, text) pairs; nothing where there are none."""
+    items = [element("div", element("dt", term), element("dd", text)) for term, text in pairs]
+    return element(f"dl.{style}", items) if items else []
 
 
 def settings_list(settings):
@@ -136,20 +136,20 @@ def shown(value):
 
 
 def number(value):
-    """A measured number as text; "-" where it is not defined."""
+    """A measured number as text; "" where it is not defined."""
     defined = isinstance(value, (int, float)) and abs(value) < 1e100        # neither NaN nor a huge integer
-    return f"{value:.2f}" if defined else "-"
+    return f"{value:.2f}" if defined else ""
 
 
 def measured(values):
     """The defined ones among a clip's numbers, as a list of names and texts."""
-    return definitions("numbers", [(name, number(values.get(key))) for key, name in NUMBERS.items()
-                                   if number(values.get(key)) != "-"])
+    texts = {name: number(values.get(key)) for key, name in NUMBERS.items()}
+    return definitions("numbers", [(name, text) for name, text in texts.items() if text])
 
 
 def mean_of(rows, key):
     """Mean of the defined numbers; nan where there is none."""
-    values = [row[key] for row in rows if number(row.get(key)) != "-"]
+    values = [row[key] for row in rows if number(row.get(key))]
     return fmean(values) if values else math.nan
 
 
@@ -176,12 +176,12 @@ def clips(folder, settings):
     samples, metrics, fps = read_samples(folder), record(folder / "metrics.json"), settings.get("fps")
     if not samples:
         return []
-    values = metrics.get("values") if isinstance(metrics.get("values"), dict) else {}
+    values = inner(metrics, "values")
     rate = Fraction(fps) if isinstance(fps, str) and re.fullmatch(FPS, fps) else frames.FOLDER_FPS
     scrubber = element("input", type="range", min=0, max=0, step=1, value=0, aria_label="frame")
     player = element("div.player", element("button", "Play", type="button"), scrubber, element("output"),
                      data_fps=f"{float(rate):.6g}")
-    figures = [clip(name, details, settings, values.get(name)) for name, details in samples]
+    figures = [clip(name, details, settings, inner(values, name)) for name, details in samples]
     parts = [player if any(name.endswith(".mp4") for name, _ in samples) else [], element("div.clips", figures)]
     if len(samples) == 1 and settings.get("finished"):
         parts += [element("p.legend", "No edit yet; make one with"),
@@ -193,25 +193,23 @@ def clips(folder, settings):
 
 def clip(name, details, settings, values):
     """The clip `name` with its prompt, its metrics, and what repeats it."""
-    is_source, prompt = name == "source.mp4", details["prompt"]
+    prompt, kind, tag = details["prompt"], "sample", []
     if name.endswith(".mp4"):
         media = element("video", src=address(name), aria_label=prompt, muted="", playsinline="", preload="auto")
     else:
         media = element("img", src=address(name), alt=prompt)
-    text = [element("span.tag", "source")] if is_source else []
-    text.append(prompt_text(shown(settings.get("prompt", prompt)) if is_source else prompt))
-    if isinstance(values, dict):
-        text.append(measured(values))
-    kind = "source" if is_source else "sample"
-    return element(f"figure.{kind}", media, element("figcaption", text, repeat(details)))
+    if name == "source.mp4":
+        prompt, kind, tag = shown(settings.get("prompt", prompt)), "source", element("span.tag", "source")
+    caption = element("figcaption", tag, prompt_text(prompt), measured(values), repeat(details))
+    return element(f"figure.{kind}", media, caption)
 
 
 def repeat(details):
     """Settings and command of a sample or a picture, folded away; nothing where the record has none."""
-    parts = [settings_list(details["settings"])] if isinstance(details.get("settings"), dict) else []
+    parts = [settings_list(inner(details, "settings"))]
     if details.get("command"):
         parts.append(element("pre", shown(details["command"])))
-    return element("details", element("summary", "how to repeat it"), parts) if parts else []
+    return element("details", element("summary", "how to repeat it"), parts) if any(parts) else []
 
 
 def attention(folder):
@@ -228,16 +226,16 @@ def loss_chart(settings, losses):
     """Losses and their running mean, as lines of an SVG of 1000 x 100 units, which the page stretches."""
     if not losses:
         return []
-    steps = settings.get("steps")
-    total = max(steps, len(losses)) if isinstance(steps, int) else len(losses)
+    count, steps = len(losses), settings.get("steps")
+    total = max(steps, count) if isinstance(steps, int) else count
     window, top = max(5, total // 10), nice_top(max(losses))
-    stride = math.ceil(len(losses) / POINTS)
+    stride = math.ceil(count / POINTS)
     dots, line = [], []
-    for step in range((len(losses) - 1) % stride, len(losses), stride):     # which ends with the last step
+    for step in range((count - 1) % stride, count, stride):                 # which ends with the last step
         x = 1000 * step / max(1, total - 1)
         dots.append(f"M{x:.1f} {100 - 100 * losses[step] / top:.2f}h0")
         line.append(f"{x:.1f} {100 - 100 * fmean(losses[max(0, step - window + 1):step + 1]) / top:.2f}")
-    label = f"loss after {len(losses)} steps: a mean of {fmean(losses[-window:]):.4f} over the last {window}"
+    label = f"loss after {count} steps: a mean of {fmean(losses[-window:]):.4f} over the last {window}"
     lines = dict(grid="M0 0h1000M0 25h1000M0 50h1000M0 75h1000", steps=" ".join(dots), mean="M" + " L".join(line))
     drawing = element("svg", [element(f"path.{name}", d=d) for name, d in lines.items()], viewBox="0 0 1000 100",
                       preserveAspectRatio="none", role="img", aria_label=label)
@@ -246,8 +244,8 @@ def loss_chart(settings, losses):
                      element("span.key", element("span.swatch"), f"mean of the last {window} steps"))
     up = [element("span", f"{top * part / 4:.3g}") for part in (4, 3, 2, 1, 0)]
     along = [element("span", step) for step in (1, (1 + total) // 2, total)]
-    return (element("h2", "Loss"), legend,
-            element("div.chart", element("div.up", up), drawing, element("div.along", along)))
+    chart = element("div.chart", element("div.up", up), drawing, element("div.along", along))
+    return element("h2", "Loss"), legend, chart
 
 
 def nice_top(value):
@@ -258,14 +256,13 @@ def nice_top(value):
 
 def previews(folder, settings):
     """What train.py --preview sampled while it tuned."""
-    files = sorted((int(match[1]), file.name) for file in folder.glob("preview-*.gif")
-                   if (match := re.fullmatch(r"preview-(\d+)\.gif", file.name)))
-    if not files:
-        return []
-    figures = [element("figure", element("img", src=address(name), alt=f"preview after {step} steps"),
-                       element("figcaption", f"after {step} steps")) for step, name in files]
-    return (element("h2", "Previews"), element("p.soft", prompt_text(shown(settings.get("preview")))),
-            element("div.previews", figures))
+    files = sorted(folder.glob("preview-*.gif"), key=lambda file: (len(file.name), file.name))      # by their steps
+    figures = []
+    for file in files:
+        after = f"after {file.stem.removeprefix('preview-')} steps"
+        figures.append(picture(file.name, f"preview {after}", file.name, after))
+    prompt = element("p.soft", prompt_text(shown(settings.get("preview"))))
+    return (element("h2", "Previews"), prompt, element("div.previews", figures)) if figures else []
 
 
 def run_settings(folder, settings):
@@ -273,8 +270,7 @@ def run_settings(folder, settings):
     if not settings:
         return []
     pairs = {name: value for name, value in settings.items() if name not in NOT_SHOWN}
-    if isinstance(settings.get("versions"), dict):
-        pairs |= {f"{name} version": version for name, version in settings["versions"].items()}
+    pairs |= {f"{name} version": version for name, version in inner(settings, "versions").items()}
     return element("section.run", element("h2", "Settings"), settings_list(pairs),
                    element("p.soft", "The command that tunes so again:"),
                    element("pre", tuning_command(folder, settings)))
@@ -305,13 +301,13 @@ def counted(things, name):
 
 def means_table(results):
     """The mean of each number over the edits of each kind, and over all."""
-    used = [key for key in NUMBERS if any(number(row.get(key)) != "-" for row in results)]
+    used = [key for key in NUMBERS if any(number(row.get(key)) for row in results)]
     names = [element("th.number", name) for name in ("edits", *(NUMBERS[key] for key in used))]
     lines = [element("tr", element("th", "mean over"), names)]
     kinds = dict.fromkeys(row["kind"] for row in results)
     groups = [(kind, [row for row in results if row["kind"] == kind]) for kind in kinds]
     for kind, rows in [*groups, ("all", results)]:
-        texts = [len(rows), *(number(mean_of(rows, key)) for key in used)]
+        texts = [len(rows), *(number(mean_of(rows, key)) or "-" for key in used)]
         lines.append(element("tr", element("td", kind), [element("td.number", text) for text in texts]))
     return element("div.scroll", element("table", lines))
 

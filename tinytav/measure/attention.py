@@ -37,14 +37,13 @@ LABEL = 20              # pixels of the line of text above a row
 
 def looks_at(kind, frame, count):
     """The frames, from 0, whose keys the frame gets from an attention of this name, in the order of its keys."""
-    frames = {
+    return {
         "sparse-causal": [0, max(frame - 1, 0)],            # the first frame is its own predecessor
         "spatial": [frame],
         "first": [0],
         "causal": list(range(frame + 1)),
         "full": list(range(count)),
-    }
-    return frames[kind]
+    }[kind]
 
 
 @contextmanager
@@ -121,8 +120,8 @@ class PixelMaps:
         q, k = attention.to_q(clip[self.frame, pixel]), attention.to_k(clip[self.looked_at])
         parts = probabilities(attention, q[None], k.flatten(0, 1))[0].unflatten(0, (-1, height, width))
         # where the first frame is also the previous one, its keys stand there twice, and both shares are its own
-        shares = [sum(part for part, at in zip(parts, self.looked_at) if at == frame) for frame in self.seen]
-        self.mean.add(torch.stack(shares) * height * width)                 # 1: as if it looked at one frame, evenly
+        shares = torch.zeros(self.frames, height, width).index_add(0, torch.tensor(self.looked_at), parts.cpu())
+        self.mean.add(shares[self.seen] * height * width)                   # 1: as if it looked at one frame, evenly
 
 
 def word_positions(tokenizer, prompt, word):
@@ -137,14 +136,19 @@ def word_positions(tokenizer, prompt, word):
     return positions
 
 
+def spans_of(word, prompt):
+    """Where the word stands in the prompt, and is no part of a longer word: [(start, end)]."""
+    return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 def heated(picture, heat):
     """A picture (h, w, 3) uint8 under a map (h', w') in [0, 1]: grey where it is 0, brightly coloured where it is 1."""
     size = picture.shape[1], picture.shape[0]
-    heat = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    heat = Image.fromarray(np.asarray(heat, np.float32)).resize(size, Image.Resampling.BICUBIC)
     heat = np.asarray(heat).clip(0, 1)[..., None]
-    grey = 0.7 * picture.mean(-1, keepdims=True).repeat(3, -1)
+    grey = 0.7 * picture.mean(-1, keepdims=True)
     colour = np.concatenate([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], -1)
     weight = 0.85 * heat ** 0.7                 # so that a little attention is seen too
     return ((1 - weight) * grey + weight * colour).round().astype(np.uint8)
@@ -174,25 +178,12 @@ def resized(x, side):
 
 def word_rows(x, maps, word):
     """Rows of frames (f, 3, h, w), each above its frames under the word's maps (f, h', w'); all maps on one scale."""
-    pictures, heat = resized(x, SIDE), (maps / maps.max().clamp(min=1e-12)).numpy()
-    chosen = frames.strip_columns(len(x))
-    rows = []
+    pictures, heat = resized(x, SIDE), maps / maps.max().clamp(min=1e-12)
+    chosen, rows = frames.strip_columns(len(x)), []
     for part in (chosen[i:i + COLUMNS] for i in range(0, len(chosen), COLUMNS)):
         rows.append(("the sample", [(pictures[i], f"frame {i + 1}") for i in part]))
         rows.append((f"attention to '{word}'", [(heated(pictures[i], heat[i]), f"frame {i + 1}") for i in part]))
     return rows
-
-
-def marked(picture, y, x):
-    """The picture with a ring around the place (y, x), as parts of its height and width."""
-    height, width = picture.shape[:2]
-    image = Image.fromarray(picture)
-    draw = ImageDraw.Draw(image)
-    centre, radius = (x * width, y * height), 0.06 * min(height, width)
-    box = [centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius]
-    draw.ellipse(box, outline="black", width=5)
-    draw.ellipse([box[0] + 1, box[1] + 1, box[2] - 1, box[3] - 1], outline="white", width=2)
-    return np.asarray(image)
 
 
 def pixel_rows(x, frame, place, seen, maps):
@@ -200,22 +191,29 @@ def pixel_rows(x, frame, place, seen, maps):
 
     x (f, 3, h, w); place (y, x) as parts; seen: the frames looked at; maps: {a row's text: (n, h', w')}, one scale.
     """
-    pictures, top = resized(x, SIDE), max(max(part.max().item() for part in maps.values()), 1e-12)
-    rows = []
+    pictures, top = resized(x, SIDE), torch.cat(list(maps.values())).max().clamp(min=1e-12)
+    pixel, rows = (marked(pictures[frame], *place), f"frame {frame + 1}: the pixel"), []
     for text, parts in maps.items():
-        row = [(marked(pictures[frame], *place), f"frame {frame + 1}: the pixel")]
-        for i in frames.strip_columns(len(seen)):
-            share = 100 * parts[i].sum() / parts.sum()
-            row.append((heated(pictures[seen[i]], (parts[i] / top).numpy()),
-                        f"frame {seen[i] + 1}: {share:.0f} % of its attention"))
-        rows.append((text, row))
+        shares = 100 * parts.sum((1, 2)) / parts.sum()
+        rows.append((text, [pixel, *((heated(pictures[seen[i]], parts[i] / top),
+                                      f"frame {seen[i] + 1}: {shares[i]:.0f} % of its attention")
+                                     for i in frames.strip_columns(len(seen)))]))
     return rows
+
+
+def marked(picture, y, x):
+    """The picture with a ring around the place (y, x), as parts of its height and width."""
+    image = Image.fromarray(picture)
+    draw, centre, radius = ImageDraw.Draw(image), (x * image.width, y * image.height), 0.06 * min(image.size)
+    draw.circle(centre, radius, outline="black", width=5)
+    draw.circle(centre, radius - 1, outline="white", width=2)
+    return np.asarray(image)
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 def arguments():
-    p = cli.parser(__doc__.splitlines()[0])
+    p = cli.parser(__doc__.splitlines()[0], seeded=False)
     p.add_argument("run", help="the folder of a finished run")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--word", help="show where each frame looks for this word of the prompt")
@@ -231,89 +229,73 @@ def arguments():
     return args
 
 
+def watch_word(args, session):
+    """Samples from the inverted clip and watches the word -> its picture's name, rows, caption, and what repeats it."""
+    prompt = editing.chosen(args.prompt, prompt_with(session.run, args.word))
+    maps = WordMaps(session.net.frames, word_positions(session.sd.tokenizer, prompt, args.word), *session.shape[3:])
+    cli.say(f"prompt: {prompt}")
+    noise = session.make_noise("inverted", progress=cli.progress)
+    with watched(session.net, ClipCrossAttention, maps):
+        x = editing.sample_clip(session.sd, session.net, noise, prompt, session.defaults.guidance,
+                                progress=cli.progress).cpu()
+    maps = maps.mean.value()
+    caption = (f"Where each frame looks for \u201c{args.word}\u201d in \u201c{prompt}\u201d: cross-attention, the mean "
+               f"over heads, layers and {noise.steps} steps. Brightest: {100 * maps.max():.1f} % of a pixel's "
+               "attention.")
+    name = f"{slug(prompt)}.{slug(args.word)}"
+    return name, word_rows(x, maps, args.word), caption, dict(word=args.word, prompt=prompt)
+
+
 def prompt_with(run, word):
     """The newest sample's prompt that holds the word; the run's own if no sample's does."""
     prompts = [details["prompt"] for name, details in records.read_samples(run.path) if name != "source.mp4"]
     return next((prompt for prompt in reversed(prompts) if spans_of(word, prompt)), run.settings.prompt)
 
 
-def spans_of(word, prompt):
-    """Where the word stands in the prompt, and is no part of a longer word: [(start, end)]."""
-    return [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
-
-
-def save(run, name, rows, caption, flags):
-    """The picture of these rows and its record in the run's folder; then the page. Prints where they are."""
-    path = run.path / f"{name}.attention.png"
-    replace(path, lambda file: sheet(rows).save(file, "PNG", optimize=True))
-    line = records.call("python -m tinytav attention", [run.path], flags)
-    replace_text(path.with_suffix(".json"), json.dumps(dict(caption=caption, command=line), indent=2) + "\n")
-    cli.say(path)
-    cli.say(caption)
-    cli.say(f"page: {page.write(run.path)}")
-
-
-def watch_word(args, session):
-    """Samples from the inverted clip, watches the word, and saves its picture."""
-    sd, net, run, settings = session.sd, session.net, session.run, session.run.settings
-    prompt = prompt_with(run, args.word) if args.prompt is None else args.prompt
-    maps = WordMaps(net.frames, word_positions(sd.tokenizer, prompt, args.word), *session.shape[3:])
-    cli.say(f"prompt: {prompt}")
-    noise = session.make_noise("inverted", progress=cli.progress)
-    with watched(net, ClipCrossAttention, maps):
-        x = editing.sample_clip(sd, net, noise, prompt, settings.guidance, progress=cli.progress).cpu()
-    maps = maps.mean.value()
-    caption = (f"Where each frame looks for \u201c{args.word}\u201d in \u201c{prompt}\u201d: cross-attention, the mean "
-               f"over heads, layers and {noise.steps} steps. Brightest: {100 * maps.max():.1f} % of a pixel's "
-               "attention.")
-    save(run, f"{slug(prompt)}.{slug(args.word)}", word_rows(x, maps, args.word), caption,
-         dict(word=args.word, prompt=prompt))
-
-
 @torch.no_grad()
 def watch_pixel(args, session):
-    """Shows the noised clip to the net, after tuning or also before it, and saves the picture of a pixel's maps.
+    """Shows the noised clip to the net, after tuning or also before it -> as watch_word.
 
     The noise is the same for both nets, so what differs is their doing.
     """
-    sd, run, clip, settings = session.sd, session.run, session.clip, session.run.settings
+    sd, clip, settings = session.sd, session.clip, session.run.settings
     x = pipeline.decode(sd.vae, clip.mean).cpu()
     height, width = frames.enlarged(x[:1]).shape[1:3]                       # as source.mp4 shows it
     frame, (column, line) = args.frame or len(x), args.pixel
     if column >= width or line >= height or frame > len(x):
-        raise InputError(f"source.mp4 of {run.path} has {len(x)} frames of {width}x{height} pixels: pixel {column} "
-                         f"{line} of frame {frame} is not in it.")
+        raise InputError(f"source.mp4 of {session.run.path} has {len(x)} frames of {width}x{height} pixels: pixel "
+                         f"{column} {line} of frame {frame} is not in it.")
     place = (line + 0.5) / height, (column + 0.5) / width
     noise = pipeline.gaussian(clip.mean.shape, settings.seed).to(sd.device)
     nets = {"after tuning": session.net}
     if args.before:
         untuned = editing.new_net(sd, clip.frames, settings.attention, settings.norm, settings.seed)
         nets = {"before tuning": untuned} | nets
-    rows = {}
+    found = {}
     for name, net in nets.items():
         maps = PixelMaps(net.attention, net.frames, frame - 1, *place, *session.shape[3:])
         with watched(net, ATTENTIONS[net.attention], maps):
             for t, _ in cli.progress(sd.schedule.pairs(settings.ddim_steps), settings.ddim_steps, name):
                 pipeline.predict(net, sd.schedule.add_noise(clip.mean, noise, t), t, clip.context)
-        rows[name] = maps.mean.value()
+        found[name] = maps.mean.value()
     what = "the first and the previous frame" if settings.attention == "sparse-causal" else "the frames it is shown"
     caption = (f"Where the pixel {column}, {line} of frame {frame} looks in {what}: {settings.attention} attention, "
                f"the mean over heads, layers and {settings.ddim_steps} timesteps of the noised clip.")
-    save(run, f"pixel-{column}-{line}-frame-{frame}", pixel_rows(x, frame - 1, place, maps.seen, rows), caption,
-         dict(pixel=args.pixel, frame=frame, before=args.before))
+    rows = pixel_rows(x, frame - 1, place, maps.seen, found)
+    flags = dict(pixel=args.pixel, frame=frame, before=args.before)
+    return f"pixel-{column}-{line}-frame-{frame}", rows, caption, flags
 
 
 def main():
     args = arguments()
     run = Run.open(args.run)
-    if not run.finished:
-        line = records.call("python train.py", [], dict(resume=run.path))
-        raise InputError(f"{run.path} is unfinished: go on with {line}.")
     sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
     lora.merge(sd, run.settings.loras())
     session = editing.open_run(sd, run)
-    if args.word is not None:
-        watch_word(args, session)
-    else:
-        watch_pixel(args, session)
+    name, rows, caption, flags = watch_word(args, session) if args.pixel is None else watch_pixel(args, session)
+    path = run.path / f"{name}.attention.png"
+    replace(path, lambda file: sheet(rows).save(file, "PNG", optimize=True))
+    line = records.call("python -m tinytav attention", [run.path], flags)
+    replace_text(path.with_suffix(".json"), json.dumps(dict(caption=caption, command=line), indent=2) + "\n")
+    cli.say(f"{path}\n{caption}\npage: {page.write(run.path)}")
     return 0

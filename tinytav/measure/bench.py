@@ -8,6 +8,7 @@ more under torch's counter of floating-point operations. In the same process a l
 shows what the machine can do at most. Memory is the most that the process held on a CPU, or that tensors took on CUDA.
 """
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -47,7 +48,7 @@ GRADIENT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def arguments():
-    p = cli.parser(__doc__.splitlines()[0])
+    p = cli.parser(__doc__.splitlines()[0], seeded=False)
     p.add_argument("--random", choices=RANDOM, help="measure random weights of this size, instead of --weights")
     p.add_argument("--frames", type=cli.number(int, 1), nargs="+", metavar="N",
                    help="measure clips of N frames, one after the other (default: the weights' own number)")
@@ -59,7 +60,10 @@ def arguments():
     p.add_argument("--checkpointing", choices=["auto", "on", "off"], default="auto",
                    help="compute blocks again for the gradient, as train.py does (default: auto)")
     p.add_argument("--json", metavar="FILE", help="write the results into this file, too")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.random and cli.given(args) & set(cli.SOURCE):
+        p.error("--random takes no weights, and no flag that belongs to weights")
+    return args
 
 
 # ---- What is measured ----------------------------------------------------------------------------
@@ -196,47 +200,48 @@ def row(result):
     title = f"{PARTS[result['part']]:32}"
     if "error" in result:
         return f"{title}  {result['error']}"
-    for _, key, unit, style in COLUMNS:
-        text = "-" if result[key] is None else format(result[key] / unit, style)
-        title += f"{text:>11}"
-    return title + (f"  {result['recomputed']} blocks computed again" if result["recomputed"] else "")
+    numbers = "".join(f"{'-' if result[key] is None else format(result[key] / unit, style):>11}"
+                      for _, key, unit, style in COLUMNS)
+    return title + numbers + (f"  {result['recomputed']} blocks computed again" if result["recomputed"] else "")
 
 
 def cases(args, sizes, counts):
     """All cases: args with one part, size and number of frames. What takes one frame is measured once for each size."""
-    for size in sizes:
-        for frames in counts:
-            for part in args.parts or PARTS:
-                if part == "loading" and (args.random is not None or size != sizes[0]):
-                    continue
-                if part in ON_FRAMES or frames == counts[0]:
-                    yield argparse.Namespace(**vars(args) | dict(part=part, frames=frames, size=size))
+    for size, frames, part in itertools.product(sizes, counts, args.parts or PARTS):
+        if part == "loading" and (args.random is not None or size != sizes[0]):
+            continue
+        if part in ON_FRAMES or frames == counts[0]:
+            yield argparse.Namespace(**vars(args) | dict(part=part, frames=frames, size=size))
+
+
+def choose(args):
+    """Writes into args which device, precision and weights are used -> (Defaults, what sizes are multiples of)."""
+    if args.random is None:
+        sd = cli.load_weights(args)
+        args.device, args.precision, args.weights = str(sd.device), name_of(sd.dtype), sd.source["weights"]
+        return sd.defaults, sd.multiple
+    device = cli.choose_device(args.device)
+    args.device, args.precision = str(device), name_of(cli.choose_dtype(device, args.precision))
+    print(f"weights: random, of the size of {args.random}")
+    return Defaults(), RANDOM[args.random][1].factor
 
 
 def main():
     args = arguments()
-    if args.random is None:
-        sd = cli.load_weights(args)
-        device, dtype, multiple, defaults, args.weights = sd.device, sd.dtype, sd.multiple, sd.defaults, sd.source["weights"]
-        del sd
-    else:
-        device, defaults, multiple = cli.choose_device(args.device), Defaults(), RANDOM[args.random][1].factor
-        dtype = cli.choose_dtype(device, args.precision)
-        print(f"weights: random, of the size of {args.random}")
-    args.device, args.precision = str(device), name_of(dtype)
+    defaults, multiple = choose(args)
     sizes, counts = args.size or [defaults.size], args.frames or [defaults.frames]
     if unfit := [size for size in sizes if size % multiple]:
         raise InputError(f"The size {unfit[0]} does not suit this model: use a multiple of {multiple}.")
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = dict(device=args.device, name=processor, precision=args.precision, threads=torch.get_num_threads(),
+    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine()
+    machine = dict(device=args.device, name=name, precision=args.precision, threads=torch.get_num_threads(),
                    torch=torch.__version__, python=platform.python_version(), date=time.strftime("%Y-%m-%d"))
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     results, shown = [], None
     for case in cases(args, sizes, counts):
-        if shown != (case.frames, case.size):
-            shown = case.frames, case.size
-            names = "".join(f"{name:>11}" for name, *_ in COLUMNS)
-            print(f"\n{case.frames} frames of {case.size}x{case.size}\n{'':32}{names}", flush=True)
+        title = f"{case.frames} frames of {case.size}x{case.size}"
+        if title != shown:
+            print(f"\n{title}\n{'':32}" + "".join(f"{name:>11}" for name, *_ in COLUMNS), flush=True)
+        shown = title
         results.append(measure_apart(case))
         print(row(results[-1]), flush=True)
     if args.json:

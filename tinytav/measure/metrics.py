@@ -2,11 +2,11 @@
 
     python -m tinytav metrics runs/skiing
 
-All but PSNR use CLIP's features: LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14, FateZero through ViT-B/32.
-Values of two CLIPs cannot be compared, nor of two preparations: LOVEU-TGVE squashes frames to a square first, V2VBench cuts
-negative cosines to 0 and does not multiply by 100. A run's clips are measured as their mp4 files show them, in H.264 and,
-where small, enlarged: whoever has the files finds the same. Sources: the paper, section 4; LOVEU-TGVE,
-showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero frame_acc_tem_con.py; V2VBench,
+All but PSNR use CLIP's features: LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14, FateZero through
+ViT-B/32. Values of two CLIPs cannot be compared, nor of two preparations: LOVEU-TGVE squashes frames to a square first,
+V2VBench cuts negative cosines to 0 and does not multiply by 100. A run's clips are measured as their mp4 files show
+them, in H.264 and, where small, enlarged: whoever has the files finds the same. Sources: the paper, section 4;
+LOVEU-TGVE, showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero frame_acc_tem_con.py; V2VBench,
 wenhao728/awesome-diffusion-v2v v2vbench/.
 """
 import argparse
@@ -82,7 +82,7 @@ class Features:
 
     @property
     def fingerprint(self):
-        """A short hash of what decides the features: the weights, a thousand values of each, and how pictures are prepared."""
+        """A short hash of what decides the features: of each tensor a thousand values, and the preparation."""
         sha = hashlib.sha256(repr((self.preprocess, sorted(self.tokenizer.bpe.get_vocab().items()))).encode())
         for name, tensor in sorted(self.clip.state_dict().items()):
             values = tensor.flatten()[::max(1, tensor.numel() // 1024)].float().cpu()
@@ -103,13 +103,20 @@ class Features:
         return self.clip.encode_text(self.tokenizer(prompts).to(self.device)).cpu()
 
 
+def of_clip(eye, pictures, prompt):
+    """Frames, as Features.images takes them -> {name: value} of the first three COLUMNS; nan where undefined."""
+    features = eye.images(pictures)
+    alignment = textual_alignment(features, eye.texts([prompt])) if prompt else math.nan
+    return dict(zip(COLUMNS, (consistency_all_pairs(features), consistency_neighbours(features), alignment)))
+
+
 def rows(run, eye):
     """Yields (file, both consistencies, alignment, PSNR) of source.mp4, then of a run's samples; nan where undefined.
 
-    PSNR is that of a sample which should be the source: begun from the clip's own noise, under the run's own prompt. What the
-    VAE loses counts too. A file that cannot be read is passed over with a warning.
+    PSNR is that of a sample which should be the source: begun from the clip's own noise, under the run's own prompt.
+    What the VAE loses counts too. A file that cannot be read is passed over with a warning.
     """
-    source = frames.read_all(run.path / "source.mp4")
+    source, own = frames.read_all(run.path / "source.mp4"), run.settings.prompt
     for name, details in records.read_samples(run.path):
         if not name.endswith(".mp4"):
             continue
@@ -118,28 +125,30 @@ def rows(run, eye):
         except InputError as error:
             warnings.warn(f"passed over: {error}")
             continue
-        title = details["prompt"] if "settings" in details else frames.title(run.path / name)
-        prompt = run.settings.prompt if name == "source.mp4" else title
-        features = eye.images(x)
-        alignment = textual_alignment(features, eye.texts([prompt])) if prompt else math.nan
-        like_source = is_reconstruction(details, run.settings.prompt) and x.shape == source.shape
-        yield (name, consistency_all_pairs(features), consistency_neighbours(features), alignment,
-               psnr(x, source) if like_source else math.nan)
+        title = details["prompt"] if details["settings"] else frames.title(run.path / name)
+        values = of_clip(eye, x, own if name == "source.mp4" else title)
+        like_source = is_reconstruction(details, own) and x.shape == source.shape
+        yield name, *values.values(), psnr(x, source) if like_source else math.nan
 
 
 def is_reconstruction(details, own):
-    """Does a sample's record say that it should be the source: from the clip's noise, its own prompt, and nothing else?"""
-    settings = details.get("settings")
-    if not isinstance(settings, dict) or details.get("prompt") != own:
-        return False
+    """Does a sample's record say that it should be the source: from the clip's noise, its own prompt, nothing else?"""
+    settings = details["settings"]
     kind = NOISES.get(settings.get("noise"))
-    return kind is not None and kind.needs_clip and not settings.keys() & {"control", "lora", "negative"}
+    if details["prompt"] != own or settings.keys() & {"control", "lora", "negative"}:
+        return False
+    return kind is not None and kind.needs_clip
 
 
-def save(folder, clip, measured):
-    """metrics.json, which the page shows: the CLIP's path, and {file: {name: value}} without undefined values."""
-    values = {name: {key: value for key, value in row.items() if math.isfinite(value)} for name, row in measured.items()}
-    replace_text(folder / "metrics.json", json.dumps(dict(clip=str(clip), values=values), indent=2) + "\n")
+def save(folder, clip, measured, conditions=None):
+    """metrics.json, which the page shows: the CLIP's path, and {file: {name: value}} without undefined values.
+
+    conditions: what the values depend on, for whoever asks later whether they still hold.
+    """
+    values = {file: {name: value for name, value in row.items() if math.isfinite(value)}
+              for file, row in measured.items()}
+    saved = dict(clip=str(clip), conditions=conditions, values=values)
+    replace_text(folder / "metrics.json", json.dumps(saved, indent=2) + "\n")
 
 
 def main():
