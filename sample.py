@@ -1,6 +1,4 @@
 """Edit the tuned clip with a prompt: python sample.py --prompt "a panda is skiing"."""
-from dataclasses import replace
-
 from tinytav import cli, editing, memory
 from tinytav.control import load_control
 from tinytav.errors import InputError
@@ -14,12 +12,14 @@ def arguments():
     p = cli.parser(__doc__)
     p.add_argument("--prompt", nargs="+", action="extend", required=True,
                    help="what the edit shows; each prompt makes a clip")
-    p.add_argument("--run", metavar="PATH", help="edit this run of train.py (default: the newest in runs/)")
+    p.add_argument("--run", metavar="PATH",
+                   help="edit this run (default: the newest in runs/; with --weights alone the untuned net)")
     p.add_argument("--negative", metavar="PROMPT", help="guide away from this prompt (default: from the empty one)")
-    p.add_argument("--noise", choices=NOISES,
+    noise = p.add_mutually_exclusive_group()
+    noise.add_argument("--noise", choices=NOISES,
                    help="begin with the clip's inverted noise (the default where there is a run), with edit-friendly "
                         "noise, which keeps more of the clip, or with random noise, of each frame or shared by all")
-    p.add_argument("--no-inversion", action="store_const", dest="noise", const="random", help="as --noise random")
+    noise.add_argument("--no-inversion", action="store_const", dest="noise", const="random", help="as --noise random")
     p.add_argument("--frames", type=cli.number(int, 1, 1000), metavar="N",
                    help="make N frames from random noise (default: the run's or the weights' number); 1 is a picture")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N",
@@ -61,13 +61,6 @@ def check(args, run):
         raise InputError("--control-scale has no meaning without --control and --hint.")
 
 
-def share_out(own, named):
-    """The run's LoRAs, and the further ones. A named file that is one of the run's says where this one lies now."""
-    places = {(one.fingerprint, one.scale): one.file for one in named}
-    own = [replace(one, file=places.get((one.fingerprint, one.scale), one.file)) for one in own]
-    return own, [one for one in named if one not in own]
-
-
 def open_session(args, run):
     """The run's tuned net, or the inflated, untuned one -> editing.Session, with its LoRAs and those of --lora."""
     more = cli.read_loras(args.lora)
@@ -76,10 +69,12 @@ def open_session(args, run):
         lora.merge(sd, more)
         session = editing.untuned(sd, args.frames, args.size, args.attention or "sparse-causal", more)
     else:
-        own, more = share_out(run.settings.loras(), more)
+        run.require("tuned")
+        own, more = cli.share_out(run.settings.loras(), more)
         sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
         lora.merge(sd, own)
         session = editing.open_run(sd, run, args.attention, args.frames, args.size, more)
+        session.moved = [one for one in own if one not in run.settings.loras()]
         more = own + more
     cli.print_loras(more)
     cli.warn_about_unknown_words(sd.path, args.prompt)

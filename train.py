@@ -13,7 +13,7 @@ from tinytav.files.runs import Run
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion import lora
 
-RESUMABLE = {"resume", "device", "checkpointing", *cli.SOURCE}      # flags that may stand beside --resume
+RESUMABLE = {"resume", "device", "checkpointing", "lora", *cli.SOURCE}      # flags that may stand beside --resume
 
 
 def arguments():
@@ -73,11 +73,18 @@ def resume(args):
     """An unfinished run, locked, with the weights and the precision it was begun with -> editing.Session."""
     more = cli.given(args) - RESUMABLE
     if more:
-        raise InputError(f"A resumed run keeps its own settings: leave out {', '.join(sorted(more))}.")
+        flags = ", ".join(f"--{name}" for name in sorted(more))
+        raise InputError(f"A resumed run keeps its own settings: leave out {flags}.")
+    if Run.open(args.resume).finished:
+        raise InputError(f"{args.resume} is finished: sample from it with sample.py --run.")
     run = Run.locked(args.resume)
+    loras, more_loras = cli.share_out(run.settings.loras(), cli.read_loras(args.lora))
+    if more_loras:
+        raise InputError(f"{more_loras[0].file} is no LoRA of this run. Beside --resume, --lora only says where one "
+                         "lies now.")
     sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
-    lora.merge(sd, run.settings.loras())
-    cli.print_loras(run.settings.loras())
+    lora.merge(sd, loras)
+    cli.print_loras(loras)
     return editing.resume(sd, run)
 
 

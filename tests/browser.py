@@ -1,4 +1,7 @@
-"""A headless Chromium, driven over a pipe by its DevTools protocol: https://chromedevtools.github.io/devtools-protocol."""
+"""A headless Chromium, driven over a pipe by its DevTools protocol.
+
+The protocol stands at https://chromedevtools.github.io/devtools-protocol.
+"""
 import base64
 import json
 import os
@@ -8,8 +11,8 @@ import subprocess
 import time
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe", "--hide-scrollbars",
-         "--disable-background-networking", "--autoplay-policy=no-user-gesture-required")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe",
+         "--hide-scrollbars", "--disable-background-networking", "--autoplay-policy=no-user-gesture-required")
 
 
 class Browser:
@@ -18,8 +21,9 @@ class Browser:
     def __init__(self, folder):
         here, there = os.pipe(), os.pipe()                                  # to the browser's descriptor 3, from its 4
         words = ['exec "$0" "$@" 3<&$TO 4>&$FROM', PROGRAM, *FLAGS, f"--user-data-dir={folder}"]
-        self.process = subprocess.Popen(["bash", "-c", *words], pass_fds=(here[0], there[1]), stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, env=os.environ | dict(TO=str(here[0]), FROM=str(there[1])))
+        ends = dict(TO=str(here[0]), FROM=str(there[1]))
+        self.process = subprocess.Popen(["bash", "-c", *words], pass_fds=(here[0], there[1]), env=os.environ | ends,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(here[0])
         os.close(there[1])
         self.to, self.source, self.left, self.number = here[1], there[0], b"", 0
@@ -55,7 +59,8 @@ class Browser:
     def open(self, path, width=1280, height=900, scheme="light", motion="no-preference"):
         """Shows a file at this size of the window."""
         self.events.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)
         features = [dict(name="prefers-color-scheme", value=scheme), dict(name="prefers-reduced-motion", value=motion)]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=path.resolve().as_uri())
@@ -76,7 +81,8 @@ class Browser:
 
     def click(self, selector):
         """A click of the mouse on the middle of an element."""
-        x, y = self.value(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+        x, y = self.value(f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+                          "e.scrollIntoView({block: 'center'});"
                           "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)

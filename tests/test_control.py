@@ -1,4 +1,5 @@
 """Pose control: a ControlNet's hints guide a clip's frames, in the pipeline and by sample.py."""
+import json
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,8 @@ def test_a_run_follows_hints_from_its_inverted_noise(place):
     names = {path.name for path in (place / "pose").iterdir()}
     assert names >= {f"a-dog-control{end}" for end in (".mp4", ".gif", ".png")}
     assert result(place, "pose/a-dog-control.gif") != result(place, "free/a-dog.gif")
+    settings = json.loads((place / "pose/a-dog-control.sample.json").read_text())["settings"]
+    assert (settings["control"], settings["hint"], settings["control_scale"]) == ("c", "hints", 1)
     free, pose = (Image.open(place / name) for name in ("free/a-dog.png", "pose/a-dog-control.png"))
     assert pose.height == free.height * 3 // 2          # the strip shows the source, the hints and the result
     sample(place, "--control", "c", "--hint", "hints", "--control-scale", 0, "--noise", "inverted", "--out", "none")
@@ -180,14 +183,14 @@ def test_a_run_follows_hints_from_its_inverted_noise(place):
 
 
 def test_the_noise_can_be_chosen(place):
-    for noise, name in (("random", "a-dog-no-inversion"), ("shared", "a-dog-shared-noise"),
-                        ("edit-friendly", "a-dog-edit-friendly")):
+    for noise in ("random", "shared", "edit-friendly"):
+        name = f"a-dog-{noise}"
         sample(place, "--noise", noise, "--out", "noises")
         sample(place, "--noise", noise, "--control", "c", "--hint", "hints", "--out", "noises")
         assert result(place, f"noises/{name}.gif") != result(place, f"noises/{name}-control.gif")
     sample(place, "--no-inversion", "--out", "old")
-    assert result(place, "old/a-dog-no-inversion.gif") == result(place, "noises/a-dog-no-inversion.gif")
-    assert result(place, "noises/a-dog-shared-noise.gif") != result(place, "old/a-dog-no-inversion.gif")
+    assert result(place, "old/a-dog-random.gif") == result(place, "noises/a-dog-random.gif")
+    assert result(place, "noises/a-dog-shared.gif") != result(place, "old/a-dog-random.gif")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -211,11 +214,11 @@ def test_without_a_run_hints_guide_the_untuned_net(place, precision):
     (["--control", "w/unet", "--hint", "hints"], "w/unet does not fit this ControlNet: missing: controlnet_cond"),
     (["--control", "other", "--hint", "hints"], "its text context is 32 wide, not 24"),
     (["--control", "pose.pth", "--hint", "hints"], "python -m tinytav convert pose.pth pose.safetensors"),
-    (["--weights", "w", "--noise", "inverted"], "--noise inverted needs a run"),
+    (["--weights", "w", "--noise", "inverted"], "The inverted noise is made from a run's clip"),
     (["--noise", "inverted", "--frames", 2], "The noise of a clip has the clip's own size"),
     (["--noise", "edit-friendly", "--size", 24], "The noise of a clip has the clip's own size"),
-    (["--noise", "inverted", "--seed", 3], "Inverted noise has nothing random"),
-    (["--weights", "w", "--noise", "edit-friendly"], "--noise edit-friendly needs a run"),
+    (["--noise", "inverted", "--seed", 3], "The inverted noise has nothing random"),
+    (["--weights", "w", "--noise", "edit-friendly"], "The edit-friendly noise is made from a run's clip"),
     (["--noise", "shared", "--no-inversion"], "not allowed with")])
 def test_what_does_not_fit_is_an_error_before_anything_is_sampled(place, args, message):
     if not (place / "square").exists():

@@ -56,7 +56,7 @@ def test_the_noisiest_third_of_the_steps_is_skipped_and_the_seed_makes_the_noise
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_step_is_ddpms_posterior(prediction):
-    """Mean and variance of q(x_s | x_t, x_0), Ho et al., arXiv 2006.11239, equations 6 and 7, for t = 501 and s = 461."""
+    """Mean and variance of q(x_s | x_t, x_0), Ho et al., arXiv 2006.11239, equations 6 and 7; t = 501, s = 461."""
     schedule, (x0, noise) = Schedule(prediction_type=prediction), torch.randn(2, 1, 4, 3, 8, 8)
     abar, abar_s = schedule.abar(501), schedule.abar(461)
     alpha = abar / abar_s

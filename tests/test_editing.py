@@ -201,7 +201,7 @@ def test_each_noise_knows_how_it_is_made_and_sampled(finished, tmp_path, name):
     again, other = finished.make_noise(name, steps=5, seed=7), finished.make_noise(name, steps=5, seed=8)
     first, second, third = (finished.edit("a dog", one, out=tmp_path).frames for one in (noise, again, other))
     assert torch.equal(first, second) and torch.equal(first, third) == (not noise.seeded)
-    record = json.loads((tmp_path / f"{finished.name_of('a dog', noise, None)}.sample.json").read_text())["settings"]
+    record = json.loads((tmp_path / f"{finished.file_name('a dog', noise, None)}.sample.json").read_text())["settings"]
     assert record["noise"] == name and record.get("seed") == (7 if noise.seeded else None)
 
 
@@ -261,7 +261,7 @@ def test_the_untuned_net_draws_squares_from_the_weights_alone(sd, tmp_path):
 
 def test_the_lines_that_readme_prints_make_an_edited_clip(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    code = next(block for block in blocks if "begin" in block)
+    code = next(block for block in blocks if "tinytav.begin" in block)
     folder = tiny.write_folder(tmp_path / "weights/toy")
     tiny.write_clip(folder / "skiing.mp4")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and 2.1 at full size, of random weights, from disk: loading, one step of tuning, two of sampling.
+"""Stable Diffusion 1.5 and 2.1 at full size, of random weights, from disk: loading, a step of tuning, two of sampling.
 
 Writes up to 5 GB into a temporary folder and needs ../shared, so it is marked slow: pytest -m slow -s.
 """

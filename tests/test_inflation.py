@@ -69,7 +69,7 @@ ROWS = {"sparse-causal": [[0, 0], [0, 0], [0, 1], [0, 2]], "spatial": [[0], [1],
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
 def test_each_attention_is_its_equation(attention):
-    """Against the plainest way to say it: a softmax for each frame of each clip, over copies of the keys it looks at."""
+    """Against the plainest way to say it: a softmax for each frame of each clip, over copies of the keys it sees."""
     layer, x = ATTENTIONS[attention](FRAMES, 16, 2), torch.randn(2 * FRAMES, 5, 16)
     clips = layer.unfold(x)
     for clip, answer in zip(clips, layer.unfold(layer(x))):
@@ -162,8 +162,9 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
         assert torch.equal(gradients[0][name], gradients[1][name]) and gradients[1][name].abs().max() > 0, name
 
 
-@pytest.mark.parametrize("upcast, half, dtype", [(True, torch.float16, torch.float32), (False, torch.float16, torch.float16),
-                                                 (True, torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("upcast, half, dtype", [
+    (True, torch.float16, torch.float32), (False, torch.float16, torch.float16),
+    (True, torch.bfloat16, torch.bfloat16)])
 def test_upcast_attention_computes_in_float32_where_fp16_would_overflow(monkeypatch, upcast, half, dtype):
     attention, seen = torch.nn.functional.scaled_dot_product_attention, []
 

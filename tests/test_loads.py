@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tinytav import merge_lora, new_net, pipeline, tune
 from tinytav.editing import encode_clip, open_run
 from tinytav.errors import InputError
-from tinytav.files import frames
+from tinytav.files import frames, hub
 from tinytav.files.runs import Run
 from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion import lora
@@ -190,6 +190,61 @@ def test_a_lora_in_run_json_edited_by_hand_is_refused(place, tmp_path, entry):
         Run.open(tmp_path / "run")
 
 
+# ---- A VAE and learned words ---------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def learned(place):
+    """Another VAE and two learned words in `place`, and a run made with that VAE and one of the words."""
+    vae = load_file(place / "w/vae/diffusion_pytorch_model.safetensors")
+    tiny.save_json(place / "vae/config.json", tiny.VAE)
+    vae["quant_conv.bias"] = vae["quant_conv.bias"] + 0.1
+    save_file(vae, place / "vae/diffusion_pytorch_model.safetensors")
+    for seed, word in enumerate(("<cat>", "<dog>")):
+        vectors = torch.randn(2, 24, generator=torch.Generator().manual_seed(seed))
+        save_file({word: 3 * vectors}, place / f"{word[1:-1]}.safetensors")
+    call(place, "train.py", "clip.mp4", "a <cat> is skiing", "--weights", "w", "--out", "learned", "--vae", "vae",
+         "--embedding", "cat.safetensors", "--steps", 1)
+    return place
+
+
+def test_a_run_records_its_vae_and_words_and_sampling_uses_them(learned):
+    run, plain = Run.open(learned / "learned/clip"), Run.open(learned / "without/clip")
+    assert (run.settings.vae, run.settings.embedding) == ("vae", ("cat.safetensors",))
+    assert not torch.equal(run.latents()[0], plain.latents()[0])
+    sd = load(learned / "w", vae=learned / "vae", embedding=[learned / "cat.safetensors"])
+    assert run.settings.fingerprint == sd.fingerprint != plain.settings.fingerprint
+    done = call(learned, "sample.py", "--run", "learned/clip", "--prompt", "a <cat>", "--out", "learned-out")
+    assert "embedding: write '<cat>' in a prompt" in done.out and "inverting" not in done.err
+    page = (learned / "learned/clip/index.html").read_text()
+    assert "--vae vae --embedding cat.safetensors" in page
+
+
+def test_further_words_may_be_learned_for_an_edit(learned):
+    """By a run that was made with words and by one that was not; a word changes the edit."""
+    sample = ["sample.py", "--prompt", "a <dog>", "--out", "words"]
+    call(learned, *sample, "--run", "without/clip")
+    done = call(learned, *sample, "--run", "without/clip", "--embedding", "dog.safetensors")
+    assert "write '<dog>'" in done.out and "inverting" not in done.err
+    first, second = (frames.read(learned / f"words/{name}.mp4", 32, 8, 3).x for name in ("a-dog", "a-dog-2"))
+    assert (first - second).abs().mean() > 0.02
+    done = call(learned, *sample, "--run", "learned/clip", "--embedding", "dog.safetensors")
+    assert "write '<cat>'" in done.out and "write '<dog>'" in done.out
+
+
+def test_another_vae_or_word_than_the_runs_is_refused_and_a_word_may_move(learned, tmp_path):
+    for name in ("w", "learned", "vae"):
+        shutil.copytree(learned / name, tmp_path / name)
+    sample = ["sample.py", "--run", "learned/clip", "--prompt", "a <cat>"]
+    assert "No embedding at cat.safetensors" in call(tmp_path, *sample, status=2).err
+    shutil.copy(learned / "cat.safetensors", tmp_path / "moved.safetensors")
+    call(tmp_path, *sample, "--embedding", "moved.safetensors")
+    assert "was made with other weights" in call(tmp_path, *sample, "--embedding", "moved.safetensors", "--vae", "w",
+                                                 status=2).err
+    tensors = load_file(learned / "cat.safetensors")
+    save_file({name: -z for name, z in tensors.items()}, tmp_path / "cat.safetensors")
+    assert "was made with other weights" in call(tmp_path, *sample, status=2).err
+
+
 # ---- Runs of the official code -------------------------------------------------------------------
 
 def official_tensors():
@@ -341,6 +396,9 @@ def table(tmp_path_factory):
     torch.save(load_file(place / "weights/old/unet/diffusion_pytorch_model.safetensors"),
                place / "weights/old/unet/diffusion_pytorch_model.bin")
     (place / "weights/old/unet/diffusion_pytorch_model.safetensors").unlink()
+    save_file({name: z for name, z in singles.single1().items() if name.startswith("first_stage_model.")},
+              place / "vae.safetensors")
+    save_file({"<cat-toy>": torch.ones(2, 24)}, place / "cat.safetensors")
     write_lora(place / "style.safetensors", 2), write_lora(place / "face.safetensors", 3)
     torch.save(load_file(place / "style.safetensors"), place / "old.pt")
     call(place, "train.py", "clip.mp4", CAPTION, "--weights", "weights/sd15")
@@ -363,5 +421,11 @@ def test_each_row_of_the_table_works_as_it_is_printed(table, monkeypatch, have, 
 
 def test_the_table_has_all_that_people_have():
     text = " ".join(have for have, _ in rows())
-    for word in ("model_index.json", "civitai", "2.x", ".ckpt", ".bin", "LoRA", "official"):
+    for word in ("model_index.json", "civitai", "2.x", ".ckpt", ".bin", "LoRA", "VAE", "learned word", "official"):
         assert word in text
+
+
+def test_the_one_command_names_what_hub_fetches():
+    """It is not run: it would download gigabytes."""
+    command, = re.findall(r"python train.py .* --weights (hub:\S+)", (ROOT / "weights/README.md").read_text())
+    assert hub.is_name(command) and command.count("/") == 1

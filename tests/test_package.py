@@ -13,8 +13,8 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 # The floors of the package, from the ground up. A module imports only from its own floor and the floors below it.
 FLOORS = [
     ["tinytav.errors", "tinytav.stable_diffusion"],
-    ["tinytav.weights", "tinytav.inflation", "tinytav.memory", "tinytav.tuning", "tinytav.pipeline", "tinytav.edit_friendly",
-     "tinytav.noise", "tinytav.control", "tinytav.files"],
+    ["tinytav.weights", "tinytav.inflation", "tinytav.memory", "tinytav.tuning", "tinytav.pipeline", "tinytav.noise",
+     "tinytav.edit_friendly", "tinytav.control", "tinytav.files"],
     ["tinytav.editing", "tinytav.cli"],
     ["train", "sample"],
     ["tinytav.measure"],
@@ -92,7 +92,8 @@ def test_nothing_is_unpickled():
 
 def test_what_converts_pickles_reads_weights_alone():
     """Every torch.load in the one file that has any says weights_only=True, itself and not through a variable."""
-    nodes = [node for node in ast.walk(ast.parse(MODULES["tinytav.files.convert"].read_text())) if isinstance(node, ast.Call)]
+    nodes = ast.walk(ast.parse(MODULES["tinytav.files.convert"].read_text()))
+    nodes = [node for node in nodes if isinstance(node, ast.Call)]
     calls = [node for node in nodes if ast.unparse(node.func) in ("torch.load", "load", "torch.serialization.load")]
     assert len(calls) == 1
     settings = {keyword.arg: ast.unparse(keyword.value) for keyword in calls[0].keywords}

@@ -10,12 +10,20 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-NOTE = "import os, time\ndef note(name): open(f'seen-{os.getpid()}', 'a').write(name + '\\n')\n"
+NOTE = """
+import os, time
+from pathlib import Path
+def note(name):
+    with open(f"seen-{os.getpid()}", "a") as file:
+        file.write(name + "\\n")
+    while Path("two").exists() and len(list(Path.cwd().glob("seen-*"))) < 2:     # until the other process is there
+        time.sleep(0.01)
+"""
 FILES = {
     "conftest.py": "from workers import pytest_runtestloop\n",
     "test_good.py": NOTE + """
 import pytest, warnings
-def test_passes(): note("good"); time.sleep(0.3)
+def test_passes(): note("good")
 @pytest.mark.skip(reason="today")
 def test_is_skipped(): pass
 def test_warns(): warnings.warn("careful")
@@ -23,7 +31,7 @@ def test_warns(): warnings.warn("careful")
     "test_other.py": NOTE + """
 import pytest
 @pytest.mark.parametrize("i", range(3))
-def test_number(i): note("other"); time.sleep(0.3)
+def test_number(i): note("other")
 @pytest.mark.xfail
 def test_known(): assert False
 """}
@@ -39,8 +47,10 @@ def project(tmp_path):
 
 def start(project, *args):
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", project, *args]
-    return subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"PYTHONPATH": str(TESTS)})
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    environment.pop("OMP_NUM_THREADS", None)
+    return subprocess.Popen(command, cwd=project, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def run(project, *args):
@@ -51,7 +61,7 @@ def run(project, *args):
 
 
 def processes(project):
-    """How many processes have run tests."""
+    """How many processes have run tests. With a file `two` in the project a test waits for the second one."""
     return len(list(project.glob("seen-*")))
 
 
@@ -68,6 +78,7 @@ def alive(project):
 
 
 def test_two_processes_share_the_files_and_all_tests_are_counted_once(project):
+    (project / "two").touch()
     status, output, last = run(project)
     assert status == 0 and last == "5 passed, 1 skipped, 1 xfailed, 1 warning", output
     assert processes(project) == 2 and "UserWarning: careful" in output and output.count("collected") == 1
@@ -79,6 +90,8 @@ def test_two_processes_share_the_files_and_all_tests_are_counted_once(project):
     (["--collect-only"], "7 tests collected", 0), (["-v", "-p", "no:cacheprovider", "-p", "no:capture"],
                                                    "5 passed, 1 skipped, 1 xfailed, 1 warning", 2)])
 def test_a_choice_of_tests_or_a_way_to_run_them_is_as_without_workers(project, arguments, last, count):
+    if count == 2:
+        (project / "two").touch()
     status, output, said = run(project, *arguments)
     assert (status, said, processes(project)) == (0, last, count), output
     assert count != 1 or re.search(r"^test_\w+\.py [.s]", output, re.MULTILINE)   # pytest itself names files
@@ -163,6 +176,7 @@ def thing():
     note("torn down")
 def test_long(thing): note("begun"); time.sleep(50)
 """)
+    (project / "two").touch()
     process = start(project, "test_1.py", "test_2.py")
     while processes(project) < 2 and process.poll() is None:
         time.sleep(0.05)

@@ -54,7 +54,8 @@ def write_folder(path, dtype=torch.float32):
         save_json(path / name / "config.json", configs[name])
         model = filled(Model(Config.from_json(configs[name])))
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        save_file({key: tensor.to(dtype) for key, tensor in model.state_dict().items()}, path / name / f"{stem}.safetensors")
+        tensors = {key: tensor.to(dtype) for key, tensor in model.state_dict().items()}
+        save_file(tensors, path / name / f"{stem}.safetensors")
     shutil.copytree(DATA / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
     save_json(path / "scheduler" / "scheduler_config.json", SCHEDULER)
     save_json(path / "model_index.json", dict(_class_name="StableDiffusionPipeline"))

@@ -1,6 +1,6 @@
 """tinytav: Tune-A-Video (arXiv 2212.11565) from scratch. One clip and a sentence -> an edited clip.
 
-The names below are the library. inflation.py, tuning.py and pipeline.py hold the paper; start reading there.
+The names below are the library. inflation.py, tuning.py and pipeline.py hold the paper.
 """
 from tinytav.control import Control, load_control
 from tinytav.editing import Clip, Edit, Session, begin, new_net, open_run, resume, sample_clip, untuned

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from tinytav.weights import default_path, load, preferred_precision
 
 SOURCE = ("weights", "tokenizer", "prediction", "vae", "embedding")     # the flags that say where the weights come from
 KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")      # escape sequences begin with one
+# Escape sequences begin with one of them.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -99,12 +101,17 @@ def load_weights(args, source=None, precision=None):
     """The Stable Diffusion that the flags name, or else `source`, a dict of the same names, or else what is in
     weights/.
 
-    precision: where --precision is not given. The first line printed says which weights. Raises InputError.
+    precision: the run's, used where --precision is not given. The first line printed says which weights. Raises
+    InputError.
     """
     device = choose_device(args.device)
     source = dict(source or {})
     named = {name: getattr(args, name) for name in SOURCE if getattr(args, name) is not None}
     connect = not any(hub.is_name(value) for name, value in source.items() if name not in named)    # a run never does
+    if own := source.get("embedding"):              # the run's caption needs its own words, at the same ids
+        more = named.get("embedding", [])
+        own = [file for file in own if Path(file).is_file() or not more]            # else one of `more` is it, moved
+        named["embedding"] = [*own, *(file for file in more if file not in own)]
     source |= named
     path = source.pop("weights", None) or default_path()
     say(f"weights: {path}")
@@ -121,6 +128,13 @@ def load_weights(args, source=None, precision=None):
 def read_loras(texts):
     """What --lora names -> a list of Lora. Raises InputError."""
     return [Lora.from_text(text) for text in texts or []]
+
+
+def share_out(own, named):
+    """Splits the LoRAs that --lora named -> the run's own ones, at the place named now, and further ones."""
+    places = {(one.fingerprint, one.scale): one.file for one in named}
+    own = [replace(one, file=places.get((one.fingerprint, one.scale), one.file)) for one in own]
+    return own, [one for one in named if one not in own]
 
 
 def print_loras(loras):
@@ -159,7 +173,7 @@ def progress(steps, total, name):
 
 def plain(text):
     """The text with every control character shown as an escape, so that no name can command the terminal."""
-    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(text))
+    return CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
 def say(text):

@@ -1,6 +1,7 @@
 """Pose control: a ControlNet says, by one hint a frame, where things stand in a clip. No extra training is needed.
 
-The paper shows it (section 5, applications); the official code never had it. ControlNet: Zhang et al., arXiv 2302.05543.
+The paper shows it (section 5, applications); the official code never had it. ControlNet: Zhang et al., arXiv
+2302.05543.
 """
 import torch
 
@@ -14,12 +15,13 @@ class Control:
     """A ControlNet and a clip's hints, one a frame. Pass it to pipeline.sample or editing.sample_clip.
 
     The ControlNet keeps its image weights. It sees each frame by itself, without the others. hints (f, 3, H, W), RGB in
-    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied.
+    [0, 1]; H and W are those of the clip's frames. scale: by which the residuals are multiplied. path, hint: where
+    ControlNet and hints came from, for an edit's record.
     """
 
     @torch.no_grad()
-    def __init__(self, controlnet, hints, scale=1.0):
-        self.controlnet, self.hints, self.scale = controlnet, hints, scale
+    def __init__(self, controlnet, hints, scale=1.0, path=None, hint=None):
+        self.controlnet, self.hints, self.scale, self.path, self.hint = controlnet, hints, scale, path, hint
         with autocast(controlnet):
             self.embedded = controlnet.embed_hint(hints)                    # f c h w, the same at every step
 
@@ -46,7 +48,7 @@ def load_control(sd, path, hint, shape, scale=1.0):
     check_fits(controlnet.cfg, sd.unet.cfg, sd.multiple)
     _, _, count, height, width = shape
     hints = read_hints(hint, count, height * sd.multiple, width * sd.multiple, sd.multiple)
-    return Control(controlnet, hints.to(sd.device), scale)
+    return Control(controlnet, hints.to(sd.device), scale, str(path), str(hint))
 
 
 def read_hints(path, count, height, width, multiple):
@@ -57,8 +59,8 @@ def read_hints(path, count, height, width, multiple):
     """
     total = open_clip(path).count()
     if total != count:
-        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one hint "
-                         "for each frame. A run's own frames are in its source.mp4.")
+        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one "
+                         "hint for each frame. A run's own frames are in its source.mp4.")
     x = read(path, min(height, width), multiple, count).x
     if x.shape[2:] != (height, width):
         raise InputError(f"The hint {path} is {x.shape[3]}x{x.shape[2]} pixels where the clip to be sampled is {width}x"

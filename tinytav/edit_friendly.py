@@ -1,8 +1,8 @@
 """Edit-friendly noise: another way from a clip to the noise of its edits. It is not in the paper.
 
-DDIM inversion finds one noise, x_T, and DDIM sampling adds none to it. DDPM sampling adds noise at every step. The noise of
-each step can be chosen so that sampling under the clip's own caption, at guidance 1, gives the clip back. Sampling an
-edited prompt with the same noise makes an edit. Huberman-Spiegelglas et al., arXiv 2304.06140.
+DDIM inversion finds one noise, x_T, and DDIM sampling adds none to it. DDPM sampling adds noise at every step. The
+noise of each step can be chosen so that sampling under the clip's own caption, at guidance 1, gives the clip back.
+Sampling an edited prompt with the same noise makes an edit. Huberman-Spiegelglas et al., arXiv 2304.06140.
 """
 from typing import NamedTuple
 
@@ -29,8 +29,8 @@ def count(steps):
 def invert(net, schedule, latents, own, steps=50, seed=33):
     """Yields the Steps from the noisiest one on, without the skipped ones. Algorithm 1.
 
-    latents (1, 4, f, h, w): the clip's. own (1, m, d): the context of its caption. The clip is noised for every timestep
-    independently, from the seed.
+    latents (1, 4, f, h, w): the clip's. own (1, m, d): the context of its caption. The clip is noised for every
+    timestep independently, from the seed.
     """
     pairs = schedule.pairs(steps)
 
@@ -53,7 +53,8 @@ def invert(net, schedule, latents, own, steps=50, seed=33):
 
 @torch.no_grad()
 def sample(net, schedule, inverted, context, empty, guidance=12.5, control=None):
-    """DDPM sampling with the noise of `inverted`, a list of Steps: yields the latents (b, 4, f, h, w), cleaner each time.
+    """DDPM sampling with the noise of `inverted`, a list of Steps: yields the latents (b, 4, f, h, w), cleaner each
+    time.
 
     The other arguments are those of pipeline.sample.
     """

@@ -34,13 +34,14 @@ from tinytav.files.frames import (
 from tinytav.files.runs import Run, Settings, new_name, slug
 from tinytav.inflation import VideoUNet, inflate
 from tinytav.noise import NOISES
-from tinytav.pipeline import decode, encode, last
+from tinytav.pipeline import decode, encode, last, no_progress
 from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.weights import StableDiffusion
 
 SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")     # of an edit's files
-RECORDED = ("guidance", "noise", "seed", "negative", "precision", "lora", "control", "hint", "control_scale")   # flags
+# Entries of an edit's record that are flags of sample.py.
+RECORDED = ("guidance", "noise", "seed", "negative", "precision", "control", "hint", "control_scale")
 SAVING = 20             # a twentieth of the time goes into saving what is tuned
 
 
@@ -63,11 +64,6 @@ class Edit(NamedTuple):
     page: Path                      # the page of the folder
 
 
-def no_progress(steps, total, name):
-    """The progress that shows nothing."""
-    return steps
-
-
 def chosen(value, default):
     """The value, or the default if it is None."""
     return default if value is None else value
@@ -87,8 +83,8 @@ def encode_clip(sd, x, prompt):
 def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
     """The inflated U-Net for `count` frames.
 
-    If the official code has tuned the weights, T-Attn is theirs. Otherwise it is new, and its first q, k and v come
-    from the seed alone. The caller's random state stays as it was.
+    If the official code has tuned the weights, the T-Attn stored with them is used. Otherwise it is new, and its
+    first q, k and v come from the seed alone. The caller's random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]):             # inflation draws on the CPU
         torch.manual_seed(seed)
@@ -116,13 +112,14 @@ def sample_clip(sd, net, noise, prompt, guidance, negative="", control=None, pro
 
 @dataclass
 class Session:
-    """Weights and a net at work, on a run's clip, or without a run on nothing but noise."""
+    """The weights and a net. With a run it edits the run's clip; without one it samples from noise alone."""
     sd: StableDiffusion
     net: VideoUNet
     run: Run | None = None
     clip: Clip | None = None
     shape: tuple = ()               # of the latents that are sampled, (1, 4, f, h/8, w/8)
     loras: list = field(default_factory=list)       # those added to the run's own
+    moved: list = field(default_factory=list)       # those of the run that lie elsewhere now
     tuner: tuning.Tuner | None = None
 
     # ---- Tuning
@@ -201,20 +198,21 @@ class Session:
         """Makes an edit and writes its video, gif, strip and record -> Edit. The page shows it.
 
         noise: what `make_noise` returned; else the inverted clip, or random noise. Without guidance the run's or the
-        weights' own holds. out: a folder; else the run's, or samples/. Errors as sample_clip's.
+        weights' own holds. out: a folder; else the run's, or samples/. Raises InputError as make_noise and
+        sample_clip do.
         """
         noise = noise or self.make_noise(progress=progress)
         guidance = chosen(guidance, self.defaults.guidance)
         x = sample_clip(self.sd, self.net, noise, prompt, guidance, negative, control, progress)
         folder = Path(out or (self.run.path if self.run else "samples"))
         folder.mkdir(parents=True, exist_ok=True)
-        name = new_name(folder, self.name_of(prompt, noise, control), SUFFIXES)
+        name = new_name(folder, self.file_name(prompt, noise, control), SUFFIXES)
         file = self.write(folder / name, x, self.rows_above(noise, control), prompt)
         record = self.record(noise, guidance, negative, control)
         records.write_record(folder, name, prompt, record, self.command(prompt, record, out))   # last: all is there
         return Edit(x, file, page.write(folder))
 
-    def name_of(self, prompt, noise, control):
+    def file_name(self, prompt, noise, control):
         """A file name for an edit. It is for people: what made the edit stands in its record."""
         words = [] if noise.name == "inverted" or self.run is None else [noise.name]
         return "-".join([slug(prompt), *words, *(["control"] if control else [])])
@@ -225,22 +223,24 @@ class Session:
                         seed=noise.seed if noise.seeded else None,
                         negative=negative or None, attention=self.net.attention, frames=self.net.frames,
                         size=self.sd.multiple * min(self.shape[3:]), precision=name_of(self.sd.dtype),
-                        weights=self.sd.fingerprint, lora=[f"{one.file}:{one.scale:g}" for one in self.loras] or None)
+                        weights=self.sd.fingerprint,
+                        lora=[f"{one.fingerprint}:{one.scale}" for one in self.loras] or None)
         if control is not None:
             settings |= dict(control=control.path, hint=control.hint, control_scale=control.scale)
         return {name: value for name, value in settings.items() if value is not None}
 
     def command(self, prompt, record, out=None):
         """The line that makes an edit again, whatever the defaults are then."""
-        flags = dict(run=self.run.path if self.run else None, **self.moved(), prompt=prompt, out=out)
+        flags = dict(run=self.run.path if self.run else None, **self.source(), prompt=prompt, out=out)
         flags |= {name: record.get(name) for name in RECORDED} | dict(steps=record["ddim_steps"])
+        flags["lora"] = [f"{one.file}:{one.scale}" for one in (*self.moved, *self.loras)] or None
         if self.run is None or self.net.attention != self.run.settings.attention:
             flags["attention"] = self.net.attention
         if self.clip is None or self.clip.mean.shape != self.shape:
             flags |= dict(frames=record["frames"], size=record["size"])
         return records.command("python", "sample.py", *records.flags(flags))
 
-    def moved(self):
+    def source(self):
         """The flags that name the weights, where the run does not."""
         return {} if self.run and self.run.settings.source() == self.sd.source else self.sd.source
 
@@ -328,19 +328,21 @@ def resume(sd, run):
 
 
 def open_run(sd, run, attention=None, frames=None, size=None, loras=()):
-    """A finished run -> Session, with the tuned net. Raises InputError if they do not fit.
+    """A finished run, or the path of one -> Session, with the tuned net. Raises InputError if they do not fit.
 
     `sd`: the run's weights with its LoRAs merged. attention, frames (their number), size (of a square): other than
     the run's. loras: more LoRAs, which are added to the tuned net and to the text encoder.
     """
+    run = run if isinstance(run, Run) else Run.open(run)
     settings = run.settings
-    clip = clip_of(run, sd)
+    run.check(sd)
     net = new_net(sd, frames or settings.frames, attention or settings.attention, settings.norm, settings.seed)
     tuned = net.tuned()
     tensors = run.read("tuned", {name: p.shape for name, p in tuned.items()})
     for name, p in tuned.items():
         p.copy_(tensors[name])
     lora.merge(SimpleNamespace(unet=net, text_encoder=sd.text_encoder), loras)
+    clip = clip_of(run, sd)                 # its prompts are encoded with all LoRAs
     sides = tuple(clip.mean.shape[3:]) if size is None else square(sd, size)
     return Session(sd, net, run, clip, (1, 4, net.frames, *sides), list(loras))
 

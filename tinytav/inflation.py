@@ -1,11 +1,12 @@
 """Everything Tune-A-Video changes in Stable Diffusion's U-Net. Wu et al., arXiv 2212.11565, section 3.2.
 
-Inside the U-Net the frames of a clip are folded into the batch, written (b f). A 1x3x3 convolution on a clip is then the
-same as the 3x3 convolution on its frames, so the convolutions stay as they are. Three things let frames see each other:
+Inside the U-Net the frames of a clip are folded into the batch, written (b f). A 1x3x3 convolution on a clip is then
+the same as the 3x3 convolution on its frames, so the convolutions stay as they are. Three things let frames see each
+other:
 
-  1. ST-Attn takes the place of the self-attention: frame i looks at the first frame and at the frame before it.
-  2. T-Attn, a temporal self-attention, is added at the end of each transformer block.
-  3. The resnets' group norms run over all frames of a clip.
+1. ST-Attn takes the place of the self-attention: frame i looks at the first frame and at the frame before it. 2.
+T-Attn, a temporal self-attention, is added at the end of each transformer block. 3. The resnets' group norms run over
+all frames of a clip: in the official code, not in the paper.
 
 In the shapes below: b clips, f frames, n pixels of a feature map, c channels, m text tokens of width d.
 """
@@ -110,7 +111,7 @@ class TemporalAttention(FrameAttention):
     """T-Attn: each pixel looks at itself in all frames. It has no positional encoding, as in the official code."""
 
     def forward(self, x):                                                   # (b f) n c
-        y = self.unfold(x).transpose(1, 2).contiguous()                     # b n f c; of strided ones, products are slow
+        y = self.unfold(x).transpose(1, 2).contiguous()                     # b n f c; in order: else products are slow
         y = super().forward(y.flatten(0, 1)).view_as(y)                     # each pixel is a sequence of f tokens
         return y.transpose(1, 2).flatten(0, 1)                              # (b f) n c
 
@@ -120,7 +121,7 @@ class TemporalAttention(FrameAttention):
 class ClipGroupNorm(nn.GroupNorm):
     """GroupNorm whose mean and variance run over all frames of a clip, as over the official code's 5-D tensors.
 
-    The resnets and conv_norm_out have it. The norm before each transformer stays per frame, there as here.
+    The resnets and conv_norm_out have it. The norm before each transformer stays per frame, in the official code too.
     """
 
     def __init__(self, frames, groups, channels, eps):
@@ -133,7 +134,7 @@ class ClipGroupNorm(nn.GroupNorm):
 
 
 class VideoTransformerBlock(TransformerBlock):
-    """TransformerBlock with attentions that know of frames, and T-Attn after its three lines (figure 4)."""
+    """TransformerBlock with attentions that know of frames, and T-Attn after its three parts (figure 4)."""
 
     def __init__(self, frames, attention, cfg, dim, heads):
         super().__init__(cfg, dim, heads, partial(ATTENTIONS[attention], frames), partial(ClipCrossAttention, frames))
@@ -176,8 +177,8 @@ class VideoUNet(UNet):
     def forward(self, x, t, context, residuals=None):
         """Noisy clips x (b, 4, f, h, w), timesteps t (b,), context (b, m, d) -> (b, 4, f, h, w).
 
-        residuals: a ControlNet's, whose batch is the frames, (b f) c h w. Raises InputError for a clip of another number
-        of frames.
+        residuals: a ControlNet's, whose batch is the frames, (b f) c h w. Raises InputError for a clip of another
+        number of frames.
         """
         if x.shape[2] != self.frames:
             raise InputError(f"This net is for clips of {self.frames} frames, and the clip has {x.shape[2]}.")

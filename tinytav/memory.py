@@ -1,4 +1,5 @@
-"""The memory of a tuning step. It is tried, not simulated.
+"""The memory of a tuning step. On a GPU a step is tried, and tried again with less. On a CPU an estimate decides
+before.
 
 A block of the U-Net that is computed again for the gradient keeps only its inputs, and costs one more forward of this
 block (gradient checkpointing, Chen et al., arXiv 1604.06174). The more blocks, the less memory and the more time. So
@@ -20,7 +21,8 @@ SHARES = (1, 0.67, 0.57, 0.31, 0.18, 0.16)
 CHANNELS = 320
 SAMPLED = 0.12      # what a step of guided sampling keeps, as a share of KEPT
 RESERVE = 0.1       # of the free memory, for what no estimate sees
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
+                 "MPS backend out of memory")
 
 
 # ---- The ladder ----------------------------------------------------------------------------------

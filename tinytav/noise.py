@@ -19,7 +19,7 @@ class Noise:
     x: object = None
 
     name = ""                   # as --noise and a sample's record call it
-    needs_clip = False          # is it made from a clip, whose frames and size it has?
+    needs_clip = False          # made from a clip, so frames and size must be the clip's
     seeded = True               # does the seed change it?
 
     @property
@@ -27,7 +27,7 @@ class Noise:
         """How many steps `sample` makes."""
         return self.steps
 
-    def make(self, net, schedule, shape, clip, progress):
+    def make(self, net, schedule, shape, clip=None, progress=pipeline.no_progress):
         """Fills `x` for latents of `shape` (1, 4, f, h, w); clip: an editing.Clip, or None. Returns self."""
         raise NotImplementedError
 
@@ -40,7 +40,7 @@ class Inverted(Noise):
     """The noise that DDIM inversion finds for the clip without text (section 3.3). `x`: x_T (1, 4, f, h, w)."""
     name, needs_clip, seeded = "inverted", True, False
 
-    def make(self, net, schedule, shape, clip, progress):
+    def make(self, net, schedule, shape, clip=None, progress=pipeline.no_progress):
         walk = pipeline.invert(net, schedule, clip.mean, clip.empty, self.steps)
         self.x = pipeline.last(progress(walk, self.steps, "inverting"))
         refuse_what_is_not_finite(self.x)
@@ -55,7 +55,7 @@ class EditFriendly(Noise):
     def count(self):
         return edit_friendly.count(self.steps)
 
-    def make(self, net, schedule, shape, clip, progress):
+    def make(self, net, schedule, shape, clip=None, progress=pipeline.no_progress):
         walk = edit_friendly.invert(net, schedule, clip.mean, clip.context, self.steps, self.seed)
         self.x = list(progress(walk, self.count, "inverting"))
         refuse_what_is_not_finite(*(step.noise for step in self.x))
@@ -69,7 +69,7 @@ class Random(Noise):
     """White noise, another in each frame: new motion."""
     name = "random"
 
-    def make(self, net, schedule, shape, clip, progress):
+    def make(self, net, schedule, shape, clip=None, progress=pipeline.no_progress):
         self.x = pipeline.gaussian(shape, self.seed).to(net.conv_in.weight.device)
         return self
 
@@ -78,7 +78,7 @@ class Shared(Noise):
     """White noise that all frames share."""
     name = "shared"
 
-    def make(self, net, schedule, shape, clip, progress):
+    def make(self, net, schedule, shape, clip=None, progress=pipeline.no_progress):
         b, c, frames, h, w = shape
         one = pipeline.gaussian((b, c, 1, h, w), self.seed).to(net.conv_in.weight.device)
         self.x = one.repeat(1, 1, frames, 1, 1)

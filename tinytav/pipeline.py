@@ -61,8 +61,8 @@ def invert(net, schedule, latents, empty, steps=50):
 def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, control=None):
     """DDIM sampling from x_T `noise`: yields the latents (b, 4, f, h, w), cleaner after each step.
 
-    context, empty (b, m, d): of the prompts and of the empty prompt. control: a control.Control, which acts on both halves
-    of guidance.
+    context, empty (b, m, d): of the prompts and of the empty prompt. control: a control.Control, which acts on both
+    halves of guidance.
     """
     x = noise
     for t, t_next in schedule.pairs(steps):
@@ -75,8 +75,8 @@ def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, contro
 def guided(net, x, t, context, empty, guidance, control=None):
     """The net's prediction by classifier-free guidance: empty + guidance (prompt - empty).
 
-    arXiv 2207.12598, equation 6 with guidance = 1 + w. At guidance 1 the net runs for the prompt alone, otherwise for both
-    in one batch.
+    arXiv 2207.12598, equation 6 with guidance = 1 + w. At guidance 1 the net runs for the prompt alone, otherwise for
+    both in one batch.
     """
     if guidance == 1:
         return predict(net, x, t, context, control)
@@ -96,6 +96,11 @@ def predict(net, x, t, context, control=None):
 def gaussian(shape, seed):
     """White noise to sample from, the same on every device: a function of shape and seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def no_progress(steps, total, name):
+    """The progress that shows nothing: a function of (an iterable of steps, their number, a name) -> an iterable."""
+    return steps
 
 
 def last(steps):

@@ -1,4 +1,5 @@
-"""Tuning on one clip: the paper's loss and loop. Wu et al., arXiv 2212.11565, section 3.3; official train_tuneavideo.py.
+"""Tuning on one clip: the paper's loss and loop. Wu et al., arXiv 2212.11565, section 3.3; official
+train_tuneavideo.py.
 
 The randomness of step k is a function of (seed, k). So a resumed run needs no saved random state, and a step can be
 repeated.
@@ -53,8 +54,8 @@ class Tuner:
     def run(self, steps, climb=True):
         """THE loop: makes the steps that are left of `steps`, and yields (steps done, loss) after each.
 
-        When memory runs out, blocks are computed again and the same step is made again (memory.py); not if climb is False.
-        Errors as `step`'s.
+        When memory runs out, blocks are computed again and the same step is made again (memory.py); not if climb is
+        False. Errors as `step`'s.
         """
         for step in range(len(self.losses) + 1, steps + 1):
             yield step, memory.tried(self.net, self.step) if climb else self.step()
@@ -99,13 +100,13 @@ class Tuner:
         self.optimizer.zero_grad()
         return False
 
-    def set_moments(self, p, mean, square):
-        """AdamW's moments of one parameter after len(self.losses) steps."""
+    def set_moments(self, p, first, second):
+        """Sets AdamW's two moments of one parameter, as they are after len(self.losses) steps."""
         step = torch.tensor(float(len(self.losses)), device=p.device)
-        self.optimizer.state[p] = {"step": step, "exp_avg": mean.to(p.device), "exp_avg_sq": square.to(p.device)}
+        self.optimizer.state[p] = {"step": step, "exp_avg": first.to(p.device), "exp_avg_sq": second.to(p.device)}
 
     def state_dict(self):
-        """All that resuming needs after at least one step, as flat named tensors.
+        """All that resuming needs, as flat named tensors.
 
         They are the tuned tensors, AdamW's moments, the losses, and fp16's scale.
         """

@@ -22,6 +22,7 @@ from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE
 
+TOY = Path(__file__).parents[1] / "weights/toy"
 TEMPORAL = "_temp."                 # T-Attn's tensors and those of its norm have it in their names
 BLOCK_TYPES = ("down_block_types", "up_block_types", "mid_block_type")
 
@@ -66,6 +67,7 @@ class StableDiffusion:
     defaults: Defaults = field(default_factory=Defaults)
     temporal: dict = field(default_factory=dict)    # T-Attn's tensors, if the official code has tuned the U-Net
     source: dict = field(default_factory=dict)      # what `load` was told: run.json keeps it
+    before: list = field(default_factory=list)      # fingerprints with fewer learned words
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
@@ -96,9 +98,10 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
     image, temporal = split(tensors, where)
     found.parts["unet"] = config, image, where
     models = found.build(device, dtype)
-    return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path), fingerprint=found.fingerprint,
-                           device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
-                           defaults=_defaults(Path(path), found.schedule), temporal=temporal, source=source, **models)
+    return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path),
+                           fingerprint=found.fingerprints[-1], device=torch.device(device), dtype=dtype,
+                           multiple=models["vae"].cfg.factor, defaults=_defaults(Path(path), found.schedule),
+                           temporal=temporal, source=source, before=found.fingerprints[:-1], **models)
 
 
 def text(value):
@@ -115,7 +118,7 @@ def default_path(folder=None):
     """
     folder = Path(folder or "weights")
     if not folder.is_dir():
-        folder = Path(__file__).parents[1] / "weights"
+        folder = TOY.parent
     found = []
     for path in sorted(folder.glob("*")):
         if path.name != "toy" and is_stable_diffusion(path):
@@ -124,7 +127,8 @@ def default_path(folder=None):
             warnings.warn(f"{path} is ignored. {how_to_convert(path)}")
     if len(found) > 1:
         raise InputError(f"{folder} holds {', '.join(p.name for p in found)}: name one with --weights.")
-    return found[0] if found else folder / "toy"
+    toy = folder / "toy"
+    return found[0] if found else toy if toy.is_dir() else TOY
 
 
 def is_stable_diffusion(path):
@@ -150,7 +154,7 @@ def _defaults(path, schedule):
 # ---- A U-Net that the official code has tuned ----------------------------------------------------
 
 class OfficialConfig(UNetConfig):
-    """The config.json of a U-Net, which may be the official code's. An instance is the image U-Net's UNetConfig."""
+    """Not a config but a reader: from_json gives a UNetConfig, also for the official code's file."""
 
     @classmethod
     def from_json(cls, d):

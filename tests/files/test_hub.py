@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,8 @@ class Server:
                 path = self.path.partition("?")[0]
                 if path.startswith("/api/models/a/b"):
                     names = [str(file.relative_to(root)) for file in sorted(root.rglob("*")) if file.is_file()]
-                    data = json.dumps(dict(id="a/b", sha=COMMIT, siblings=[dict(rfilename=name) for name in names])).encode()
+                    siblings = [dict(rfilename=name) for name in names]
+                    data = json.dumps(dict(id="a/b", sha=COMMIT, siblings=siblings)).encode()
                 elif path.startswith("/a/b/resolve/") and (root / path.split("/", 5)[5]).is_file():
                     data = (root / path.split("/", 5)[5]).read_bytes()
                 else:
@@ -97,12 +99,12 @@ FP16 = {name.replace(".safetensors", ".fp16.safetensors") for name in FULL}
 
 def test_the_command_fetches_what_it_reads_and_nothing_else(hub, tmp_path):
     """As a user does it, with HF_ENDPOINT for the server's address."""
-    environment = dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{hub.http.server_port}", HF_HOME=str(tmp_path / "home"),
-                       HF_HUB_DISABLE_PROGRESS_BARS="1")
+    environment = dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{hub.http.server_port}",
+                       HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_PROGRESS_BARS="1")
     environment.pop("HF_HUB_OFFLINE", None), environment.pop("HF_HUB_CACHE", None)
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--weights", "hub:a/b", "--prompt", "a dog", "--frames", "1",
-                           "--size", "32", "--steps", "2", "--precision", "fp32"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=120)
+    command = [sys.executable, ROOT / "sample.py", "--weights", "hub:a/b", "--prompt", "a dog", "--frames", "1",
+               "--size", "32", "--steps", "2", "--precision", "fp32"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert hub.fetched == SETTINGS | FULL and "weights: hub:a/b" in done.stdout
 
@@ -143,9 +145,11 @@ def test_a_tokenizer_of_the_hub_gives_the_same_ids_as_its_folder(client):
     local = Tokenizer.from_folder(tiny.DATA / "tokenizer")
     local.bpe.enable_padding(length=9), local.bpe.enable_truncation(3)          # which are ours to do
     local.bpe.save(str(client.root / "tokenizer.json"))
-    (client.root / "tokenizer_config.json").write_text('{"model_max_length": 5}')
     sd = load(client.root, tokenizer="hub:a/b")
     assert client.fetched == {"tokenizer.json"} and sd.source["tokenizer"] == "hub:a/b"
+    file, = Path(constants.HF_HUB_CACHE).glob("models--a--b/snapshots/*/tokenizer.json")
+    file.with_name("tokenizer_config.json").write_text('{"model_max_length": 5}')    # as another program fetched it
+    sd = load(client.root, tokenizer="hub:a/b")
     prompts = ["a man is skiing on the snow", ""]
     assert sd.tokenizer(prompts).equal(Tokenizer.from_folder(tiny.DATA / "tokenizer")(prompts))
 
@@ -160,11 +164,13 @@ def test_what_cannot_be_fetched_is_named_with_what_to_do(client):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_what_is_needed_of_a_repository(half):
-    unet = ["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
-            "unet/diffusion_pytorch_model.safetensors.index.json"]
-    fp16 = ["unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors", "unet/diffusion_pytorch_model.safetensors.index.fp16.json"]
-    rest = ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors", "tokenizer/tokenizer.json"]
-    other = ["vae/model.bin", "a.safetensors", "unet/flax_model.msgpack", "unet/diffusion_pytorch_model.non_ema.safetensors",
+    stem = "unet/diffusion_pytorch_model"
+    unet = [f"{stem}-00001-of-00002.safetensors", f"{stem}-00002-of-00002.safetensors",
+            f"{stem}.safetensors.index.json"]
+    fp16 = [f"{stem}.fp16-00001-of-00001.safetensors", f"{stem}.safetensors.index.fp16.json"]
+    rest = ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors",
+            "tokenizer/tokenizer.json"]
+    other = ["vae/model.bin", "a.safetensors", "unet/flax_model.msgpack", f"{stem}.non_ema.safetensors",
              "safety_checker/model.safetensors", "tokenizer/README.md"]
     assert set(needed([*unet, *fp16, *rest, *other], half, "it")) == {*(fp16 if half else unet), *rest}
     with pytest.raises(InputError, match="it has no .safetensors for its vae"):

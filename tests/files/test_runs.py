@@ -17,9 +17,11 @@ SETTINGS = dict(clip="clip.mp4", prompt="a man", weights="w", fingerprint="0", f
 
 
 def test_settings_survive_the_disk(tmp_path):
-    settings = Settings.from_json(SETTINGS | dict(indices=[0, 2, 4], total=6, versions=dict(torch="2")))
+    settings = Settings.from_json(SETTINGS | dict(indices=list(range(0, 600, 2)), total=600, versions=dict(torch="2"),
+                                                  vae="v", embedding=["a", "b"]))
     Run(tmp_path, settings).save()
     assert Run.open(tmp_path).settings == settings
+    assert settings.source() == dict(weights="w", tokenizer=None, prediction=None, vae="v", embedding=("a", "b"))
 
 
 @pytest.mark.parametrize("fps", ["8", "30000/1001", "1298160000/1078416239"])

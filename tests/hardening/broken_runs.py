@@ -216,7 +216,7 @@ def place_for_results_that_holds_files(rng, place):
         (evaluate(place, ROW), ["results.csv", "index.html", "settings.json", "clip/source.mp4", "clip/loss.csv",
                                 "clip/tuned.safetensors", "clip/run.json"]),
         ([MODULE, "convert", "w", "out"], ["unet/config.json", "model_index.json"])])
-    for name in rng.sample(names, rng.randint(1, len(names))):
+    for name in sorted(rng.sample(names, rng.randint(1, len(names))), reverse=True):      # clip/run.json before clip
         if name != "clip":
             (made / name).parent.mkdir(exist_ok=True)
             (made / name).write_text("mine")

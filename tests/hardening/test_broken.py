@@ -61,7 +61,9 @@ def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(wa
     assert "pickle.find_class" in verdict("import pickle; pickle.loads(b'cos\\ngetcwd\\n)R.')" + sentence)
     assert "MB of memory" in verdict("x = b'x' * 2 ** 31" + sentence)
     assert "control character" in verdict("print('\\x1b[31m')" + sentence)
-    assert "suggests" in verdict("print('go on with python train.py --resume a; touch b')" + sentence)
+    for name in ("a; touch b", "in b", "'in"):              # "in" is there
+        assert "suggests" in verdict(f'print("go on with python train.py --resume {name}")' + sentence)
+    assert verdict("print('go on with python train.py --resume in.')" + sentence) == ""
     assert verdict("open('in/out', 'w')" + sentence) == ""
 
 
@@ -196,7 +198,7 @@ def test_no_line_of_the_core_unpickles_or_opens_a_connection():
         assert not re.search(r"import pickle|allow_pickle=True|(?<!\.)\beval\(|\bexec\(", text), path
         assert not re.search(r"torch\.load\(|weights_only", text) or path.name == "convert.py", path
         assert not re.search(r"import (socket|urllib|http|requests)|from (urllib(?!\.parse)|http|requests)", text), path
-        assert ("from_pretrained" in text) == (path.name == "tokenizer.py"), path
+        assert ("huggingface_hub" in text) == (path.name == "hub.py") and "from_pretrained" not in text, path
 
 
 @pytest.mark.parametrize("file", [

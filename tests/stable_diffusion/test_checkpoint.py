@@ -1,8 +1,10 @@
 """Loading: strict, from every published layout, and never by unpickling."""
 import json
+import shutil
 import struct
 
 import pytest
+import singles
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -83,8 +85,9 @@ def test_names_and_shapes_of_older_files(folder):
             tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): z for name, z in tensors.items()}
         return {name: z[:, :, None, None] if "query.weight" in name else z for name, z in tensors.items()}
     rewrite(folder / VAE_FILE, older_vae)
+    outer = ("proj_in.weight", "proj_out.weight")
     rewrite(folder / UNET_FILE, lambda tensors: {
-        name: z.flatten(1) if "proj_in.weight" in name or "proj_out.weight" in name else z for name, z in tensors.items()})
+        name: z.flatten(1) if name.endswith(outer) else z for name, z in tensors.items()})
     rewrite(folder / TEXT_FILE, lambda tensors: {
         **{name.removeprefix("text_model."): z for name, z in tensors.items()},
         "embeddings.position_ids": torch.arange(77)[None]})
@@ -126,7 +129,8 @@ def test_a_damaged_file_is_named(folder, spoil):
     ("unet/config.json", "No config.json in .*unet"), (UNET_FILE, r"No diffusion_pytorch_model.safetensors .*unet"),
     ("scheduler/scheduler_config.json", "scheduler_config.json cannot be read"),
     ("tokenizer/vocab.json", "No tokenizer beside"), ("tokenizer/merges.txt", "No merges.txt"),
-    ("vae/config.json", "No config.json in .*vae"), (TEXT_FILE, "No diffusion_pytorch_model.safetensors or model.safet")])
+    ("vae/config.json", "No config.json in .*vae"),
+    (TEXT_FILE, "No diffusion_pytorch_model.safetensors or model.safetensors")])
 def test_a_lost_file_is_named(folder, lost, message):
     (folder / lost).unlink()
     with pytest.raises(InputError, match=message):
@@ -152,6 +156,7 @@ def test_blocks_that_do_not_fit_each_other_are_refused_by_name(settings, name):
 
 
 def test_the_default_weights(tmp_path):
+    tiny.save_json(tmp_path / "toy/model_index.json", {})
     assert default_path(tmp_path) == tmp_path / "toy"
     tiny.save_json(tmp_path / "sd15/model_index.json", {})
     assert default_path(tmp_path) == tmp_path / "sd15"
@@ -161,7 +166,8 @@ def test_the_default_weights(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "lora_unet_down_blocks_0_attentions_0_proj_in.alpha", "unet.mid_block.x.lora_A.weight", "diffusion_model.x.lora_A.weight",
+    "lora_unet_down_blocks_0_attentions_0_proj_in.alpha", "unet.mid_block.x.lora_A.weight",
+    "diffusion_model.x.lora_A.weight",
     "control_model.zero_convs.0.0.weight", "input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight",
     "encoder.conv_in.weight", "emb_params", "<cat-toy>"])
 def test_what_cannot_be_used_alone_is_not_the_default(tmp_path, name):
@@ -182,7 +188,20 @@ def test_the_default_size_is_that_of_the_model(folder, prediction, size):
     (folder / "defaults.json").unlink()
     tiny.save_json(folder / "scheduler/scheduler_config.json", tiny.SCHEDULER | dict(prediction_type=prediction))
     sd = load(folder)
-    assert vars(sd.defaults) == dict(size=size, frames=24, steps=500, lr=3e-5, ddim_steps=50, guidance=12.5, precision=None)
+    assert vars(sd.defaults) == dict(size=size, frames=24, steps=500, lr=3e-5, ddim_steps=50, guidance=12.5,
+                                     precision=None)
+
+
+def test_a_fingerprint_stays_what_it_was(tmp_path, monkeypatch):
+    """Runs that were made earlier find their weights again. The numbers are of version 0.2."""
+    assert load(write_folder(tmp_path / "w")).fingerprint == "b7325e176033e152"
+    assert load(write_folder(tmp_path / "half", torch.float16)).fingerprint == "e744e35a7969d6d6"
+    singles.make_small(monkeypatch)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tiny.DATA / "tokenizer" / name, tmp_path)
+    save_file(singles.single1(), tmp_path / "a.safetensors"), save_file(singles.single2(), tmp_path / "b.safetensors")
+    assert load(tmp_path / "a.safetensors").fingerprint == "3a49f2e15fc340da"
+    assert load(tmp_path / "b.safetensors", prediction="v").fingerprint == "1a7d344b741d4f35"
 
 
 def test_the_fingerprint_tells_weights_apart(folder):
@@ -200,10 +219,11 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_says_where():
 
 
 def test_single_files_that_are_something_else_are_refused(tmp_path):
+    def unet(channels, width):
+        return {single_file.FIRST: torch.zeros(8, channels, 3, 3), single_file.CONTEXT: torch.zeros(8, width)}
     cases = {"lora": ({"lora_unet.weight": torch.zeros(1)}, "not a Stable Diffusion"),
-             "inpainting": ({single_file.FIRST: torch.zeros(8, 9, 3, 3), single_file.CONTEXT: torch.zeros(8, 768)}, "inpaint"),
-             "sdxl": ({single_file.FIRST: torch.zeros(8, 4, 3, 3), single_file.CONTEXT: torch.zeros(8, 2048)}, "2048 wide"),
-             "sd2": ({single_file.FIRST: torch.zeros(8, 4, 3, 3), single_file.CONTEXT: torch.zeros(8, 1024)}, "--prediction")}
+             "inpainting": (unet(9, 768), "inpaint"), "sdxl": (unet(4, 2048), "2048 wide"),
+             "sd2": (unet(4, 1024), "--prediction")}
     for name, (tensors, message) in cases.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(InputError, match=message):

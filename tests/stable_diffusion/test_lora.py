@@ -355,7 +355,8 @@ def factor(models, path, part, scale=1.):
     plain, pairs = models
     sd = copy.deepcopy(plain)
     merge_lora(sd, path, scale)
-    change = getattr(sd, part).get_submodule(PLACES[part]).weight - getattr(plain, part).get_submodule(PLACES[part]).weight
+    after, before = (getattr(one, part).get_submodule(PLACES[part]).weight for one in (sd, plain))
+    change = after - before
     full = (pairs[part][1] @ pairs[part][0]).view(change.shape)
     found = float((change.detach() * full).sum() / (full * full).sum())
     torch.testing.assert_close(change.detach(), found * full, atol=1e-4, rtol=1e-3)
@@ -383,7 +384,7 @@ def test_further_prefixes_are_read(models, tmp_path, part, name):
     ({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {QUERY: 0}}, 0, 1),
     ({"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"o_q": 2}}, 2, 1)])     # a name's part begins at a dot
 def test_alpha_in_the_header_counts_as_in_diffusers(models, tmp_path, settings, unet, text):
-    """The expected numbers are those of diffusers 0.42.1 with peft 0.21.2."""
+    """The numbers of the U-Net are those of diffusers 0.42.1 with peft 0.21.2."""
     tensors = {}
     for part, pair in models[1].items():
         tensors |= ends(*pair, f"{part}.{PLACES[part]}")
@@ -402,15 +403,16 @@ def test_alpha_in_adapter_config_counts_as_in_peft(models, tmp_path, part):
     (tmp_path / "adapter_config.json").write_text(json.dumps(dict(r=4, lora_alpha=16, alpha_pattern=None)))
     assert factor(models, file, part) == pytest.approx(4, rel=1e-4)
     assert fingerprint(file) != first
-    save_file(ends(*models[1][part], f"{part}.{PLACES[part]}"), file)         # not PEFT's names: the settings are not its own
+    # by names that are not PEFT's: these settings are not the file's own
+    save_file(ends(*models[1][part], f"{part}.{PLACES[part]}"), file)
     assert factor(models, file, part) == pytest.approx(1, rel=1e-4)
 
 
 def test_alpha_may_be_an_integer(models, tmp_path):
     down, up = models[1]["unet"]
     for dtype in (torch.int64, torch.int32, torch.uint8):
-        tensors = kohya("lora_unet_" + flat(QUERY), down, up) | {f"lora_unet_{flat(QUERY)}.alpha": torch.tensor(2, dtype=dtype)}
-        save_file(tensors, tmp_path / "a.safetensors")
+        alpha = {f"lora_unet_{flat(QUERY)}.alpha": torch.tensor(2, dtype=dtype)}
+        save_file(kohya("lora_unet_" + flat(QUERY), down, up) | alpha, tmp_path / "a.safetensors")
         assert factor(models, tmp_path / "a.safetensors", "unet") == pytest.approx(0.5, rel=1e-4)
 
 
@@ -419,7 +421,8 @@ def test_alpha_may_be_an_integer(models, tmp_path):
     ('{"unet.alpha_pattern": {"(": 1}}', "do not say alpha"), ('{"unet.lora_alpha": [1]}', "do not say alpha"),
     ('{"unet.lora_alpha": NaN}', "are NaN or infinite")])
 def test_a_header_that_says_no_alpha_is_refused(models, tmp_path, text, message):
-    save_file(ends(*models[1]["unet"], f"unet.{QUERY}"), tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": text})
+    save_file(ends(*models[1]["unet"], f"unet.{QUERY}"), tmp_path / "a.safetensors",
+              metadata={"lora_adapter_metadata": text})
     with pytest.raises(InputError, match=message):
         factor(models, tmp_path / "a.safetensors", "unet")
 

@@ -76,6 +76,14 @@ CLAIMS = (
      ("edited", "success")),
     ("better than frame by frame", "full method", "frame by frame", ("agreement", "neighbours", "success")))
 
+# The claims of the trial, as PLAN.md fixed them before anything was measured: one question and one score each.
+TRIAL = (
+    ("inversion carries the motion", "full method", "no inversion", ("motion",)),
+    ("ST-Attn keeps frames alike", "full method", "spatial attention", ("agreement",)),
+    ("tuning holds what the caption leaves open", "full method", "untuned", ("unsaid",)),
+    ("tuning all tensors at the same rate destroys knowledge", "full method", "all tensors", ("edited",)),
+    ("better than frame by frame", "full method", "frame by frame", ("agreement",)))
+
 # What a score is called in tables. All but POINTS are shares of frames or of edits.
 NAMES = dict(success="success", edited="edit right", kept="rest kept", unsaid="unsaid kept", agreement="agreement",
              look="look agrees", phase="limbs", x="position", camera="camera", psnr="PSNR", all_pairs="all pairs",
@@ -96,6 +104,7 @@ class Study(NamedTuple):
     captions: str = "user"                      # or full
     edits: tuple[str, ...] | None = None        # only those of these attributes
     claims: tuple = ()                          # corrected for their number together
+    repeats: int = len(SEEDS)                   # seeds of a row on which a claim rests, at most
 
     def claimed(self):
         """The rows on which a claim rests."""
@@ -105,7 +114,7 @@ class Study(NamedTuple):
         """The seeds of a row: `count` if a claim rests on it and they change what it makes, else one."""
         net, noise, *_ = self.rows[row]
         random = net.tuned is not None or noise in ("random", "shared", "edit-friendly")
-        return SEEDS[:count if random and row in self.claimed() else 1]
+        return SEEDS[:min(count, self.repeats) if random and row in self.claimed() else 1]
 
     def studio(self, weights, i, settings):
         """Clip i of the study, encoded."""
@@ -124,6 +133,9 @@ STUDIES = {
     "user": Study("Captions as users write them", VARIANTS | BEYOND, SCORES, BOUNDS, claims=CLAIMS),
     "full": Study("Captions that name everything", {name: VARIANTS[name] for name in FULLY_CAPTIONED}, SCORES, BOUNDS,
                   captions="full"),
+    "trial": Study("The trial: fresh clips, one question each", {name: VARIANTS[name] for name in (
+        "full method", "untuned", "spatial attention", "frame by frame", "no inversion", "all tensors")}, SCORES,
+        kind="trial", clips=24, claims=TRIAL, repeats=1),
     "place": Study("Changes of place", PLACE, ("camera", "edited", "phase", "x", "success", "psnr"), edits=("place",)),
     "sweep": Study("Steps, learning rate, guidance", SWEEP, ("success", "edited", "agreement", "psnr"), kind="choice",
                    clips=4),

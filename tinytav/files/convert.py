@@ -39,8 +39,8 @@ def convert_file(source, target):
     """
     tensors, left_out = named_tensors(unpickle(source), source)
     if (size := sum(tensor.nbytes for tensor in tensors.values())) > LARGER * source.stat().st_size:
-        raise InputError(f"{source} would give {size / 1e9:.1f} GB, more than {LARGER} times its size: many names share "
-                         "one tensor. It is refused.")
+        raise InputError(f"{source} would give {size / 1e9:.1f} GB, more than {LARGER} times its size: many names "
+                         "share one tensor. It is refused.")
     tensors = without_sharing(tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -66,8 +66,8 @@ def unpickle(path):
     except Exception as error:              # a damaged file can fail anywhere in torch's reader
         asked = asks_for(path) or re.findall(r"GLOBAL (\S+)", str(error))
         if asked:
-            raise InputError(f"{path} asks for {', '.join(map(repr, asked))}. Opening it could run code, so it is refused: "
-                             "look for the same model as .safetensors.") from None
+            raise InputError(f"{path} asks for {', '.join(map(repr, asked))}. Opening it could run code, so it is "
+                             "refused: look for the same model as .safetensors.") from None
         raise InputError(f"{path} cannot be read as a checkpoint: {reason(error)}. It may be damaged: fetch it "
                          "again.") from None
 

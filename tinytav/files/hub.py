@@ -11,7 +11,8 @@ from tinytav.errors import InputError
 PREFIX = "hub:"
 PARTS = ("unet", "vae", "text_encoder")
 SETTINGS = re.compile(r"model_index\.json|scheduler/scheduler_config\.json|(unet|vae|text_encoder)/config\.json|"
-                      r"tokenizer/((vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt)")
+                      r"tokenizer/(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|"
+                      r"tokenizer/merges\.txt")
 SHARD = r"(-\d+-of-\d+)?"
 WEIGHTS = re.compile(rf"({'|'.join(PARTS)})/(diffusion_pytorch_model|model)({SHARD}(\.fp16)?{SHARD}\.safetensors|"
                      r"\.safetensors\.index(\.fp16)?\.json)")
@@ -58,6 +59,7 @@ def needed(names, half, where):
 def _in_cache(name, flag, file):
     """Where a file lies in the hub's cache. The client's other functions connect, even where they need not."""
     import huggingface_hub
+
     try:
         found = huggingface_hub.try_to_load_from_cache(name.removeprefix(PREFIX), file)
     except ValueError:                  # not the name of a repository
@@ -68,7 +70,8 @@ def _in_cache(name, flag, file):
 
 
 def _ask(name, flag, fetch):
-    import huggingface_hub              # slow to import, and rarely needed
+    import huggingface_hub  # slow to import, and rarely needed
+
     try:
         return fetch(huggingface_hub.HfApi(os.environ.get("HF_ENDPOINT")), name.removeprefix(PREFIX))
     except InputError:

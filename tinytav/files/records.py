@@ -9,7 +9,7 @@ from tinytav.files import frames
 from tinytav.files.atomic import replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
 
-# The settings of a run that are flags of train.py, in the order of its --help.
+# The settings of a run that are flags of train.py.
 TUNING_FLAGS = ("weights", "tokenizer", "prediction", "vae", "embedding", "size", "frames", "start", "stride", "steps",
                 "lr", "attention", "norm", "precision", "seed", "preview")
 
@@ -17,7 +17,7 @@ TUNING_FLAGS = ("weights", "tokenizer", "prediction", "vae", "embedding", "size"
 # ---- Records -------------------------------------------------------------------------------------
 
 def write_record(folder, name, prompt, settings, repeat):
-    """Writes NAME.sample.json: a sample's settings, and the command that repeats it. No sample has such a name."""
+    """Writes NAME.sample.json: a sample's settings, and the command that repeats it."""
     details = dict(prompt=prompt, settings=settings, command=repeat)
     replace_text(Path(folder) / f"{name}.sample.json", json.dumps(details, indent=2) + "\n")
 
@@ -38,7 +38,8 @@ def inner(details, name):
 def read_samples(folder):
     """[(file name, record)], the source first, then from the oldest to the newest. Each has a prompt and settings."""
     names = [file.name.removesuffix(".sample.json") for file in folder.glob("*.sample.json")]
-    pictures = [folder / f"{name}.png" for name in names if not (folder / f"{name}.mp4").exists()]      # else a strip
+    stems = [folder / name for name in names]
+    pictures = [Path(f"{stem}.png") for stem in stems if not Path(f"{stem}.mp4").exists()]  # beside one it is a strip
     found = []
     for path in by_time([*folder.glob("*.mp4"), *pictures]):
         details = record(path.with_suffix(".sample.json"))
@@ -115,10 +116,13 @@ def tuning_command(folder, settings):
     """
     plain = {name: value for name, value in settings.items() if isinstance(value, (str, int, float))}
     given = {name: plain.get(name) for name in TUNING_FLAGS}
+    words = settings.get("embedding") if isinstance(settings.get("embedding"), list) else []
+    given["embedding"] = [word for word in words if isinstance(word, str)] or None
     if given["steps"] == 0:                 # a net that was tuned before: train.py takes it as it is, without the flag
         given["steps"] = None
-    loras = settings.get("lora") if isinstance(settings.get("lora"), list) else []
+    loras, files = (settings[name] if isinstance(settings.get(name), list) else [] for name in ("lora", "embedding"))
     given["lora"] = [f"{lora['file']}:{lora['scale']}" for lora in loras if is_lora(lora)] or None
+    given["embedding"] = [file for file in files if isinstance(file, str)] or None
     return call("python train.py", [plain.get("clip"), plain.get("prompt")], given | dict(out=folder.parent))
 
 

@@ -1,16 +1,17 @@
 """The folder of a run: settings, tuned tensors, results. Files are replaced whole, never half-written.
 
-runs/<clip>/  run.json              everything that is needed to repeat it; written last, so a folder without it is no run
+runs/<clip>/  run.json              everything that is needed to repeat it; a folder without it is no run
               clip.safetensors      mean and std of the clip's latents: neither resuming nor sampling needs the clip
               state.safetensors     while it is unfinished: tuned tensors, AdamW's moments, the losses
               tuned.safetensors     the tuned tensors, by the official names
               inversion.safetensors x_T, and how many steps led there
-              source.mp4, loss.csv, and an mp4, a gif and a strip (png) per sample
+              source.mp4, loss.csv, index.html, and an mp4, a gif, a strip (png) and a record (json) per sample
 """
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -82,9 +83,11 @@ class Settings(Config):
     def __post_init__(self):
         for name, values in self.CHOICES.items():
             if getattr(self, name) not in values:
-                raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of {', '.join(map(str, values))}.")
+                raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of "
+                                 f"{', '.join(map(str, values))}.")
         if not re.fullmatch(FPS, self.fps):
-            raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or 30000/1001.")
+            raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or "
+                             "30000/1001.")
         self.loras()
 
     def source(self):
@@ -153,7 +156,9 @@ class Run:
 
     @classmethod
     def locked(cls, path):
-        """The run in a folder, for this process alone until close(), without what a killed process left. Raises InputError."""
+        """The run in a folder, for this process alone until close(), without what a killed process left. Raises
+        InputError.
+        """
         run = cls.open(path)
         run.lock()
         run.settings = cls.open(path).settings      # another process may have finished it before the lock
@@ -189,7 +194,8 @@ class Run:
             except InputError as error:
                 warnings.warn(f"passed over: {error}")
         if not any(run.finished for run in runs):
-            raise InputError(f"No finished run in {folder}: tune on a clip with train.py first, or name a run with --run.")
+            raise InputError(f"No finished run in {folder}: tune on a clip with train.py first, or name a run "
+                             "with --run.")
         return max(runs, key=lambda run: run.settings.finished)
 
     @property
@@ -197,11 +203,13 @@ class Run:
         return self.settings.finished > 0
 
     def check(self, sd):
-        """Raises InputError unless `sd` is the Stable Diffusion this run was made with, and its latents are whole."""
-        if sd.fingerprint != self.settings.fingerprint:
+        """Raises InputError unless `sd` is the Stable Diffusion this run was made with. It may have learned further
+        words.
+        """
+        if self.settings.fingerprint not in (sd.fingerprint, *sd.before):
             raise InputError(f"{self.path} was made with other weights ({self.settings.weights}, fingerprint "
-                             f"{self.settings.fingerprint}) than {sd.path} ({sd.fingerprint}): name those with --weights.")
-        self.latents()
+                             f"{self.settings.fingerprint}) than {sd.path} ({sd.fingerprint}): name those with "
+                             "--weights.")
 
     def latents(self):
         """Mean and std of the clip's latents, (1, 4, f, h, w) each. Raises InputError if they are not this run's."""
@@ -210,7 +218,8 @@ class Run:
         mean = shapes.get("mean", ())
         if shapes.keys() != {"mean", "std"} or shapes["std"] != mean or len(mean) != 5 \
                 or mean[:3] != (1, 4, self.settings.frames):
-            raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings.frames} frames of run.json.")
+            raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings.frames} frames of "
+                             "run.json.")
         return tensors["mean"], tensors["std"]
 
     # ---- Files
@@ -245,11 +254,16 @@ class Run:
         except safetensors.SafetensorError as error:
             raise InputError(f"{self.path / name}.safetensors cannot be written: {error}") from None
 
+    def require(self, name):
+        """Raises InputError unless the run has name.safetensors."""
+        if not self.has(name):
+            go_on = f"python train.py --resume {shlex.quote(str(self.path))}"
+            hint = "." if self.finished else f": it is unfinished. Go on with {go_on}."
+            raise InputError(f"{self.path} has no {name}.safetensors{hint}")
+
     def read(self, name, shapes=None):
         """name.safetensors -> dict of tensors. Raises InputError if they are not finite or not of these shapes."""
-        if not self.has(name):
-            hint = "." if self.finished else f": it is unfinished. Go on with python train.py --resume {self.path}."
-            raise InputError(f"{self.path} has no {name}.safetensors{hint}")
+        self.require(name)
         tensors = read_tensors(self.path / f"{name}.safetensors")
         fits = shapes is None or {key: tensor.shape for key, tensor in tensors.items()} == shapes
         sound = all(is_sound(tensor) for tensor in tensors.values())
@@ -273,8 +287,9 @@ def is_sound(tensor):
 def remove_abandoned(folder):
     """Removes the hidden folders of runs that a killed process was making, and no other hidden folder."""
     for left in folder.glob(".*.part"):
-        if any(not file.name.endswith(".part") and file.name not in FIRST_FILES for file in left.glob("*")):
-            continue
+        files = [file.name for file in left.glob("*")]
+        if not files or any(not name.endswith(".part") and name not in FIRST_FILES for name in files):
+            continue                            # just made, or not ours
         run = Run(left, None)
         try:
             run.lock()

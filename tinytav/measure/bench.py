@@ -218,7 +218,7 @@ def choose(args):
     """Writes into args which device, precision and weights are used -> (Defaults, what sizes are multiples of)."""
     if args.random is None:
         sd = cli.load_weights(args)
-        args.device, args.precision, args.weights = str(sd.device), name_of(sd.dtype), str(sd.path)
+        args.device, args.precision, args.weights = str(sd.device), name_of(sd.dtype), sd.source["weights"]
         return sd.defaults, sd.multiple
     device = cli.choose_device(args.device)
     args.device, args.precision = str(device), name_of(cli.choose_dtype(device, args.precision))

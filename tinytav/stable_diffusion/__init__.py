@@ -1,1 +1,1 @@
-"""Stable Diffusion, untouched by the paper: configs, tokenizer, text encoder, VAE, U-Net, DDIM and the checkpoint loader."""
+"""Stable Diffusion, untouched by the paper: configs, tokenizer, text encoder, VAE, U-Net, DDIM, the loader."""

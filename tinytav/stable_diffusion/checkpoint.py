@@ -6,6 +6,8 @@ copy. Nothing is ever unpickled.
 import hashlib
 import json
 import re
+import shlex
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -33,7 +35,7 @@ class Checkpoint:
     parts: dict
     schedule: Schedule
     tokenizer: Tokenizer
-    fingerprint: str                # of the weights as they are on disk
+    fingerprints: list              # of the weights as they are on disk, then with each learned word
 
     def build(self, device="cpu", dtype=torch.float32):
         """{a name of MODELS: the model on `device`}, in eval mode and without gradients.
@@ -62,12 +64,14 @@ def read(path, tokenizer=None, prediction=None, vae=None, embeddings=(), half=Fa
     tokenizer = _find_tokenizer(path, tokenizer, pad="!" if text_config.hidden_size == 1024 else END)
     if tokenizer.size != text_config.vocab_size or tokenizer.length > text_config.max_position_embeddings:
         raise InputError(f"The tokenizer knows {tokenizer.size} tokens and makes rows of {tokenizer.length}, the text "
-                         f"encoder in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they do "
-                         "not belong together. Learned tokens stand in the tokenizer's JSON files.")
+                         f"encoder in {path} {text_config.vocab_size} and {text_config.max_position_embeddings}: they "
+                         "do not belong together. Learned tokens stand in the tokenizer's JSON files.")
+    marks = [fingerprint(parts, schedule, tokenizer)]
     for file in embeddings:
         word, vectors = embedding.parse(read_file(file, "embedding"), file)
         parts["text_encoder"] = embedding.add(word, vectors, tokenizer, *parts["text_encoder"])
-    return Checkpoint(parts, schedule, tokenizer, fingerprint(parts, schedule, tokenizer))
+        marks.append(short_hash(f"{marks[-1]} {word}".encode() + vectors.float().numpy().tobytes()))
+    return Checkpoint(parts, schedule, tokenizer, marks)
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):
@@ -79,11 +83,12 @@ def build(Model, config, tensors, where, dtype=torch.float32):
         raise InputError(f"{where}: no {Model.__name__} can be built of its config.json: {error}.") from None
     wanted = model.state_dict()
     tensors = modern_names(tensors, wanted)
-    problems = _listed("missing", wanted.keys() - tensors.keys()) + _listed("unexpected", tensors.keys() - wanted.keys())
+    problems = _listed("missing", wanted.keys() - tensors.keys())
+    problems += _listed("unexpected", tensors.keys() - wanted.keys())
     for name in wanted.keys() & tensors.keys():
         tensor, shape = tensors[name], wanted[name].shape
         if [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]:
-            tensor = tensor.reshape(shape)                      # a 1x1 convolution saved as a linear layer, or vice versa
+            tensor = tensor.reshape(shape)                  # a 1x1 convolution saved as a linear layer, or vice versa
         if tensor.shape != shape:
             problems.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
         elif not tensor.is_floating_point():
@@ -138,7 +143,7 @@ def how_to_convert(path):
         return f"Only .safetensors files are read. {kind}Look for the same model as .safetensors."
     new = path.with_suffix(".safetensors") if path.suffix in PICKLED else "NEW_FOLDER"
     return ("Only .safetensors files are read. Convert it first, which runs no code in it: "
-            f"python -m tinytav convert {path} {new}")
+            f"python -m tinytav convert {shlex.join([str(path), str(new)])}")
 
 
 def read_file(path, what):
@@ -153,21 +158,24 @@ def read_file(path, what):
 
 def read_tensors(path):
     """All tensors of one safetensors file, memory-mapped. Raises InputError."""
-    return _of_file(path, lambda file: {name.replace("_orig_mod.", ""): file.get_tensor(name)       # torch.compile's word
-                                        for name in file.keys()})                                   # noqa: SIM118
+    with _opened(path) as file:             # torch.compile writes `_orig_mod.` into names
+        return {name.replace("_orig_mod.", ""): file.get_tensor(name) for name in file.keys()}      # noqa: SIM118
 
 
 def read_header(path):
     """The tensors' names and the metadata, a dict of texts, of one safetensors file. Raises InputError."""
-    return _of_file(path, lambda file: (file.keys(), file.metadata() or {}))
+    with _opened(path) as file:
+        return file.keys(), file.metadata() or {}
 
 
-def _of_file(path, take):
+@contextmanager
+def _opened(path):
     try:
         with safe_open(path, "pt") as file:
-            return take(file)
+            yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}. It may be truncated; fetch it again.") from None
+        raise InputError(f"{path} cannot be read as safetensors: {error}. It may be truncated: fetch it "
+                         "again.") from None
 
 
 def _component_files(folder, half=False):
@@ -224,8 +232,9 @@ def _read_single_file(path, prediction):
     parts = single_file.components(read_file(path, "weights"), path)
     prediction = prediction or _said_prediction(path)
     if parts["unet"][0].cross_attention_dim == 1024 and prediction is None:
-        raise InputError(f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: add --prediction "
-                         "epsilon for 2.0-base and 2.1-base (512 pixels), --prediction v for 2.0 and 2.1 (768 pixels).")
+        raise InputError(f"{path} is a Stable Diffusion 2.x file, which does not say what it predicts: add "
+                         "--prediction epsilon for 2.0-base and 2.1-base (512 pixels), --prediction v for 2.0 and 2.1 "
+                         "(768 pixels).")
     parts = {name: (config, tensors, f"{path} ({name})") for name, (config, tensors) in parts.items()}
     return parts, Schedule(prediction_type=PREDICTIONS[prediction or "epsilon"])
 
@@ -234,7 +243,8 @@ def _said_prediction(path):
     """What the header says that the net predicts, "epsilon" or "v" (ModelSpec); None where it does not say."""
     said = read_header(path)[1].get("modelspec.prediction_type")
     if said not in (None, "epsilon", "v"):
-        raise InputError(f"{path} says that it predicts {said!r}. Only epsilon and v are computed; --prediction sets one.")
+        raise InputError(f"{path} says that it predicts {said!r}. Only epsilon and v are computed; --prediction sets "
+                         "one.")
     return said
 
 
@@ -268,15 +278,19 @@ def _find_tokenizer(path, tokenizer, pad):
 
 def fingerprint(parts, schedule, tokenizer):
     """A short hash of what decides the results: settings, vocabulary, and a thousand or two values of every tensor."""
-    sha = hashlib.sha256(repr(unusual(schedule)).encode())
-    sha.update(repr(sorted(tokenizer.bpe.get_vocab().items())).encode())
-    for config, tensors, _ in parts.values():
-        sha.update(repr(unusual(config)).encode())
+    told = [repr(unusual(schedule)).encode(), repr(sorted(tokenizer.bpe.get_vocab().items())).encode()]
+    for config, tensors, _ in (parts[name] for name in MODELS):
+        told.append(repr(unusual(config)).encode())
         for name in sorted(tensors):
             tensor = tensors[name]
             values = tensor.flatten()[::max(1, tensor.numel() // 1024)].contiguous()
-            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]
+            told.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            told.append(values.view(torch.uint8).numpy().tobytes())
+    return short_hash(b"".join(told))
+
+
+def short_hash(data):
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def unusual(config):

@@ -93,7 +93,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(pooled), dim=-1)
 
     def encode_image(self, pixels):
-        """Pictures (n, 3, image_size, image_size), normalised as preprocessor_config.json says -> (n, projection_dim)."""
+        """Pictures (n, 3, image_size, image_size), normalised by preprocessor_config.json -> (n, projection_dim)."""
         pooled = self.vision_model.post_layernorm(self.vision_model(pixels)[:, 0])
         return F.normalize(self.visual_projection(pooled), dim=-1)
 

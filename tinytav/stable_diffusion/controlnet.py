@@ -125,7 +125,8 @@ WANTED = "A ControlNet for Stable Diffusion 1.x or 2.x is needed."
 def load_controlnet(path, device="cpu", dtype=torch.float32):
     """A ControlNet's folder (config.json beside its tensors) or single file -> ControlNet on `device`, in eval mode.
 
-    dtype: of the weights. Raises InputError, naming the file, for what is no ControlNet for Stable Diffusion 1.x or 2.x.
+    dtype: of the weights. Raises InputError, naming the file, for what is no ControlNet for Stable Diffusion 1.x or
+    2.x.
     """
     path = Path(path)
     if path.is_dir():

@@ -57,7 +57,7 @@ class Schedule(Config):
         return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
     def epsilon(self, output, x, abar):
-        """The net's prediction for x, which stands at abar, as noise. All that inference needs to know of v-prediction."""
+        """The net's prediction for x, which stands at abar, as noise. Inference needs no more of v-prediction."""
         if self.prediction_type == "epsilon":
             return output
         return abar.sqrt() * output + (1 - abar).sqrt() * x
@@ -67,7 +67,8 @@ class Schedule(Config):
 
         This is diffusers' "leading" spacing: sampling begins at (steps - 1) * (1000 // steps) + 1. That is 981 for 50
         steps and 961 for 25, but 667 for 334 and 1 for a single step. In both directions the net is evaluated at t, the
-        noisier end (official util.py, next_step). Raises InputError for a number of steps that the timesteps do not allow.
+        noisier end (official util.py, next_step). Raises InputError for a number of steps that the timesteps do not
+        allow.
         """
         if not 1 <= steps < self.num_train_timesteps:
             raise InputError(f"{steps} DDIM steps cannot be made of {self.num_train_timesteps} timesteps: "

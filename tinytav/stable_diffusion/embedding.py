@@ -34,11 +34,11 @@ def parse(tensors, path):
 
 
 def add(word, vectors, tokenizer, config, tensors, where):
-    """The text encoder's part (config, tensors, where) with n further rows. The tokenizer knows the word from now on."""
+    """The text encoder's part (config, tensors, where) with n further rows. The tokenizer learns the word."""
     name = next((name for name in tensors if name.endswith(TABLE)), None)
     if name is None or tensors[name].shape[1:] != vectors.shape[1:]:
-        raise InputError(f"The embedding {word!r} is {vectors.shape[1]} wide, the text encoder {config.hidden_size}: an "
-                         "embedding for Stable Diffusion 1.x does not fit 2.x, nor the other way round.")
+        raise InputError(f"The embedding {word!r} is {vectors.shape[1]} wide, the text encoder {config.hidden_size}: "
+                         "an embedding for Stable Diffusion 1.x does not fit 2.x, nor the other way round.")
     tokenizer.add(word, len(vectors))
     table = torch.cat([tensors[name], vectors.to(tensors[name].dtype)])
     return replace(config, vocab_size=config.vocab_size + len(vectors)), tensors | {name: table}, where

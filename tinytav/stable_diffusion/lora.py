@@ -40,7 +40,8 @@ OTHER_KINDS = {
     "hada_": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA",
     "lora_mid": "a LoRA with a middle tensor (lora_mid, a Tucker decomposition)",
 }
-PREFIXES = dict(unet=("unet.", "diffusion_model.", "base_model.model.", ""),      # diffusers, ComfyUI, PEFT, the first files
+# of diffusers, ComfyUI and PEFT; the first files of diffusers held the U-Net alone, without its name
+PREFIXES = dict(unet=("unet.", "diffusion_model.", "base_model.model.", ""),
                 text_encoder=("text_encoder.", "base_model.model."))
 BUNDLED = "bundle_emb."             # OneTrainer's learned words
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)           # what a LoRA may hold
@@ -248,7 +249,7 @@ def adapter_configs(path):
 def read_alphas(path):
     """The settings that decide alpha where no tensor says it, {part: a dict in PEFT's words}. Raises InputError.
 
-    diffusers writes them into the header, each name with "unet." or "text_encoder." before it, or of a U-Net alone without.
+    diffusers writes them into the header, each name with "unet." or "text_encoder." before it; a U-Net alone without.
     """
     names, header = read_header(path)
     if text := header.get("lora_adapter_metadata"):

@@ -34,9 +34,11 @@ VAE = [(r"down\.(\d)\.block", r"down_blocks.\1.resnets"), (r"down\.(\d)\.downsam
        (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"), (r"mid\.attn_1", "mid_block.attentions.0"),
        (r"\.([qkv])\.", r".to_\1."), (r"\.proj_out\.", ".to_out.0."), (r"nin_shortcut", "conv_shortcut"),
        (r"\.norm_out", ".conv_norm_out"), (r"up_blocks\.(\d)", lambda m: f"up_blocks.{3 - int(m[1])}")]
-OPENCLIP = {"token_embedding.": "embeddings.token_embedding.", "positional_embedding": "embeddings.position_embedding.weight",
+OPENCLIP = {"token_embedding.": "embeddings.token_embedding.",
+            "positional_embedding": "embeddings.position_embedding.weight",
             "transformer.resblocks.": "encoder.layers.", "attn.": "self_attn.", "ln_1.": "layer_norm1.",
-            "ln_2.": "layer_norm2.", "mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2.", "ln_final.": "final_layer_norm."}
+            "ln_2.": "layer_norm2.", "mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2.",
+            "ln_final.": "final_layer_norm."}
 
 
 def components(tensors, where):

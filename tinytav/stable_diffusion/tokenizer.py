@@ -41,7 +41,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder, pad=END):
-        """Reads vocab.json and merges.txt, or tokenizer.json, which holds both; `folder` may be a tokenizer.json itself.
+        """Reads vocab.json and merges.txt, or tokenizer.json, which holds both and may be named itself.
 
         Padding, length and learned tokens are read where the folder's JSON files tell them.
         """
@@ -113,8 +113,8 @@ def vocabulary(folder, whole):
         return model["vocab"], [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["merges"]]
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
-            raise InputError(f"No {name} in {folder}. A CLIP tokenizer is a folder with vocab.json and merges.txt, or with "
-                             "tokenizer.json.")
+            raise InputError(f"No {name} in {folder}. A CLIP tokenizer is a folder with vocab.json and merges.txt, or "
+                             "with tokenizer.json.")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     return read(folder / "vocab.json"), merges
@@ -151,4 +151,5 @@ def add_learned(bpe, tokens):
     for i, token in sorted(tokens.items()):
         bpe.add_tokens([token])
         if bpe.token_to_id(token.content) != i:
-            raise InputError(f"The learned token {token.content!r} has the id {i}, which leaves a gap in the vocabulary.")
+            raise InputError(f"The learned token {token.content!r} has the id {i}, which leaves a gap in the "
+                             "vocabulary.")

@@ -266,7 +266,7 @@ class Encoder(nn.Module):
         return self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(dtype))
 
     def run(self, block, *inputs):
-        """block(*inputs). Where block.checkpointing is set, the gradient keeps only the inputs and computes the rest again.
+        """block(*inputs). Where block.checkpointing is set, the gradient keeps the inputs and computes the rest again.
 
         Not re-entrant: that kind gives no gradient to blocks whose inputs need none.
         """

@@ -15,7 +15,6 @@ from tinytav import pipeline
 from tinytav.files import frames
 from tinytav.inflation import inflate
 from tinytav.measure import metrics
-from tinytav.measure.metrics import psnr
 from tinytav.toy import draw, world
 from tinytav.weights import load
 
@@ -42,9 +41,9 @@ def accuracy(eye, name, scenes, x, keep=None):
 def retrieval(eye, scenes, x, among=64):
     """Top-1 accuracy of finding a picture's full caption among 64."""
     text, images = eye.texts(list(map(world.caption, scenes))), eye.images(x)
-    parts = [(images[i:i + among] @ text[i:i + among].T).argmax(1) == torch.arange(among)
+    right = [(images[i:i + among] @ text[i:i + among].T).argmax(1) == torch.arange(among)
              for i in range(0, len(scenes) - among + 1, among)]
-    return torch.cat(parts).float().mean().item()
+    return torch.cat(right).float().mean().item()
 
 
 def sample(sd, scenes, keep=None):
@@ -89,7 +88,7 @@ def main():
     frames.write_strip(args.out / "samples.png", *drawn[shown].split(8), shown=1)
     (args.out / "samples.txt").write_text("".join(world.caption(scene) + "\n" for scene in asked[shown]))
     result = dict(
-        vae_psnr=psnr(x, y), clip_retrieval=retrieval(eye, scenes, x),
+        vae_psnr=metrics.psnr(x, y), clip_retrieval=retrieval(eye, scenes, x),
         clip={name: accuracy(eye, name, scenes, x) for name in world.ATTRIBUTES},
         unet={name: accuracy(eye, name, asked, drawn) for name in world.ATTRIBUTES},
         unet_held_out={name: accuracy(eye, name, asked[:held_out], drawn[:held_out]) for name in world.ATTRIBUTES},

@@ -13,32 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tinytav.toy.shapes import (
-    BESIDE,
-    BLACK,
-    BOARDS,
-    BODIES,
-    CLOTHES,
-    CREAM,
-    DARK,
-    EARTH,
-    FOAM,
-    GEAR,
-    HATS,
-    LIGHT,
-    PALE,
-    PAPER,
-    PLACES,
-    SHOES,
-    SKIES,
-    STEEL,
-    SUN,
-    TRACK,
-    WATER,
-    WHITE,
-    Colour,
-    Shapes,
-)
+from tinytav.toy import shapes
+from tinytav.toy.shapes import Colour, Shapes
 from tinytav.toy.world import Motion, Scene, View, views
 
 Point = tuple[float, float]
@@ -50,7 +26,7 @@ TILE = 48          # units after which the skyline repeats
 CONTOUR = 0.4      # units around the near arm and leg, in every style
 HORIZON = 46       # y of the line where the ground begins, in the picture's middle
 # Each style's outlines: their width in units, and their colour.
-OUTLINES = {"plain": (0, DARK), "comic": (0.9, BLACK), "sketch": (0.4, (74, 70, 92))}
+OUTLINES = {"plain": (0, shapes.DARK), "comic": (0.9, shapes.BLACK), "sketch": (0.4, (74, 70, 92))}
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
@@ -76,8 +52,8 @@ class Brush:
     def pixel(self, x: float, y: float) -> Point:
         return self.origin[0] + x * self.unit, self.origin[1] + (y + x * self.tilt) * self.unit
 
-    def draw(self, shapes: Shapes) -> None:
-        for method, *arguments in shapes:
+    def draw(self, parts: Shapes) -> None:
+        for method, *arguments in parts:
             getattr(self, method)(*arguments)
 
     def polygon(self, colour: Colour, *points: Point) -> None:
@@ -136,8 +112,18 @@ class Pose(NamedTuple):
     head: Point
     hands: tuple[Point, Point]
     feet: tuple[Point, Point]
-    elbow: float    # how far the elbows stand back
+    elbow: float    # how far the elbows stand back from the middle of the arm
     knee: float     # how far the knees stand forward
+
+    def arm(self, i: int) -> tuple[Point, Point, Point]:
+        """Shoulder, elbow and hand."""
+        (x, y), shoulder = self.hands[i], (self.neck[0], self.neck[1] + 2)
+        return shoulder, ((shoulder[0] + x) / 2 - self.elbow, (shoulder[1] + y) / 2), (x, y)
+
+    def leg(self, i: int) -> tuple[Point, Point, Point]:
+        """Hip, knee and ankle."""
+        x, y = self.feet[i][0], self.feet[i][1] - 1
+        return self.hip, ((self.hip[0] + x) / 2 + self.knee, (self.hip[1] + y) / 2), (x, y)
 
 
 def pose(activity: str, phase: float) -> Pose:
@@ -160,11 +146,6 @@ def pose(activity: str, phase: float) -> Pose:
                         ((5, -8.5), (-10 + 5 * c, -1 - 3 * max(0, s))), elbow=3, knee=4)
 
 
-def joint(start: Point, end: Point, bend: float) -> Point:
-    """An elbow or a knee, which stands `bend` ahead of the middle of its limb."""
-    return (start[0] + end[0]) / 2 + bend, (start[1] + end[1]) / 2
-
-
 def standing(b: Brush, activity: str, view: View) -> Brush:
     """The brush with its origin where the figure stands, and with the figure's size and tilt."""
     tilt = 0.1 * sin(2 * pi * view.phase) if activity == "surfing" else slope(activity)
@@ -173,26 +154,22 @@ def standing(b: Brush, activity: str, view: View) -> Brush:
 
 # ---- Scenery -------------------------------------------------------------------------------------
 
-def lit(scene: Scene, strength: float = 1) -> Callable[[Colour], Colour]:
-    """How the scene's time of day changes a colour."""
-    glow, share = LIGHT[scene.time]
-    return lambda colour: mix(colour, glow, strength * share)
+def lit(scene: Scene, strength: float) -> Callable[[Colour], Colour]:
+    """How time of day and style change a colour. A sketch is washed out on its paper.
 
-
-def toned(style: str) -> Callable[[Colour], Colour]:
-    """How a style changes a colour: a sketch is washed out on its paper."""
-    if style != "sketch":
-        return lambda colour: colour
-    return lambda colour: mix(colour, PAPER, 0.42)
+    strength: of the light; 0 for what shines itself.
+    """
+    glow, share = shapes.LIGHT[scene.time]
+    paper = 0.42 if scene.style == "sketch" else 0
+    return lambda colour: mix(mix(colour, glow, strength * share), shapes.PAPER, paper)
 
 
 def sky(image: Image.Image, scene: Scene) -> None:
     """Fills the picture with the sky's gradient; a comic has it in flat bands."""
-    top, bottom = SKIES[scene.time][scene.look.sky]
+    top, bottom = shapes.SKIES[scene.time][scene.look.sky]
     if scene.place == "moon":   # there is no air: black space shines through
-        top, bottom = mix(top, BLACK, 0.8), mix(bottom, BLACK, 0.6)
-    tone = toned(scene.style)
-    top, bottom = tone(top), tone(bottom)
+        top, bottom = mix(top, shapes.BLACK, 0.8), mix(bottom, shapes.BLACK, 0.6)
+    top, bottom = map(lit(scene, 0), (top, bottom))
     t = np.linspace(0, 64 / HORIZON, image.height).clip(0, 1)[:, None, None]
     if scene.style == "comic":
         t = np.floor(t * 4) / 4
@@ -202,15 +179,14 @@ def sky(image: Image.Image, scene: Scene) -> None:
 
 def scenery(b: Brush, scene: Scene, view: View) -> None:
     """Everything behind the figure but the sky's colour, from far to near."""
-    place, activity = PLACES[scene.place], scene.activity
-    light, tone = lit(scene), toned(scene.style)
-    b = replace(b, light=tone)
+    place, activity = shapes.PLACES[scene.place], scene.activity
+    b = replace(b, light=lit(scene, 0))
     if scene.time == "night" or scene.place == "moon":
         stars = Random(5)
-        b.draw(("dot", CREAM, stars.uniform(1, 63), stars.uniform(1, 36), 0.6) for _ in range(24))
-    b.draw(EARTH if scene.place == "moon" else ())
-    b.draw(SUN[scene.time])
-    b = replace(b, light=lambda colour: tone(light(colour)))
+        b.draw(("dot", shapes.CREAM, stars.uniform(1, 63), stars.uniform(1, 36), 0.6) for _ in range(24))
+    b.draw(shapes.EARTH if scene.place == "moon" else ())
+    b.draw(shapes.SUN[scene.time])
+    b = replace(b, light=lit(scene, 1))
     for x in passing(view.camera, TILE, speed=0.25):
         b.at(x, ground(activity, 64) + 2).draw(place.far)
     b.polygon(place.ground, *((x, ground(activity, x)) for x in (-2, 66)), (66, 66), (-2, 66))
@@ -224,7 +200,7 @@ def scenery(b: Brush, scene: Scene, view: View) -> None:
         track(b, view)
     for x in passing(view.camera):
         between = x - SPACING / 2
-        b.at(between, ground(activity, between) + 8).draw(BESIDE[activity])
+        b.at(between, ground(activity, between) + 8).draw(shapes.BESIDE[activity])
 
 
 def wave(b: Brush, view: View) -> None:
@@ -232,79 +208,60 @@ def wave(b: Brush, view: View) -> None:
     left = 64 * view.x - 29 * view.size
     crest = [(x, 54 - 26 * exp(-((x - left) / 11) ** 2) + 1.2 * sin(x / 5 + 2 * pi * view.phase))
              for x in range(-2, 69, 2)]
-    b.polygon(WATER, *crest, (68, 66), (-2, 66))
-    b.line(WHITE, 1.6, *crest)
-    b.draw(("dot", WHITE, x, y, 2.8) for x, y in crest if abs(x - left) < 13)
+    b.polygon(shapes.WATER, *crest, (68, 66), (-2, 66))
+    b.line(shapes.WHITE, 1.6, *crest)
+    b.draw(("dot", shapes.WHITE, x, y, 2.8) for x, y in crest if abs(x - left) < 13)
     for x in passing(view.camera):
-        b.line(FOAM, 1.4, (x - 5, 62), (x + 5, 62))
+        b.line(shapes.FOAM, 1.4, (x - 5, 62), (x + 5, 62))
 
 
 def track(b: Brush, view: View) -> None:
     """A running track with white lines, and a cross line at every prop."""
     top, foot = HORIZON + 6, HORIZON + 16
-    b.polygon(TRACK, (-2, top), (66, top), (66, foot), (-2, foot))
+    b.polygon(shapes.TRACK, (-2, top), (66, top), (66, foot), (-2, foot))
     for y in (top, foot):
-        b.line(WHITE, 1, (-3, y), (67, y))
+        b.line(shapes.WHITE, 1, (-3, y), (67, y))
     for x in passing(view.camera):
-        b.line(WHITE, 1.2, (x - 16, top), (x - 20, foot))
+        b.line(shapes.WHITE, 1.2, (x - 16, top), (x - 20, foot))
 
 
 # ---- Figures -------------------------------------------------------------------------------------
 
 def figure(b: Brush, scene: Scene, phase: float) -> None:
     """The subject with its clothes, hat and gear, on the brush's origin."""
-    body, joints = BODIES[scene.subject], pose(scene.activity, phase)
-    own = {"fur": body.furs[scene.look.fur], "gear": GEAR[scene.look.gear]}
+    body, joints, cloth = shapes.BODIES[scene.subject], pose(scene.activity, phase), shapes.CLOTHES[scene.clothes]
+    own = {"fur": body.furs[scene.look.fur], "gear": shapes.GEAR[scene.look.gear]}
     near = replace(b, light=lambda colour: b.light(own.get(colour, colour)))
-    far = replace(b, light=lambda colour: b.light(mix(own.get(colour, colour), BLACK, 0.25)))
+    far = replace(b, light=lambda colour: b.light(mix(own.get(colour, colour), shapes.BLACK, 0.25)))
     limbs = replace(near, edge=max(b.edge, CONTOUR * b.unit))    # sets the near limbs off from what is behind them
-    cloth, shoe = CLOTHES[scene.clothes], SHOES[scene.look.shoes]
-    near.draw(BOARDS[scene.activity])
+    near.draw(shapes.BOARDS[scene.activity])
     near.at(*joints.hip).draw(body.back)
-    arm(far, scene.activity, joints, joints.hands[0], body.arms, cloth)
-    for brush, (x, y) in zip((far, limbs), joints.feet):
-        knee = joint(joints.hip, (x, y - 1), joints.knee)
-        brush.line(body.legs, 4.6, joints.hip, knee, (x, y - 1))
-        brush.line(shoe, 3.2, (x - 0.5, y), (x + 2.8, y))
+    arm(far, scene.activity, joints.arm(0), body.arms, cloth)
+    for brush, (hip, knee, (x, y)) in ((far, joints.leg(0)), (limbs, joints.leg(1))):
+        brush.line(body.legs, 4.6, hip, knee, (x, y))
+        brush.line(shapes.SHOES[scene.look.shoes], 3.2, (x - 0.5, y + 1), (x + 2.8, y + 1))
         if scene.activity == "skateboarding":
-            brush.disc(STEEL, *knee, 2.6)       # a knee pad
+            brush.disc(shapes.STEEL, *knee, 2.6)       # a knee pad
     (x0, y0), (x1, y1) = joints.hip, joints.neck
     near.polygon(cloth, (x0 - 7, y0 + 2), (x1 - 6, y1), (x1 + 6, y1), (x0 + 7, y0 + 2))
     if scene.activity == "running":
-        number(near.at((x0 + x1) / 2 + 1, (y0 + y1) / 2 + 1.6))
-    near.at(*joints.head).draw(body.head + HATS[scene.hat])
-    arm(limbs, scene.activity, joints, joints.hands[1], body.arms, cloth)
+        near.at((x0 + x1) / 2 + 1, (y0 + y1) / 2 + 1.6).draw(shapes.NUMBER)
+    near.at(*joints.head).draw(body.head + shapes.HATS[scene.hat])
+    arm(limbs, scene.activity, joints.arm(1), body.arms, cloth)
 
 
-def number(b: Brush) -> None:
-    """A race number, pinned to the chest."""
-    b.patch(WHITE, (-4, -3), (4.4, -3), (4, 3), (-4.4, 3))
-    b.line(DARK, 1, (-2, -1.4), (-2, 1.4))
-    b.line(DARK, 1, (0.4, -1.4), (2.4, -1.4), (1, 1.4))
-
-
-def arm(b: Brush, activity: str, joints: Pose, hand: Point, skin: Colour, cloth: Colour) -> None:
+def arm(b: Brush, activity: str, joints: tuple[Point, Point, Point], skin: Colour | str, cloth: Colour) -> None:
     """An arm in a short sleeve, holding a pole if it skis."""
-    shoulder = joints.neck[0], joints.neck[1] + 2
-    elbow = joint(shoulder, hand, -joints.elbow)
-    b.line(skin, 3.8, shoulder, elbow, hand)
+    shoulder, elbow, (x, y) = joints
+    b.line(skin, 3.8, *joints)
     b.line(cloth, 5.6, shoulder, elbow)
-    b.disc(skin, *hand, 2.3)
+    b.disc(skin, x, y, 2.3)
     if activity == "skiing":
-        tip = hand[0] - 10, 1
-        b.line(STEEL, 1.3, (hand[0] + 1, hand[1] - 3), tip)
-        b.dot(STEEL, tip[0] + 1.5, tip[1] - 2, 2, 1)
+        b.line(shapes.STEEL, 1.3, (x + 1, y - 3), (x - 10, 1))
+        b.dot(shapes.STEEL, x - 8.5, -1, 2, 1)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-
-def styled(picture: np.ndarray, style: str) -> np.ndarray:
-    """A picture, (size, size, 3) in [0, 255], in the colours of its style: a comic has stronger ones."""
-    if style != "comic":
-        return picture
-    grey = picture.mean(axis=2, keepdims=True)
-    return grey + 1.35 * (picture - grey)
-
 
 def render(scene: Scene, view: View, size: int = SIZE) -> np.ndarray:
     """The picture of a scene from a view: (size, size, 3) uint8."""
@@ -314,14 +271,15 @@ def render(scene: Scene, view: View, size: int = SIZE) -> np.ndarray:
     b = Brush(ImageDraw.Draw(image), unit, edge * unit, ink)
     sky(image, scene)
     scenery(b, scene, view)
-    light, tone = lit(scene, strength=0.5), toned(scene.style)
-    b = replace(b, light=lambda colour: tone(light(colour)))
     # A rim sets the figure off from any backdrop: the whole figure in one colour, a little fatter, beneath it.
-    rim = PALE if scene.time == "night" or scene.place == "moon" else DARK
+    rim = shapes.PALE if scene.time == "night" or scene.place == "moon" else shapes.DARK
     halo = replace(b, edge=(edge + 0.6) * unit, ink=rim, light=lambda _: rim)
-    for brush in (halo, b):
+    for brush in (halo, replace(b, light=lit(scene, 0.5))):
         figure(standing(brush, scene.activity, view), scene, view.phase)
-    picture = styled(np.asarray(image.reduce(OVERSAMPLING), dtype=np.float32), scene.style)
+    picture = np.asarray(image.reduce(OVERSAMPLING), dtype=np.float32)
+    if scene.style == "comic":      # has stronger colours
+        grey = picture.mean(axis=2, keepdims=True)
+        picture = grey + 1.35 * (picture - grey)
     return picture.clip(0, 255).astype(np.uint8)
 
 

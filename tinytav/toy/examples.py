@@ -27,11 +27,6 @@ SIDE, LABEL, GAP = 200, 44, 8
 COLUMNS, COLUMN, ROW = 4, SIDE + GAP, LABEL + SIDE + GAP
 
 
-def write_clip(path, pictures):
-    """Pictures (f, h, w, 3) -> mp4, enlarged to 256 pixels because H.264 halves the resolution of colours."""
-    frames.write_mp4(path, frames.to_tensor(pictures), FPS, crf=10)
-
-
 def label(prompt, caption):
     """A prompt as a picture (LABEL, SIDE, 3). Words that the source's caption does not have are red."""
     picture, font = Image.new("RGB", (SIDE, LABEL), "white"), ImageFont.load_default(15)
@@ -69,11 +64,11 @@ def main():
     if args.edits:
         write_edits(Run.open(args.edits), args.out / "edits.gif")
         return
-    for name, scene in CLIPS.items():
-        write_clip(args.out / f"{name}.mp4", draw.clip(scene, MOTION, COUNT))
-        print(f"{args.out / name}.mp4: {world.caption(scene)}")
-    beside = args.out / "controlnet"
-    beside.mkdir(exist_ok=True)
-    for activity in HINTS:
-        write_clip(beside / f"{activity}.mp4", skeleton.clip(activity, OTHER_MOTION, COUNT, draw.SIZE))
-        print(f"{beside / activity}.mp4: stick figures, {activity}")
+    clips = {name: (world.caption(scene), draw.clip(scene, MOTION, COUNT)) for name, scene in CLIPS.items()}
+    for name in HINTS:
+        clips[f"controlnet/{name}"] = f"stick figures, {name}", skeleton.clip(name, OTHER_MOTION, COUNT, draw.SIZE)
+    (args.out / "controlnet").mkdir(parents=True, exist_ok=True)
+    for name, (words, pictures) in clips.items():
+        # Shown at 256 pixels, because H.264 halves the resolution of colours.
+        frames.write_mp4(args.out / f"{name}.mp4", frames.to_tensor(pictures), FPS, crf=10)
+        print(f"{args.out / name}.mp4: {words}")

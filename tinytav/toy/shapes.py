@@ -37,13 +37,10 @@ EARTH = (("disc", (56, 120, 220), 11, 12, 6), ("dot", (90, 180, 100), 9, 11, 2.6
          ("dot", (90, 180, 100), 13, 14.5, 1.7))
 
 
-def windows(x: float, height: int) -> Shapes:
-    return tuple(("patch", LAMP, (x + 2.5, y), (x + 8.5, y), (x + 8.5, y + 2), (x + 2.5, y + 2))
-                 for y in range(3 - height, -4, 6))
-
-
 def tower(x: float, height: int, colour: Colour) -> Shapes:
-    return ("polygon", colour, (x, 0), (x, -height), (x + 11, -height), (x + 11, 0)), *windows(x, height)
+    windows = [("patch", LAMP, (x + 2.5, y), (x + 8.5, y), (x + 8.5, y + 2), (x + 2.5, y + 2))
+               for y in range(3 - height, -4, 6)]
+    return ("polygon", colour, (x, 0), (x, -height), (x + 11, -height), (x + 11, 0)), *windows
 
 
 def fir(snow: bool) -> Shapes:
@@ -178,6 +175,9 @@ HATS = {
         ("polygon", (255, 204, 16), (-7.8, -4), (-9, -14), (-4, -9.6), (0, -15), (4, -9.6), (9, -14), (7.8, -4)),
         *(("dot", (214, 30, 70), x, -6, 1.3) for x in (-4.2, 0, 4.2))),
 }
+# A race number, pinned to the chest.
+NUMBER = (("patch", WHITE, (-4, -3), (4.4, -3), (4, 3), (-4.4, 3)), ("line", DARK, 1, (-2, -1.4), (-2, 1.4)),
+          ("line", DARK, 1, (0.4, -1.4), (2.4, -1.4), (1, 1.4)))
 # What the figure stands on.
 BOARDS = {
     "skiing": tuple(("line", "gear", 2.2, (x - 18, y), (x + 14, y), (x + 17, y - 1.5), (x + 19, y - 4.5))
@@ -191,8 +191,11 @@ BOARDS = {
                         for shape in (("disc", DARK, x, -2.4, 3.2), ("dot", WHITE, x, -2.4, 1.3)))),
 }
 # What stands beside the way because of the activity, on y = 0.
-GATE = (("line", ROSE, 1.6, (-5, 0), (-5, -14)), ("line", ROSE, 1.6, (5, 0), (5, -14)),
-        ("polygon", ROSE, (-5, -14), (5, -14), (5, -8), (-5, -8)))
-RAMP = (("polygon", PLANK, (-13, 0), (-6, -1.4), (0, -4.4), (4, -8.6), (6, -14), (10, -14), (10, 0)),
-        ("line", STEEL, 1.6, (6, -14), (10, -14)))
-BESIDE = {"skiing": GATE, "surfing": (), "running": (), "skateboarding": RAMP}
+BESIDE = {
+    "skiing": (("line", ROSE, 1.6, (-5, 0), (-5, -14)), ("line", ROSE, 1.6, (5, 0), (5, -14)),
+               ("polygon", ROSE, (-5, -14), (5, -14), (5, -8), (-5, -8))),
+    "surfing": (),
+    "running": (),
+    "skateboarding": (("polygon", PLANK, (-13, 0), (-6, -1.4), (0, -4.4), (4, -8.6), (6, -14), (10, -14), (10, 0)),
+                      ("line", STEEL, 1.6, (6, -14), (10, -14))),
+}

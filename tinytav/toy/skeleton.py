@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from tinytav.toy.draw import OVERSAMPLING, Brush, Point, joint, pose, standing
+from tinytav.toy.draw import OVERSAMPLING, Brush, Point, pose, standing
 from tinytav.toy.shapes import BLACK, WHITE
 from tinytav.toy.world import Motion, View, views
 
@@ -30,12 +30,10 @@ def skeleton(activity: str, view: View, size: int) -> np.ndarray:
     image = Image.new("RGB", (size * OVERSAMPLING, size * OVERSAMPLING), BLACK)
     b = standing(Brush(ImageDraw.Draw(image), image.width / 64, 0, BLACK), activity, view)
     joints = pose(activity, view.phase)
-    shoulder = joints.neck[0], joints.neck[1] + 2
-    for far_or_near in (0, 1):
-        hand, (x, y) = joints.hands[far_or_near], joints.feet[far_or_near]
-        foot = x, y - 1
-        stick(b, LEGS[far_or_near], joints.hip, joint(joints.hip, foot, joints.knee), foot)
-        stick(b, ARMS[far_or_near], shoulder, joint(shoulder, hand, -joints.elbow), hand)
+    for i in (0, 1):
+        stick(b, LEGS[i], *joints.leg(i))
+        stick(b, ARMS[i], *joints.arm(i))
+    shoulder, *_ = joints.arm(0)
     stick(b, SPINE, joints.hip, shoulder)
     stick(b, HEAD, shoulder, joints.head)
     b.dot(WHITE, *joints.head, 2 * JOINT)

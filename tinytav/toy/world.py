@@ -81,9 +81,7 @@ def is_held_out(scene: Scene) -> bool:
 def random_value(name: str, rng: Random) -> str:
     """A value of an attribute: uniform, but where one is usual it is drawn more often than the others."""
     usual = USUAL.get(name)
-    if usual is None:
-        return rng.choice(ATTRIBUTES[name])
-    if rng.random() < USUALLY:
+    if usual and rng.random() < USUALLY:
         return usual
     return rng.choice([value for value in ATTRIBUTES[name] if value != usual])
 
@@ -110,10 +108,9 @@ def random_motion(rng: Random) -> Motion:
 
 def views(motion: Motion, frames: int) -> list[View]:
     """The views of a clip's frames, evenly spaced over [0, 1) of the motion."""
-    start = motion.start
-    return [View(camera=start.camera + motion.travel * t, x=start.x + motion.drift * t,
-                 size=start.size + motion.growth * t, phase=(start.phase + motion.cycles * t) % 1)
-            for t in (frame / frames for frame in range(frames))]
+    first = motion.start
+    return [View(first.camera + motion.travel * t, first.x + motion.drift * t, first.size + motion.growth * t,
+                 (first.phase + motion.cycles * t) % 1) for t in (frame / frames for frame in range(frames))]
 
 
 def named(scene: Scene, rng: Random) -> tuple[str, ...]:
@@ -126,23 +123,16 @@ def named(scene: Scene, rng: Random) -> tuple[str, ...]:
     if manner < 0.2:
         return tuple(ATTRIBUTES)
     short = manner < 0.7
-
-    def share(name: str) -> float:
-        """How often the caption names this attribute."""
-        if name in USUAL:
-            return 0.1 if getattr(scene, name) == USUAL[name] else 0.98
-        if name in GIST:
-            return 1.0 if short else 0.8
-        return 0.3 if short else 0.8
-
-    return tuple(name for name in ATTRIBUTES if rng.random() < share(name)) or ("subject",)
+    shares = dict.fromkeys(ATTRIBUTES, 0.3 if short else 0.8)       # how often the caption names each attribute
+    shares |= dict.fromkeys(GIST, 1.0 if short else 0.8)
+    shares |= {name: 0.1 if getattr(scene, name) == usual else 0.98 for name, usual in USUAL.items()}
+    return tuple(name for name in ATTRIBUTES if rng.random() < shares[name]) or ("subject",)
 
 
 def caption(scene: Scene, rng: Random | None = None, keep: tuple[str, ...] | None = None) -> str:
     """The scene in words: all of it, only the attributes in `keep`, or, with rng, those that a caption names.
 
-    Every value has its words, also "no hat", "by day" and "plain style", so that a caption can insist on what is usual.
-    With rng, "is" too is dropped now and then.
+    With rng, the word "is" is dropped now and then.
     """
     if keep is None:
         keep = tuple(ATTRIBUTES) if rng is None else named(scene, rng)
