@@ -143,8 +143,9 @@ def unfinished(place, name):
 
 def test_a_resumed_run_has_its_lora_again(place):
     unfinished(place, "half")
-    assert "leave out lora" in call(place, "train.py", "--resume", "half", "--lora", "b.safetensors", status=2).err
-    assert "lora: a.safetensors, scale 0.5" in call(place, "train.py", "--resume", "half").out
+    resume = ["train.py", "--resume", "half"]
+    assert "b.safetensors is no LoRA of this run" in call(place, *resume, "--lora", "b.safetensors", status=2).err
+    assert "lora: a.safetensors, scale 0.5" in call(place, *resume).out
     assert (place / "half/tuned.safetensors").read_bytes() == (place / "with/clip/tuned.safetensors").read_bytes()
 
 

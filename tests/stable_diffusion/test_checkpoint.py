@@ -173,7 +173,7 @@ def test_the_default_weights(tmp_path):
 def test_what_cannot_be_used_alone_is_not_the_default(tmp_path, name):
     """Of a file in weights/ the names of its tensors decide; a ControlNet's folder has no model_index.json."""
     save_file({name: torch.ones(1)}, tmp_path / "a.safetensors")
-    tiny.save_json(tmp_path / "control/config.json", {})
+    tiny.save_json(tmp_path / "control/config.json", {}), tiny.save_json(tmp_path / "toy/model_index.json", {})
     assert default_path(tmp_path) == tmp_path / "toy"
 
 
