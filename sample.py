@@ -1,4 +1,9 @@
 """Edit the tuned clip with a prompt: python sample.py --prompt "a panda is skiing"."""
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C while torch is imported ends without a traceback
+
 from tinytav import cli, editing, memory
 from tinytav.control import load_control
 from tinytav.errors import InputError
@@ -9,7 +14,7 @@ from tinytav.stable_diffusion import lora
 
 
 def arguments():
-    p = cli.parser(__doc__)
+    p = cli.parser(__doc__, 'sample.py --prompt "what to show" [options]')
     p.add_argument("--prompt", nargs="+", action="extend", required=True,
                    help="what the edit shows; each prompt makes a clip")
     p.add_argument("--run", metavar="PATH",

@@ -1,6 +1,10 @@
 """Tune a Stable Diffusion on one clip: python train.py clip.mp4 "a man is skiing"."""
-import shlex
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C while torch is imported ends without a traceback
+
+import shlex
 import time
 from fractions import Fraction
 
@@ -9,7 +13,7 @@ from tqdm import tqdm
 from tinytav import cli, editing, memory
 from tinytav.errors import InputError
 from tinytav.files import frames
-from tinytav.files.runs import Run
+from tinytav.files.runs import MOST_STEPS, Run
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion import lora
 
@@ -17,7 +21,7 @@ RESUMABLE = {"resume", "device", "checkpointing", "lora", *cli.SOURCE}      # fl
 
 
 def arguments():
-    p = cli.parser(__doc__)
+    p = cli.parser(__doc__, 'train.py CLIP "what it shows" [options]')
     p.add_argument("clip", nargs="?", help="the clip: mp4, mov, webm, gif, or a folder of pictures")
     p.add_argument("prompt", nargs="?", help="what the clip shows, in a few words")
     p.add_argument("--out", metavar="PATH", help="make the run's folder here (default: runs)")
@@ -28,7 +32,7 @@ def arguments():
     p.add_argument("--start", type=cli.number(int, 0), metavar="N", help="begin at frame N of the clip (default: 0)")
     p.add_argument("--stride", type=cli.number(int, 1), metavar="N",
                    help="take every N-th frame (default: spread the frames over the whole clip)")
-    p.add_argument("--steps", type=cli.number(int, 1), metavar="N",
+    p.add_argument("--steps", type=cli.number(int, 1, MOST_STEPS), metavar="N",
                    help="make N steps of tuning (default: the weights' own number)")
     p.add_argument("--lr", type=cli.number(float, 0), metavar="X", help="learning rate (default: the weights' own)")
     p.add_argument("--attention", choices=ATTENTIONS,
@@ -75,9 +79,9 @@ def resume(args):
     if more:
         flags = ", ".join(f"--{name}" for name in sorted(more))
         raise InputError(f"A resumed run keeps its own settings: leave out {flags}.")
-    if Run.open(args.resume).finished:
-        raise InputError(f"{args.resume} is finished: sample from it with sample.py --run.")
     run = Run.locked(args.resume)
+    if run.finished:
+        raise InputError(f"{args.resume} is finished: sample from it with sample.py --run.")
     loras, more_loras = cli.share_out(run.settings.loras(), cli.read_loras(args.lora))
     if more_loras:
         raise InputError(f"{more_loras[0].file} is no LoRA of this run. Beside --resume, --lora only says where one "

@@ -2,6 +2,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import warnings
 from dataclasses import replace
@@ -26,12 +27,12 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u206
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
-def parser(description, seeded=True):
+def parser(description, usage=None, seeded=True):
     """An argument parser with the flags that train.py and sample.py have in common. A flag not given is None.
 
-    seeded: is there a flag --seed?
+    usage: the first line of --help; else argparse's list of all flags. seeded: is there a flag --seed?
     """
-    p = argparse.ArgumentParser(description=description)
+    p = argparse.ArgumentParser(description=description, usage=usage)
     p.add_argument("--weights", metavar="PATH",
                    help="use this Stable Diffusion: a folder, a .safetensors file, or hub:OWNER/NAME, which is fetched "
                         "(default: what lies in weights/)")
@@ -182,6 +183,7 @@ def say(text):
 
 def run(main):
     """Calls main() as a script. What the user can mend is a sentence and exit status 2, not a traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

@@ -38,6 +38,7 @@ except ImportError:             # Windows: nothing there keeps two train.py off 
     fcntl = None
 
 LARGE = 2 ** 32
+MOST_STEPS = 10 ** 6        # of tuning: more would take years
 FIRST_FILES = ("clip.safetensors", "source.mp4", "run.json")        # those that a new run begins with
 FPS = r"[1-9]\d{0,19}(/[1-9]\d{0,19})?"     # a Fraction as text
 
@@ -75,7 +76,7 @@ class Settings(Config):
     finished: float = 0             # when, in seconds since 1970; 0 if it is not finished
 
     LIMITS = dict(guidance=(0, LARGE), seed=(0, LARGE), start=(0, LARGE), indices=(0, LARGE), total=(0, LARGE),
-                  finished=(0, LARGE), lr=(0, LARGE), steps=(0, LARGE))
+                  finished=(0, LARGE), lr=(0, LARGE), steps=(0, MOST_STEPS))
     CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
                    norm=("clip", "frame"))
     LONGEST = LARGE                 # a clip may have any number of frames
