@@ -3,6 +3,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -10,22 +11,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tinytav.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF")     # whatever the suffix: no other of Pillow's readers starts
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF")     # no other of Pillow's readers starts, whatever the suffix
 FOLDER_FPS = Fraction(8)        # a folder of pictures has no clock; the official code writes its results at 8
 MOST_PIXELS = 64_000_000        # of one picture; 8K has 33 million
 
 
 class Clip:
-    """What a Folder, an Animation and a Video share. Each has clock() and pictures(indices)."""
+    """Folder, Animation or Video. clock() -> (when frames appear, in seconds; frames a second).
 
-    damaged = False             # True when packets could not be decoded: then recount() says what is left
+    pictures(indices) yields the frames of these ascending indices as PIL pictures, RGB. Both raise InputError.
+    """
+
+    damaged = False             # True once packets could not be decoded; recount() then makes clock() right
 
     def __init__(self, path):
         self.path, self.warned = path, set()
 
     def count(self):
-        """How many frames there are. Raises InputError."""
-        return len(self.clock()[0])
+        """How many frames there are. Raises InputError if there is none."""
+        count = len(self.clock()[0])
+        if count == 0:
+            raise InputError(f"{self.path} has 0 frames.")
+        return count
 
     def warn(self, text):
         """Warns once of each thing, however often the clip is read."""
@@ -39,22 +46,18 @@ class Folder(Clip):
 
     def __init__(self, path):
         super().__init__(path)
-        self.files = sorted((file for file in path.iterdir() if is_wanted(file)), key=natural_order)
-        if not self.files:
+        files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+        if not files:
             raise InputError(f"{path} has 0 frames: a folder's pictures end in {', '.join(SUFFIXES)}.")
+        self.files = sorted(files, key=natural_order)
 
     def clock(self):
         return [i / FOLDER_FPS for i in range(len(self.files))], FOLDER_FPS
 
-    def pictures(self, indices=None):
-        """Yields the pictures of these indices, or all, as PIL pictures. Raises InputError."""
-        for i in range(len(self.files)) if indices is None else indices:
+    def pictures(self, indices):
+        for i in indices:
             with opened_picture(self.files[i]) as picture:
                 yield finished(picture)
-
-
-def is_wanted(file):
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
 
 
 def natural_order(file):
@@ -63,29 +66,25 @@ def natural_order(file):
 
 
 class Animation(Clip):
-    """A file of one or more pictures. Its delays are what browsers make of them."""
+    """A file of one or more pictures. Its delays are those that browsers make of them."""
 
     def clock(self):
-        """(The times in seconds at which frames appear, frames a second). Raises InputError."""
         times, now = [], Fraction(0)
-        for _, seconds in self.frames():
+        for _, milliseconds in self.frames():
             times.append(now)
-            now += seconds
+            now += Fraction(milliseconds if milliseconds > 10 else 100).limit_denominator(1000) / 1000
         return times, (len(times) - 1) / times[-1] if len(times) > 1 else FOLDER_FPS
 
-    def pictures(self, indices=None):
-        """Yields the frames of these ascending indices, or all, as PIL pictures. Raises InputError."""
-        for i, (picture, _) in enumerate(self.frames()):
-            if indices is None or i in indices:
+    def pictures(self, indices):
+        for i, (picture, _) in enumerate(islice(self.frames(), indices[-1] + 1)):
+            if i in indices:
                 yield picture
-            if indices is not None and i == indices[-1]:
-                return
 
     def frames(self):
-        """Yields (PIL picture, seconds that it is shown). Where the file is damaged it ends, with a warning."""
+        """Yields (PIL picture, delay in ms). Where the file is damaged it ends, with a warning."""
         with opened_picture(self.path) as file:
-            count = getattr(file, "n_frames", 1)
             first = int(getattr(file, "default_image", False))              # in a PNG, for readers that cannot animate
+            count = getattr(file, "n_frames", 1)
             for i in range(first, count):
                 try:
                     file.seek(i)
@@ -96,34 +95,26 @@ class Animation(Clip):
                         raise
                     self.warn(f"{count - i} of {count} frames of {self.path} are damaged. They are left out.")
                     return
-                yield picture, shown_for(file.info.get("duration", 0))
+                yield picture, file.info.get("duration", 0)
 
 
-def shown_for(milliseconds):
-    """A frame's delay in a file -> seconds. Browsers show a frame of 0 or 10 ms for 100 ms."""
-    return Fraction(milliseconds if milliseconds > 10 else 100).limit_denominator(1000) / 1000
-
-
-def is_animation(path):
-    """Is this file a picture, or several? Raises InputError if it is one that cannot be read."""
+def is_picture(path):
+    """Is a file of one of FORMATS, whole or broken?"""
     try:
-        with opened_picture(path):
-            return True
-    except UnidentifiedImageError:
-        return False
+        Image.open(path, formats=FORMATS).close()
+    except Exception as error:
+        return not isinstance(error, UnidentifiedImageError)
+    return True
 
 
 @contextmanager
 def opened_picture(path):
-    """The context in which a picture file is open. Whatever Pillow raises on broken data becomes a sentence.
-
-    A file of no known format is UnidentifiedImageError, of more than MOST_PIXELS InputError.
-    """
+    """The context in which a picture file is open. Whatever Pillow raises on broken data becomes an InputError."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             check_pixels(*picture.size, path)
             yield picture
-    except (InputError, MemoryError, UnidentifiedImageError):
+    except (InputError, MemoryError):
         raise
     except Exception as error:              # broken EXIF, palettes and chunks end in a dozen classes of errors
         raise InputError(f"{path} cannot be read as a picture: {error}") from None
@@ -132,20 +123,16 @@ def opened_picture(path):
 def check_pixels(width, height, path):
     """Raises InputError if a picture of this size would take too much memory. Call it before decoding."""
     if width * height > MOST_PIXELS:
-        raise InputError(f"{path} has pictures of {width}x{height} pixels. The most is {MOST_PIXELS // 10 ** 6} million "
-                         "pixels: make them smaller.")
+        raise InputError(f"{path} has pictures of {width}x{height} pixels, which is more than "
+                         f"{MOST_PIXELS // 10 ** 6} million: make them smaller.")
 
 
 def finished(picture):
     """An opened picture -> RGB, upright, on white where it is transparent."""
-    return on_white(to_8_bits(ImageOps.exif_transpose(picture)))
-
-
-def to_8_bits(picture):
-    """16-bit grey -> 8-bit grey; Pillow's own conversion would cut it off at 255. Other pictures stay as they are."""
-    if not picture.mode.startswith("I"):
-        return picture
-    return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):        # 16-bit grey, which Pillow's own conversion would cut off at 255
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return on_white(picture)
 
 
 def on_white(picture):

@@ -2,6 +2,7 @@
 
 clips.py and video.py read what is on disk, writing.py writes; this file chooses frames and fits them to a size.
 """
+# ruff: noqa: F401
 import hashlib
 import warnings
 from bisect import bisect_right
@@ -15,13 +16,9 @@ import torch
 from PIL import Image, ImageOps
 
 from tinytav.errors import InputError
-from tinytav.files.clips import FOLDER_FPS, Animation, Folder, is_animation
+from tinytav.files.clips import FOLDER_FPS, Animation, Folder, is_picture
 from tinytav.files.video import Video, opened
 from tinytav.files.writing import enlarged, strip_columns, to_uint8, write_gif, write_mp4, write_picture, write_strip
-
-__all__ = ["FOLDER_FPS", "Source", "check_size", "choose", "enlarged", "fingerprint", "fit", "open_clip", "pictures",
-           "read", "read_all", "strip_columns", "title", "to_tensor", "to_uint8", "warn_if_far_apart", "write_gif",
-           "write_mp4", "write_picture", "write_strip"]
 
 LARGEST = 4096                  # pixels of the short side
 LEAST_FPS = 4                   # frames further apart than this may share too little of a motion
@@ -47,7 +44,8 @@ def read(path, size, multiple, frames, start=0, stride=None, exact=True):
 
     def chosen():
         times, fps = clip.clock()
-        indices, fps = choose(len(times), frames, start=start, stride=stride, exact=exact, fps=fps, path=path, times=times)
+        indices, fps = choose(len(times), frames, start=start, stride=stride, exact=exact, fps=fps, path=path,
+                              times=times)
         wanted = sorted(set(indices))
         fitted = dict(zip(wanted, (fit(picture, size, multiple) for picture in clip.pictures(wanted))))
         return fitted, indices, fps, len(times)
@@ -125,23 +123,21 @@ def fit(picture, size, multiple):
 
 
 def read_all(path):
-    """All frames of a clip as they are, (f, 3, h, w) in [-1, 1]. Raises InputError if there are none."""
+    """Every frame of a clip as it is, (f, 3, h, w) in [-1, 1]. Raises InputError if there is none."""
     return stacked(pictures(path), path)
 
 
 def stacked(pictures, path):
-    """PIL pictures of one size -> (f, 3, h, w) in [-1, 1]. Raises InputError."""
-    if not pictures:
-        raise InputError(f"{path} has 0 frames.")
+    """PIL pictures -> (f, 3, h, w) in [-1, 1]. Raises InputError unless they are of one size."""
     if len({picture.size for picture in pictures}) > 1:
         raise InputError(f"The pictures in {path} differ in size or shape; a clip needs frames of one size.")
     return to_tensor(np.stack(pictures))
 
 
 def pictures(path):
-    """Every frame of a video, or every picture of a folder, as it is: a list of PIL pictures. Raises InputError."""
+    """Every frame of a clip as it is: a list of PIL pictures, at least one. Raises InputError."""
     clip = open_clip(path)
-    found = list(clip.pictures())
+    found = list(clip.pictures(range(clip.count())))
     if clip.damaged:
         clip.recount()
     return found
@@ -160,7 +156,7 @@ def open_clip(path):
         return Folder(path)
     if not path.is_file():
         raise InputError(f"No such file: {path}.")
-    return Animation(path) if is_animation(path) else Video(path)
+    return Animation(path) if is_picture(path) else Video(path)
 
 
 def fingerprint(path):
@@ -169,8 +165,8 @@ def fingerprint(path):
     for file in Folder(path).files if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(f"{file.name}/{file.stat().st_size}/".encode(errors="surrogateescape"))
-        with open(file, "rb") as opened_file:
-            while block := opened_file.read(2 ** 20):
+        with open(file, "rb") as data:
+            while block := data.read(2 ** 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
 

@@ -22,14 +22,13 @@ UNSPECIFIED = 2                 # a colour matrix that the file does not name
 class Video(Clip):
     """A video file. Its frames are counted without decoding them, and decoding ends with the last wanted one."""
 
-    known = None
+    known = None                # clock()'s answer
 
     def clock(self):
-        """(The times in seconds at which frames appear, frames a second). Raises InputError."""
         if self.known is None:
             with opened(self.path) as (container, stream):
-                packets = self.packets(container, stream)
-                self.known = clock([p.pts for p in packets if p.size and not p.is_discard], stream)
+                stamps = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+                self.known = clock(stamps, stream)
         return self.known
 
     def recount(self):
@@ -38,35 +37,27 @@ class Video(Clip):
         with opened(self.path) as (container, stream):
             self.known = clock([frame.pts for frame in self.frames(container, stream)], stream)
         lost = announced - self.count()
-        if self.damaged and lost == announced:
+        if lost == announced:
             raise InputError(f"{self.path} cannot be read as a video: none of its {lost} frames can be decoded.")
         if self.damaged and lost > 0:
             self.warn(f"{lost} of {announced} frames of {self.path} are damaged. They are left out.")
 
-    def pictures(self, indices=None):
-        """Yields the frames of these ascending indices, or all, as PIL pictures. Raises InputError."""
-        end = None if indices is None else indices[-1] + 1
+    def pictures(self, indices):
+        end = indices[-1] + 1
         with opened(self.path) as (container, stream):
             frames = islice(self.frames(container, stream), end)
             for i, frame in enumerate(tqdm(frames, "reading", end, unit="frame", delay=2, leave=False)):
-                if indices is None or i in indices:
+                if i in indices:
                     yield self.picture(frame, stream)
-
-    def packets(self, container, stream):
-        """Yields a stream's packets up to its end, or to where the file is too damaged to go on."""
-        try:
-            yield from container.demux(stream)
-        except av.FFmpegError:
-            self.damaged = True
 
     def frames(self, container, stream):
         """Yields decoded frames in the order in which they are shown; those that cannot be decoded are missing."""
         decoder = stream.codec_context
-        if stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) == "1" and decoder.name in WITH_ALPHA:
+        if "1" in (stream.metadata.get("alpha_mode"), stream.metadata.get("ALPHA_MODE")) and decoder.name in WITH_ALPHA:
             decoder = av.CodecContext.create(WITH_ALPHA[decoder.name], "r")
         decoder.thread_type = "AUTO"
         decoder.options = {"max_pixels": str(MOST_PIXELS)}                  # a stream may change its size
-        for packet in self.packets(container, stream):
+        for packet in container.demux(stream):
             try:
                 yield from decoder.decode(packet)
             except av.FFmpegError:
@@ -79,14 +70,30 @@ class Video(Clip):
         pixels = frame.to_ndarray(format="rgb48le" if is_hdr else "rgba" if has_alpha else "rgb24",
                                   src_colorspace=matrix(frame, is_hdr), interpolation=colour.ACCURATE)
         if is_hdr:
-            self.warn(f"{self.path} has a high dynamic range. It is converted to standard range, as BT.709.")
+            self.warn(f"{self.path} has a high dynamic range. It is converted to standard range.")
             pixels = colour.to_standard(pixels / np.float32(65535), frame.color_trc)
         if frame.interlaced_frame:
-            self.warn(f"{self.path} is interlaced. One of the two fields of each frame is used, so that its rows, which "
-                      "are of two moments, do not mix.")
+            self.warn(f"{self.path} is interlaced: every second row is of another moment. Those rows are left out.")
             pixels = pixels[::2]
-        picture, size = on_white(Image.fromarray(pixels)), shown_size(frame, stream)
-        return upright(picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS), frame)
+        picture = on_white(Image.fromarray(pixels))
+        return upright(picture.resize(shown_size(frame, stream, self.path), Image.Resampling.LANCZOS), frame)
+
+
+@contextmanager
+def opened(path):
+    """The context in which a video is open: (container, the stream that a player shows). Raises InputError."""
+    options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
+    try:                                            # "file:" because a name such as 12:30.mp4 looks like a protocol
+        with av.open(f"file:{path}", metadata_errors="replace", container_options=options) as container:
+            streams = [video for video in container.streams.video
+                       if video.codec_context and not video.disposition & Disposition.attached_pic]
+            if not streams:
+                raise InputError(f"{path} cannot be read as a video: it has no video stream that can be decoded.")
+            stream = min(streams, key=lambda video: not video.disposition & Disposition.default)
+            shown_size(stream, stream, path)
+            yield container, stream
+    except av.FFmpegError as error:
+        raise InputError(f"{path} cannot be read as a video: {error.strerror}.") from None
 
 
 def clock(stamps, stream):
@@ -100,25 +107,11 @@ def clock(stamps, stream):
     return times, rate if abs(rate / measured - 1) < 0.02 else measured     # the rate is without the stamps' rounding
 
 
-@contextmanager
-def opened(path):
-    """The context in which a video is open: (container, the stream that a player shows). Raises InputError."""
-    options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
-    try:                                            # "file:" because a name such as 12:30.mp4 looks like a protocol
-        with av.open(f"file:{path}", metadata_errors="replace", container_options=options) as container:
-            streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-            if not streams:
-                raise InputError(f"{path} cannot be read as a video: it has no video stream.")
-            stream = min(streams, key=lambda stream: not stream.disposition & Disposition.default)
-            check_pixels(*shown_size(stream, stream), path)
-            yield container, stream
-    except av.FFmpegError as error:
-        raise InputError(f"{path} cannot be read as a video: {error.strerror}.") from None
-
-
-def shown_size(frame, stream):
-    """(width, height) at which frames of a stream are shown: pixels that are not square make them wider or narrower."""
-    return max(1, round(frame.width * (stream.sample_aspect_ratio or 1))), frame.height
+def shown_size(frame, stream, path):
+    """(width, height) at which frames are shown: their pixels need not be square. Raises InputError if too large."""
+    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+    check_pixels(width, frame.height, path)
+    return width, frame.height
 
 
 def matrix(frame, is_hdr):
@@ -131,8 +124,11 @@ def matrix(frame, is_hdr):
 
 
 def upright(picture, frame):
-    """Turns and mirrors a picture by the frame's display matrix: x' = a x + c y, y' = b x + d y, as signs."""
-    found = frame.side_data.get("DISPLAYMATRIX")
+    """Turns and mirrors a picture as the frame's display matrix says: x' = a x + c y, y' = b x + d y."""
+    try:
+        found = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:                              # a kind of side data that PyAV cannot name hides all others
+        return picture.rotate(frame.rotation, expand=True)
     if found is None:
         return picture
     a, b, _, c, d = np.frombuffer(found, np.int32)[:5].tolist()

@@ -12,11 +12,12 @@ from tinytav.files.atomic import replace
 from tinytav.files.colour import ACCURATE
 
 # The same frames give the same file, on a machine with any number of cores: one thread, and none of x264's macroblock
-# tree, whose sums come out differently with where in memory the frames lie.
-REPEATABLE = {"x264-params": "mbtree=0:chromaloc=1"}
+# tree, whose sums come out differently with where in memory the frames lie. chromaloc says where swscale puts chroma:
+# between two pixels. Without it, colours move by half a pixel each time a clip is read and written.
+X264 = {"x264-params": "mbtree=0:chromaloc=1"}
 SHOWN = 256                     # smaller results are enlarged by a whole factor until their short side reaches this
-# What a player must know, by the numbers of ITU-T H.273: matrix of BT.601, primaries and transfer of BT.709. Chromium shows
-# these colours to within 2 of 255, and by the matrix of BT.709 to within 7.
+# What a player must know, by the numbers of ITU-T H.273: matrix of BT.601, primaries and transfer of BT.709. Chromium
+# shows these colours to within 2 of 255, and by the matrix of BT.709 to within 7.
 TAGS = dict(colorspace=6, color_range=1, color_primaries=1, color_trc=1)
 
 
@@ -42,7 +43,7 @@ def write_mp4(path, x, fps, crf=17, title=""):
     def write(file):
         with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata["title"] = title
-            stream = container.add_stream("libx264", rate=short(fps), options={"crf": str(crf)} | REPEATABLE)
+            stream = container.add_stream("libx264", rate=short(fps), options={"crf": str(crf)} | X264)
             stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
             stream.codec_context.thread_count = 1
             for name, value in TAGS.items():                               # a player would guess by the size
@@ -53,7 +54,8 @@ def write_mp4(path, x, fps, crf=17, title=""):
     try:
         replace(path, write)
     except av.FFmpegError as error:
-        raise InputError(f"{path} cannot be written as a video of {x.shape[3]}x{x.shape[2]}: {error.strerror}.") from None
+        size = f"{x.shape[3]}x{x.shape[2]}"
+        raise InputError(f"{path} cannot be written as a video of {size}: {error.strerror}.") from None
 
 
 def short(fps):
