@@ -1,9 +1,8 @@
 """Colours of videos: high dynamic range -> standard range, and how swscale must convert."""
 import numpy as np
-from av.video.reformatter import Interpolation
 
 # Without these flags swscale rounds down: each reading makes a clip darker by half a level, and moves its colours.
-ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+ACCURATE = 0x4 | 0x40000 | 0x2000       # SWS_BICUBIC, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT; older PyAV has no names
 PQ, HLG = 16, 18                # transfer characteristics of HDR, by the numbers of ITU-T H.273
 WHITE = 203                     # cd/m2 of white paper in HDR, ITU-R BT.2408; it is 1 below
 PEAK = 1000 / WHITE             # brighter light looks the same

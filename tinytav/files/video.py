@@ -36,7 +36,7 @@ class Video(Clip):
         announced = self.count()
         with opened(self.path) as (container, stream):
             self.known = clock([frame.pts for frame in self.frames(container, stream)], stream)
-        lost = announced - self.count()
+        lost = announced - len(self.known[0])
         if lost == announced:
             raise InputError(f"{self.path} cannot be read as a video: none of its {lost} frames can be decoded.")
         if self.damaged and lost > 0:
@@ -65,13 +65,14 @@ class Video(Clip):
 
     def picture(self, frame, stream):
         """A decoded frame -> RGB PIL picture, as a player shows it."""
-        is_hdr = frame.color_trc in (colour.PQ, colour.HLG)
+        transfer = stream.codec_context.color_trc
+        is_hdr = transfer in (colour.PQ, colour.HLG)
         has_alpha = any(component.is_alpha for component in frame.format.components)
         pixels = frame.to_ndarray(format="rgb48le" if is_hdr else "rgba" if has_alpha else "rgb24",
                                   src_colorspace=matrix(frame, is_hdr), interpolation=colour.ACCURATE)
         if is_hdr:
             self.warn(f"{self.path} has a high dynamic range. It is converted to standard range.")
-            pixels = colour.to_standard(pixels / np.float32(65535), frame.color_trc)
+            pixels = colour.to_standard(pixels / np.float32(65535), transfer)
         if frame.interlaced_frame:
             self.warn(f"{self.path} is interlaced: every second row is of another moment. Those rows are left out.")
             pixels = pixels[::2]
