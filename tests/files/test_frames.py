@@ -1,6 +1,6 @@
-"""Clips in and out."""
+"""Choosing frames of a clip, and what there is to know of one."""
+import re
 import warnings
-from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -11,19 +11,12 @@ from PIL import Image
 from tiny import write_clip
 
 from tinytav.errors import InputError
-from tinytav.files import frames
+from tinytav.files import frames, video
 
 
 @pytest.fixture
 def clip(tmp_path):
     return write_clip(tmp_path / "clip.mp4", frames=10, size=(48, 40))
-
-
-def numbered_folder(path, numbers, size=(40, 40)):
-    path.mkdir()
-    for i in numbers:
-        Image.new("RGB", size, (10 * i, 0, 0)).save(path / f"{i}.png")
-    return path
 
 
 @pytest.mark.parametrize("total, asked, expected, fps", [
@@ -36,9 +29,11 @@ def test_which_frames_are_taken(total, asked, expected, fps):
 
 
 @pytest.mark.parametrize("total, asked, message", [
-    (4, dict(frames=8), "4 frames. From frame 0 there are only 4, not 8: use --frames 4"), (0, dict(frames=1), "0 frames"),
+    (4, dict(frames=8), "4 frames. From frame 0 there are only 4, not 8: use --frames 4"),
+    (0, dict(frames=1), "0 frames"),
     (10, dict(frames=6, stride=2), "From frame 0 with stride 2 there are only 5, not 6: use --frames 5"),
-    (10, dict(frames=1, start=10), "none is left from --start 10")])
+    (10, dict(frames=1, start=10), "10 frames; none is left from --start 10"),
+    (1, dict(frames=2), "the clip has 1 frame. From frame 0 there is only 1, not 2")])
 def test_too_few_frames_are_an_error_that_says_how_many_there_are(total, asked, message):
     with pytest.raises(InputError, match=message):
         frames.choose(total, fps=Fraction(12), **dict(start=0, stride=None, exact=True) | asked)
@@ -53,28 +48,15 @@ def test_a_video_is_read_in_range_at_its_rate(clip):
 
 def count_decoded(monkeypatch):
     """A list that grows with each frame that is turned into a picture, and one with each that is decoded."""
-    shown, decoded, upright = [], [], frames.upright
-    monkeypatch.setattr(frames, "upright", lambda frame: shown.append(1) or upright(frame))
-    opened = frames.opened
+    pictures, decoded, picture, all_frames = [], [], video.Video.picture, video.Video.frames
 
-    class Watched:
-        def __init__(self, container):
-            self.container = container
-
-        def demux(self, stream):
-            return self.container.demux(stream)
-
-        def decode(self, stream):
-            for frame in self.container.decode(stream):
-                decoded.append(1)
-                yield frame
-
-    @contextmanager
-    def watched(path):
-        with opened(path) as (container, stream):
-            yield Watched(container), stream
-    monkeypatch.setattr(frames, "opened", watched)
-    return shown, decoded
+    def counted(self, container, stream):
+        for frame in all_frames(self, container, stream):
+            decoded.append(1)
+            yield frame
+    monkeypatch.setattr(video.Video, "picture", lambda *args: pictures.append(1) or picture(*args))
+    monkeypatch.setattr(video.Video, "frames", counted)
+    return pictures, decoded
 
 
 def test_a_video_is_decoded_once_and_only_up_to_the_last_wanted_frame(clip, monkeypatch):
@@ -84,7 +66,12 @@ def test_a_video_is_decoded_once_and_only_up_to_the_last_wanted_frame(clip, monk
 
 
 def test_a_video_that_announces_more_frames_than_it_holds_is_chosen_from_anew(clip, monkeypatch):
-    monkeypatch.setattr(frames.Video, "count", lambda self: 20)
+    real, calls = video.clock, []
+
+    def announces(stamps, stream):
+        calls.append(stamps)
+        return real(list(range(0, 20480, 1024)) if len(calls) == 1 else stamps, stream)
+    monkeypatch.setattr(video, "clock", announces)
     source = frames.read(clip, 16, 4, 5)
     assert source.total == 10 and source.indices == (0, 2, 4, 6, 8)
 
@@ -113,33 +100,6 @@ def test_cropping_takes_the_middle_without_squashing():
     assert middle.shape == (30, 60, 3) and (middle[:, 30] == 255).all() and (middle[:, 5] == 0).all()
 
 
-def test_a_folder_of_images_goes_by_number(tmp_path):
-    folder = numbered_folder(tmp_path / "f", [2, 10, 1])
-    source = frames.read(folder, 40, 4, 3)
-    assert [round(float(v + 1) * 12.75) for v in source.x[:, 0, 0, 0]] == [1, 2, 10] and source.fps == 8
-
-
-def test_sixteen_bits_of_grey_keep_their_range(tmp_path):
-    (tmp_path / "f").mkdir()
-    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(64, axis=0)
-    Image.fromarray(ramp).save(tmp_path / "f/1.png")
-    x = frames.read(tmp_path / "f", 64, 8, 1).x
-    assert x[0, 0, 0].sub(torch.linspace(-1, 1, 64)).abs().max() < 0.02
-
-
-def test_transparent_pictures_stand_on_white(tmp_path):
-    (tmp_path / "f").mkdir()
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "f/1.png")
-    assert frames.read(tmp_path / "f", 8, 4, 1).x.min() == 1
-
-
-def test_pictures_of_mixed_sizes_are_refused(tmp_path):
-    folder = numbered_folder(tmp_path / "f", [1, 2])
-    Image.new("RGB", (80, 40)).save(folder / "3.png")
-    with pytest.raises(InputError, match="one size"):
-        frames.read(folder, 40, 4, 3)
-
-
 def text(path):
     path.write_text("not a video")
 
@@ -166,26 +126,40 @@ def test_a_size_below_the_models_multiple_is_refused(clip):
         frames.read(clip, 32, 64, 2)
 
 
-def test_what_is_written_can_be_read_again_enlarged_by_a_whole_factor(tmp_path):
-    x = torch.linspace(-1, 1, 16)[None, None, None].expand(4, 3, 16, 16) * torch.tensor([1, 0.5, 0, -1]).view(4, 1, 1, 1)
-    for name, write, tolerance in (("a.mp4", frames.write_mp4, 0.08), ("a.gif", frames.write_gif, 0.08)):
-        write(tmp_path / name, x, Fraction(10))
-        back = frames.read(tmp_path / name, 16, 4, 4)
-        assert (back.x - x).abs().mean() < tolerance and back.fps == 10
-        with av.open(str(tmp_path / name)) as container:
-            assert container.streams.video[0].width == 256
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+def test_all_frames_are_read_as_they_are(clip, tmp_path):
+    x = frames.read_all(clip)
+    assert x.shape == (10, 3, 280, 336) and x.dtype is torch.float32
+    assert torch.equal(frames.to_uint8(x)[3], torch.tensor(np.asarray(frames.pictures(clip)[3])))
+    audio_only(tmp_path / "song.mp4")
+    with pytest.raises(InputError, match="no video stream"):
+        frames.read_all(tmp_path / "song.mp4")
 
 
-def test_a_strip_has_the_source_above_the_result(tmp_path):
-    columns = frames.strip_columns(12)
-    assert columns == [0, 2, 3, 5, 6, 8, 9, 11] and frames.strip_columns(3) == [0, 1, 2]
-    frames.write_strip(tmp_path / "strip.png", -torch.ones(12, 3, 16, 16)[columns], torch.ones(12, 3, 16, 16)[columns])
-    strip = np.asarray(Image.open(tmp_path / "strip.png"))
-    assert strip.shape == (512, 8 * 256, 3)
-    assert (strip[:256] == 0).all() and (strip[256:] == 255).all()
+def test_a_fingerprint_is_of_the_content(clip, tmp_path):
+    before = frames.fingerprint(clip)
+    assert re.fullmatch("[0-9a-f]{16}", before) and frames.fingerprint(clip.rename(tmp_path / "other.mp4")) == before
+    with open(tmp_path / "other.mp4", "ab") as file:
+        file.write(b"x")
+    assert frames.fingerprint(tmp_path / "other.mp4") != before
+
+
+def test_a_folders_fingerprint_is_of_its_pictures_and_their_names(tmp_path):
+    seen = set()
+
+    def is_new():
+        count = len(seen)
+        seen.add(frames.fingerprint(tmp_path))
+        return len(seen) > count
+    for name, level in (("1.png", 1), ("2.png", 2)):
+        Image.new("L", (8, 8), level).save(tmp_path / name)
+        assert is_new()
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "._1.png").write_text("x")
+    assert not is_new()
+    (tmp_path / "2.png").rename(tmp_path / "3.png")
+    assert is_new()
+    Image.new("L", (8, 8), 3).save(tmp_path / "3.png")
+    assert is_new()
 
 
 def test_bytes_and_numbers_are_inverse_to_each_other():
@@ -193,19 +167,3 @@ def test_bytes_and_numbers_are_inverse_to_each_other():
     x = frames.to_tensor(every)
     assert x.shape == (1, 3, 16, 16) and x.min() == -1 and x.max() == 1
     assert torch.equal(frames.to_uint8(x), every)
-
-
-def test_rotation_flags_are_followed(tmp_path):
-    class Turned:
-        rotation = -90
-
-        @staticmethod
-        def to_ndarray(format):
-            return np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    assert frames.upright(Turned).size == (2, 3)
-
-
-def test_a_video_is_the_same_bits_on_any_number_of_cores(tmp_path):
-    frames.write_mp4(tmp_path / "x.mp4", torch.zeros(3, 3, 32, 32), fps=8)
-    told = (tmp_path / "x.mp4").read_bytes()
-    assert b" threads=1 " in told and b" mbtree=0 " in told                 # x264 writes into a file what it was told
