@@ -102,7 +102,7 @@ def run(tmp_path_factory):
     """A run's folder with the source and samples of it, which differ from it by their number."""
     run = Run(tmp_path_factory.mktemp("run"), RUN)
     run.save()
-    x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).round() * 2 - 1
+    x = 1.4 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).round() - 0.7
     frames.write_mp4(run.path / "source.mp4", x, 8)
     samples = dict(same=("a man", dict(noise="inverted")), friendly=("a man", dict(noise="edit-friendly")),
                    random=("a man", dict(noise="random")), shared=("a man", dict(noise="shared")),
@@ -123,7 +123,7 @@ def test_every_clip_of_a_run_has_a_row(run, folder):
     found = {name.removesuffix(".mp4"): values for name, *values in metrics.rows(run, eye)}
     assert list(found) == ["source", "same", "friendly", "random", "shared", "posed", "dog", "short", "untitled"]
     assert [name for name, values in found.items() if not math.isnan(values[3])] == ["same", "friendly"]
-    assert found["same"][3] == pytest.approx(26, abs=1.5)                           # 10 log10(4 / 0.1^2)
+    assert found["same"][3] == pytest.approx(29.1, abs=1.5)                         # 10 log10(4 / 0.07^2)
     assert [name for name, values in found.items() if math.isnan(values[2])] == ["untitled"]
     for name, prompt in (("source", "a man"), ("dog", "a dog")):
         features = eye.images(frames.pictures(run.path / f"{name}.mp4"))
