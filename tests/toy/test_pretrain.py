@@ -1,5 +1,4 @@
-"""Pre-training: CLIP's tokenizer from captions, a stage that is killed and goes on, and the folder that is written."""
-import json
+"""Pre-training: the folder that is written, what trains and what is frozen, and the losses."""
 import shutil
 from random import Random
 from types import SimpleNamespace
@@ -10,19 +9,21 @@ from safetensors.torch import load_file
 from tiny import filled
 
 import tinytav
-from tinytav.errors import InputError
-from tinytav.stable_diffusion.checkpoint import build, read_component
+from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
 from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, check_fits, load_controlnet
-from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
-from tinytav.toy import pretrain, skeleton, training, world
+from tinytav.toy import draw, pretrain, skeleton, world
 
 
 def stage(name, out, steps, *more):
-    return [name, "--steps", str(steps), "--pictures", "8", "--batch", "2", "--device", "cpu", "--out", str(out),
-            "--work", str(out / "work"), *more]
+    return [name, "--steps", str(steps), "--pictures", "8", "--batch", "2", "--device", "cpu", "--out", str(out), *more]
+
+
+def new(Model, Config, part):
+    """An untrained model of the shipped toy's sizes."""
+    return Model(Config.from_json(read_json(pretrain.TOY / part / "config.json")))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_the_controlnets_loss_uses_the_weight(folder, monkeypatch):
     monkeypatch.setattr(pretrain, "train", capture)
     monkeypatch.setattr(pretrain, "around", lambda hints, size: torch.arange(256.).view(1, 1, 16, 16) / 128)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.train_control(SimpleNamespace(out=folder, seed=0, pictures=2, device="cpu"))
+        pretrain.train_control(SimpleNamespace(out=folder, source=pretrain.TOY, seed=0, pictures=2, device="cpu"))
     losses = {}
     for figure in (0, 8):
         monkeypatch.setattr(pretrain, "FIGURE", figure)
@@ -68,30 +69,19 @@ def test_every_word_of_a_caption_is_one_token_and_comes_back(folder):
         length = row.index(tokenizer.end)
         words = [tokenizer.bpe.id_to_token(i) for i in row[1:length]]
         assert words == [word + "</w>" for word in caption.replace(",", " ,").split()]
-        assert row[0] == tokenizer.begin and row[length:] == [tokenizer.end] * (pretrain.LENGTH - length)
-
-
-def test_vocabulary_is_laid_out_as_clips(folder):
-    tokens = list(json.loads((folder / "tokenizer/vocab.json").read_text(encoding="utf-8")).items())
-    merges = (folder / "tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
-    assert [i for _, i in tokens] == list(range(len(tokens)))
-    names = [token for token, _ in tokens]
-    assert all(len(token) == 1 for token in names[:256])
-    assert names[256:512] == [token + "</w>" for token in names[:256]]
-    assert merges[0] == "#version: 0.2" and names[512] == merges[1].replace(" ", "")
-    assert names[-2:] == ["<|startoftext|>", "<|endoftext|>"]
+        assert row[0] == tokenizer.begin and row[length:] == [tokenizer.end] * (tokenizer.length - length)
 
 
 def test_the_folder_is_a_stable_diffusion(folder):
     sd = tinytav.load(folder)       # reads every config and fits every tensor strictly
     assert sd.schedule.prediction_type == "epsilon" and sd.vae.cfg.scaling_factor != 1
     context = sd.encode_prompts(["a fox", ""])
-    assert context.shape == (2, pretrain.LENGTH, sd.unet.cfg.cross_attention_dim)
+    assert context.shape == (2, 32, sd.unet.cfg.cross_attention_dim)
     with torch.no_grad():
         latents = sd.unet(torch.randn(2, 4, 16, 16), torch.tensor([1, 981]), context)
-        assert sd.vae.decode(latents).shape == (2, 3, pretrain.SIZE, pretrain.SIZE)
+        assert sd.vae.decode(latents).shape == (2, 3, draw.SIZE, draw.SIZE)
     assert (folder / "unet" / pretrain.WEIGHTS).stat().st_size < 16 * 2 ** 20
-    assert not list((folder / "work").iterdir())        # finished stages leave no checkpoint
+    assert sd.defaults.size == draw.SIZE and (folder / "knows.txt").is_file()
 
 
 def test_the_clip_holds_the_same_text_encoder(folder):
@@ -104,34 +94,34 @@ def test_the_clip_holds_the_same_text_encoder(folder):
 
 def test_the_controlnet_fits_the_unet_and_is_trained(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    unet = filled(UNet(UNetConfig.from_json(pretrain.UNET_JSON)))          # one whose every layer passes gradients on
-    pretrain.write(tmp_path / "unet" / pretrain.WEIGHTS, pretrain.UNET_JSON, unet.state_dict())
+    unet = filled(new(UNet, UNetConfig, "unet"))            # one whose every layer passes gradients on
+    pretrain.write(SimpleNamespace(out=tmp_path, source=folder), f"unet/{pretrain.WEIGHTS}", unet.state_dict())
     pretrain.main(stage("control", tmp_path, 2))
     sd, control = tinytav.load(tmp_path), load_controlnet(tmp_path / "controlnet")
     check_fits(control.cfg, sd.unet.cfg, sd.vae.cfg.factor)
     assert (tmp_path / "controlnet" / pretrain.WEIGHTS).stat().st_size < 8 * 2 ** 20
     with torch.no_grad():
-        context, hint = sd.encode_prompts(["a fox"]), torch.zeros(1, 3, pretrain.SIZE, pretrain.SIZE)
+        context, hint = sd.encode_prompts(["a fox"]), torch.zeros(1, 3, draw.SIZE, draw.SIZE)
         residuals = control(torch.randn(1, 4, 16, 16), torch.tensor([981]), context, hint)
     assert all(residual.abs().max() > 0 for residual in residuals)
 
 
 @torch.no_grad()
 def test_before_training_a_controlnet_changes_nothing(folder):
-    sd, control = tinytav.load(folder), ControlNet(ControlNetConfig.from_json(pretrain.CONTROL_JSON))
+    sd, control = tinytav.load(folder), new(ControlNet, ControlNetConfig, "controlnet")
     pretrain.begin_as_unet(control, sd.unet)
     assert torch.equal(control.mid_block.resnets[0].conv1.weight, sd.unet.mid_block.resnets[0].conv1.weight)
     x, t, context = torch.randn(1, 4, 16, 16), torch.tensor([981]), sd.encode_prompts(["a fox"])
-    residuals = control(x, t, context, torch.rand(1, 3, pretrain.SIZE, pretrain.SIZE))
+    residuals = control(x, t, context, torch.rand(1, 3, draw.SIZE, draw.SIZE))
     assert torch.equal(sd.unet(x, t, context, residuals), sd.unet(x, t, context))
 
 
 @torch.no_grad()
 def test_before_training_a_stick_figure_already_reaches_the_controlnet(folder):
-    sd, control = tinytav.load(folder), ControlNet(ControlNetConfig.from_json(pretrain.CONTROL_JSON))
+    sd, control = tinytav.load(folder), new(ControlNet, ControlNetConfig, "controlnet")
     pretrain.begin_as_unet(control, sd.unet)
     (scene, view), = pretrain.imagine("a seed", 1)
-    figure = skeleton.hint(skeleton.skeleton(scene.activity, view, pretrain.SIZE)[None])
+    figure = skeleton.hint(skeleton.skeleton(scene.activity, view, draw.SIZE)[None])
     difference = control.embed_hint(figure) - control.embed_hint(torch.zeros_like(figure))
     assert difference.std() > 0.01          # conv_in's output is about 1, and torch's own start gives 0.0001
 
@@ -168,7 +158,6 @@ def test_the_vaes_loss_counts_large_errors_and_lost_edges_more():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--threads", "8", "--out", "x"], "--threads 8 cannot share a batch of 4 equally"),
     (["--keep", "--out", "x"], "--keep is for clip and vae, and needs --from"),
     ([], "the following arguments are required: --out"),
     (["--steps", "0", "--out", "x"], "0 is not from 1")])
@@ -178,107 +167,60 @@ def test_options_that_do_not_fit_are_refused(capsys, options, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_an_older_torch_has_no_muon(monkeypatch, capsys):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(SystemExit):
-        pretrain.arguments(["unet", "--steps", "1", "--out", "x"])
-    assert "the stage unet needs torch 2.9 or later" in capsys.readouterr().err
-    assert pretrain.arguments(["clip", "--steps", "1", "--out", "x"]).stage == "clip"       # needs no Muon
-
-
-def test_a_stopped_stage_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch, capsys):
-    def stop_after_two_steps(self, loss_of):
-        if self.steps == 2:
-            raise KeyboardInterrupt
-        return step(self, loss_of)
-
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    command, checkpoint, step = stage("unet", tmp_path, 3), tmp_path / "work/unet.safetensors", training.Training.step
-    pretrain.main(command)
-    whole = load_file(tmp_path / "unet" / pretrain.WEIGHTS)
-    monkeypatch.setattr(training.Training, "step", stop_after_two_steps)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.main(command)
-    assert checkpoint.exists()
-    monkeypatch.undo()
-    (tmp_path / "unet" / pretrain.WEIGHTS).unlink()
-    pretrain.main(command)
-    assert "unet: goes on after 2 steps" in capsys.readouterr().out and not checkpoint.exists()
-    resumed = load_file(tmp_path / "unet" / pretrain.WEIGHTS)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
 @pytest.fixture
-def begin(tmp_path):
-    """Begins, or goes on with, the training of two convolutions: a function of options -> (training, loss_of)."""
-    def begin(stage="vae", **options):
-        args = SimpleNamespace(stage=stage, lr=None, batch=None, threads=1, work=tmp_path, seed=0, pictures=8, steps=4,
-                               device="cpu")
+def training(tmp_path):
+    """A function of options that trains two convolutions for four steps and returns what is seen of it."""
+    def training(**options):
+        args = SimpleNamespace(stage="vae", lr=0.1, batch=2, decay=0.0, seed=0, pictures=8, steps=4, device="cpu",
+                               out=tmp_path, start=None, source=pretrain.TOY)
         vars(args).update(options)
         model = filled(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 3, 3)))
+        seen = SimpleNamespace(model=model, randomness=[], weights=[], written=0)
 
         def loss_of(chosen, rng, generator):
+            seen.randomness.append((*chosen.tolist(), rng.random(), generator.initial_seed()))
+            seen.weights.append([p.detach().clone() for p in model.parameters()])
             return model(torch.randn(2, 3, 8, 8, generator=generator)).square().mean()
 
-        return training.Training(args, model), loss_of
-    return begin
+        def written():
+            seen.written += 1
+        pretrain.train(args, model, f"vae/{pretrain.WEIGHTS}", loss_of, written)
+        seen.weights.append(list(model.parameters()))
+        return seen
+    return training
 
 
-@pytest.mark.parametrize("name, optimizers", [("vae", ["AdamW", "Muon"]), ("control", ["AdamW", "AdamW"])])
-def test_a_resumed_stage_takes_the_same_steps(begin, name, optimizers):
-    first, loss_of = begin(name)
-    start = {key: p.detach().clone() for key, p in first.parameters.items()}
-    first.step(loss_of)
-    first.save()
-    resumed, its_loss_of = begin(name)
-    whole, part = first.train(loss_of), resumed.train(its_loss_of)
-    assert first.steps == resumed.steps == 4
-    for key, p in first.parameters.items():
-        assert torch.equal(p, resumed.parameters[key]) and not torch.equal(p, start[key])
-        assert torch.equal(whole[key], part[key])
-    assert sorted(type(optimizer).__name__ for optimizer in resumed.optimizers) == optimizers
+def test_each_step_has_its_own_randomness(training):
+    first, again, other = training(), training(), training(seed=1)
+    assert len({*first.randomness, *other.randomness}) == 8 and first.randomness == again.randomness
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters()))
 
 
-@pytest.mark.parametrize("option", [dict(seed=1), dict(pictures=9), dict(steps=5), dict(lr=0.1)])
-def test_another_trainings_checkpoint_is_refused(begin, option):
-    first, loss_of = begin()
-    first.step(loss_of)
-    first.save()
-    assert begin(threads=2)[0].steps == 1               # how the work is shared may change
-    with pytest.raises(InputError, match=rf"other options \({next(iter(option))}\)"):
-        begin(**option)
+def test_the_weights_are_written_twenty_times_and_at_the_end(training, tmp_path):
+    seen = training(steps=47)
+    assert seen.written in range(20, 25)
+    found = load_file(tmp_path / "vae" / pretrain.WEIGHTS)
+    assert all(torch.equal(found[name], p.half()) for name, p in seen.model.state_dict().items())
 
 
-def test_each_step_and_part_has_its_own_randomness(begin):
-    def randomness(seed):
-        seen = []
-
-        def noted(chosen, rng, generator):
-            seen.append((*chosen.tolist(), rng.random(), generator.initial_seed()))
-            return loss_of(chosen, rng, generator)
-
-        one, loss_of = begin(threads=2, seed=seed)
-        one.step(noted)
-        one.step(noted)
-        return set(seen)
-
-    assert len(randomness(0) | randomness(1)) == 8 and randomness(0) == randomness(0)
+def test_the_learning_rate_rises_and_falls_to_zero(training):
+    assert pretrain.rate(0.01) == pytest.approx(1 / 3, rel=1e-3) and pretrain.rate(0.03) > 0.99
+    assert pretrain.rate(0.5) == pytest.approx(0.5) and 0 < pretrain.rate(0.99) < 1e-3
+    before, *weights = training(steps=2).weights           # AdamW's first step moves every weight by the learning rate
+    moved = torch.cat([(b - a).abs().flatten() for a, b in zip(before, weights[0])])
+    assert moved.median() == pytest.approx(0.1 * pretrain.rate(1 / 3), rel=1e-3)
 
 
-def test_the_learning_rate_rises_and_falls_to_zero(begin):
-    first, loss_of = begin(steps=99, lr=1.0)
-    rates = []
-    for _ in range(99):
-        first.step(loss_of)
-        rates.append(first.optimizers[0].param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(1 / 3, rel=1e-3) and rates[2] == max(rates) > 0.99
-    assert rates[49] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
+def test_only_matrices_decay(training):
+    seen = training(steps=1, lr=0.1, decay=5.0), training(steps=1, lr=0.1)
+    for p, q in zip(*(one.model.parameters() for one in seen)):
+        assert torch.equal(p, q) == (p.ndim < 2)
 
 
 def test_the_latents_belong_to_the_scenes(folder):
     """Captions and noisy latents that are handed out together are of one picture."""
     args = SimpleNamespace(out=folder, device="cpu")
-    imagined = pretrain.imagine("a seed", 3)
+    sd, imagined = tinytav.load(folder), pretrain.imagine("a seed", 3)
     mean, std = pretrain.encode_all(pretrain.finished(args, "vae"), pretrain.draw_many(imagined), "cpu")
     assert mean.shape == std.shape == (3, 4, 16, 16) and (std > 0).all()
     chosen, encoder = torch.tensor([2, 0]), pretrain.finished(args, "text_encoder")
@@ -286,7 +228,7 @@ def test_the_latents_belong_to_the_scenes(folder):
         chosen, Random(5), torch.Generator().manual_seed(1))
     draw = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(1))
     x0 = mean[chosen] + std[chosen] * draw
-    assert torch.equal(noisy, Schedule.from_json(pretrain.SCHEDULER_JSON).add_noise(x0, noise, t))
+    assert torch.equal(noisy, sd.schedule.add_noise(x0, noise, t))
     rng = Random(5)
     captions = []
     for i in chosen:

@@ -59,8 +59,8 @@ def test_knees_have_their_legs_colour_and_the_near_leg_is_in_front(activity):
     picture, pose = skeleton.skeleton(activity, VIEW, 128), draw.pose(activity, VIEW.phase)
     brush = draw.standing(draw.Brush(None, 2, 0, (0, 0, 0)), activity, VIEW)
     colours = []
-    for x, y in pose.feet:
-        column, row = brush.pixel(*draw.joint(pose.hip, (x, y - 1), pose.knee))
+    for _, knee, _ in (pose.leg(0), pose.leg(1)):
+        column, row = brush.pixel(*knee)
         colours.append(tuple(picture[int(row), int(column)]))
     far, near = skeleton.LEGS
     assert colours[1] == near

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from tinytav.toy import shapes
 from tinytav.toy.shapes import Colour, Shapes
-from tinytav.toy.world import Motion, Scene, View, views
+from tinytav.toy.world import Scene, View
 
 Point = tuple[float, float]
 
@@ -155,10 +155,7 @@ def standing(b: Brush, activity: str, view: View) -> Brush:
 # ---- Scenery -------------------------------------------------------------------------------------
 
 def lit(scene: Scene, strength: float) -> Callable[[Colour], Colour]:
-    """How time of day and style change a colour. A sketch is washed out on its paper.
-
-    strength: of the light; 0 for what shines itself.
-    """
+    """How light of this strength (0: none) and the style change a colour. A sketch is washed out on its paper."""
     glow, share = shapes.LIGHT[scene.time]
     paper = 0.42 if scene.style == "sketch" else 0
     return lambda colour: mix(mix(colour, glow, strength * share), shapes.PAPER, paper)
@@ -198,9 +195,8 @@ def scenery(b: Brush, scene: Scene, view: View) -> None:
         wave(b, view)
     if activity == "running":
         track(b, view)
-    for x in passing(view.camera):
-        between = x - SPACING / 2
-        b.at(between, ground(activity, between) + 8).draw(shapes.BESIDE[activity])
+    for x in passing(view.camera + 0.5):        # between the props
+        b.at(x, ground(activity, x) + 8).draw(shapes.BESIDE[activity])
 
 
 def wave(b: Brush, view: View) -> None:
@@ -261,8 +257,6 @@ def arm(b: Brush, activity: str, joints: tuple[Point, Point, Point], skin: Colou
         b.dot(shapes.STEEL, x - 8.5, -1, 2, 1)
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
-
 def render(scene: Scene, view: View, size: int = SIZE) -> np.ndarray:
     """The picture of a scene from a view: (size, size, 3) uint8."""
     image = Image.new("RGB", (size * OVERSAMPLING, size * OVERSAMPLING))
@@ -281,8 +275,3 @@ def render(scene: Scene, view: View, size: int = SIZE) -> np.ndarray:
         grey = picture.mean(axis=2, keepdims=True)
         picture = grey + 1.35 * (picture - grey)
     return picture.clip(0, 255).astype(np.uint8)
-
-
-def clip(scene: Scene, motion: Motion, frames: int, size: int = SIZE) -> np.ndarray:
-    """A moving picture of a scene: (frames, size, size, 3) uint8."""
-    return np.stack([render(scene, view, size) for view in views(motion, frames)])

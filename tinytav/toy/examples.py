@@ -64,7 +64,9 @@ def main():
     if args.edits:
         write_edits(Run.open(args.edits), args.out / "edits.gif")
         return
-    clips = {name: (world.caption(scene), draw.clip(scene, MOTION, COUNT)) for name, scene in CLIPS.items()}
+    clips = {}
+    for name, scene in CLIPS.items():
+        clips[name] = world.caption(scene), np.stack([draw.render(scene, view) for view in world.views(MOTION, COUNT)])
     for name in HINTS:
         clips[f"controlnet/{name}"] = f"stick figures, {name}", skeleton.clip(name, OTHER_MOTION, COUNT, draw.SIZE)
     (args.out / "controlnet").mkdir(parents=True, exist_ok=True)

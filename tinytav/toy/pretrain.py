@@ -44,7 +44,7 @@ RECIPES = dict(clip=(1e-3, 256, 0.1), vae=(2e-3, 16, 0.0), unet=(8e-4, 48, 0.01)
 FIGURE = 8          # how much more the ControlNet's loss counts at the stick figure
 
 
-# ---- Files ---------------------------------------------------------------------------------------
+# ---- Files and pictures --------------------------------------------------------------------------
 
 def new(args, Model, Config, part, **settings):
     """An untrained model, by a part's config.json."""
@@ -71,8 +71,6 @@ def finished(args, name):
     Model, Config = MODELS[name]
     return build(Model, *read_component(args.out / name, Config)).to(args.device)
 
-
-# ---- Pictures ------------------------------------------------------------------------------------
 
 def imagine(seed, count):
     """`count` random scenes, each with a random view of it; the same for the same seed."""
@@ -307,13 +305,10 @@ def train_control(args):
     train(args, model, f"controlnet/{WEIGHTS}", loss_of)
 
 
-STAGES = dict(clip=train_clip, vae=train_vae, unet=train_unet, control=train_control)
-
-
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     count, better = cli.number(int, 1), "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("stage", choices=STAGES, help="unet needs clip and vae in --out, and control needs unet too")
+    p.add_argument("stage", choices=RECIPES, help="unet needs clip and vae in --out, and control needs unet too")
     p.add_argument("--steps", type=count, required=True, help="how many updates to make")
     p.add_argument("--out", type=Path, required=True, help="the folder that all stages write to")
     p.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
@@ -333,8 +328,9 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
+    stage = dict(clip=train_clip, vae=train_vae, unet=train_unet, control=train_control)[args.stage]
     torch.manual_seed(args.seed)
     # At these sizes a CPU trains a U-Net a third faster with attention as plain matrix products in bfloat16.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     with sdpa_kernel(SDPBackend.MATH):
-        STAGES[args.stage](args)
+        stage(args)

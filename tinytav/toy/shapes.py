@@ -191,11 +191,8 @@ BOARDS = {
                         for shape in (("disc", DARK, x, -2.4, 3.2), ("dot", WHITE, x, -2.4, 1.3)))),
 }
 # What stands beside the way because of the activity, on y = 0.
-BESIDE = {
-    "skiing": (("line", ROSE, 1.6, (-5, 0), (-5, -14)), ("line", ROSE, 1.6, (5, 0), (5, -14)),
-               ("polygon", ROSE, (-5, -14), (5, -14), (5, -8), (-5, -8))),
-    "surfing": (),
-    "running": (),
-    "skateboarding": (("polygon", PLANK, (-13, 0), (-6, -1.4), (0, -4.4), (4, -8.6), (6, -14), (10, -14), (10, 0)),
-                      ("line", STEEL, 1.6, (6, -14), (10, -14))),
-}
+GATE = (("line", ROSE, 1.6, (-5, 0), (-5, -14)), ("line", ROSE, 1.6, (5, 0), (5, -14)),
+        ("polygon", ROSE, (-5, -14), (5, -14), (5, -8), (-5, -8)))
+RAMP = (("polygon", PLANK, (-13, 0), (-6, -1.4), (0, -4.4), (4, -8.6), (6, -14), (10, -14), (10, 0)),
+        ("line", STEEL, 1.6, (6, -14), (10, -14)))
+BESIDE = {"skiing": GATE, "surfing": (), "running": (), "skateboarding": RAMP}
