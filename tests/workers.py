@@ -43,6 +43,7 @@ def pytest_runtestloop(session):
 def work(session, parent):
     """Runs the tests of the files that the parent names, until it names none."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # so that the parent's stop tears fixtures down
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     session.config.pluginmanager.register(Teller(session.config, parent))
     items = {item.nodeid: item for item in session.items}
     while names := ask(parent):

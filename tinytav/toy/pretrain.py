@@ -12,8 +12,8 @@ of the --from folder. `--from my-toy` goes on with what a stage wrote, also if i
 import argparse
 import json
 import math
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import Pool
 from pathlib import Path
 from random import Random
 
@@ -85,8 +85,8 @@ def render(imagined):
 def draw_many(imagined):
     """The pictures of scenes and views, (count, SIZE, SIZE, 3) uint8, drawn by all cores."""
     picture = np.dtype((np.uint8, (draw.SIZE, draw.SIZE, 3)))
-    with Pool() as pool:
-        return torch.from_numpy(np.fromiter(pool.imap(render, imagined, chunksize=64), picture, len(imagined)))
+    with ProcessPoolExecutor() as pool:
+        return torch.from_numpy(np.fromiter(pool.map(render, imagined, chunksize=64), picture, len(imagined)))
 
 
 def noise_like(x, generator):
