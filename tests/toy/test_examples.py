@@ -1,4 +1,6 @@
-"""The moving picture of a run: source and edits in step, each below its prompt, new words in red."""
+"""The example clips, and the moving picture of a run: source and edits in step, each below its prompt."""
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,18 @@ from PIL import Image
 from tinytav.files import frames, records
 from tinytav.toy import examples
 from tinytav.toy.examples import COLUMN, LABEL, ROW, SIDE
+
+TOY = Path(__file__).parents[2] / "weights/toy"
+
+
+def test_the_world_is_drawn_as_in_the_clips_that_were_published(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["examples", "--out", str(tmp_path)])
+    examples.main()
+    assert f'{tmp_path / "skiing"}.mp4: a man wearing red clothes' in capsys.readouterr().out
+    names = [*examples.CLIPS, *(f"controlnet/{name}" for name in examples.HINTS)]
+    for name in names:
+        new, old = (frames.read(folder / f"{name}.mp4", 128, 128, 8).x for folder in (tmp_path, TOY))
+        assert (new - old).abs().amax() < 0.2, name         # encoders differ
 
 
 def test_words_that_the_source_does_not_have_are_red():

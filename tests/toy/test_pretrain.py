@@ -171,8 +171,8 @@ def test_options_that_do_not_fit_are_refused(capsys, options, message):
 def training(tmp_path):
     """A function of options that trains two convolutions for four steps and returns what is seen of it."""
     def training(**options):
-        args = SimpleNamespace(stage="vae", lr=0.1, batch=2, decay=0.0, seed=0, pictures=8, steps=4, device="cpu",
-                               out=tmp_path, start=None, source=pretrain.TOY)
+        args = SimpleNamespace(stage="vae", lr=0.1, batch=2, decay=0.0, optimizer="AdamW", seed=0, pictures=8, steps=4,
+                               device="cpu", out=tmp_path, start=None, source=pretrain.TOY)
         vars(args).update(options)
         model = filled(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 3, 3)))
         seen = SimpleNamespace(model=model, randomness=[], weights=[], written=0)
@@ -190,15 +190,23 @@ def training(tmp_path):
     return training
 
 
+def test_an_older_torch_has_no_muon(monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(SystemExit):
+        pretrain.arguments(["unet", "--steps", "1", "--out", "x"])
+    assert "the stage unet needs torch 2.9 or later" in capsys.readouterr().err
+    assert pretrain.arguments(["clip", "--steps", "1", "--out", "x"]).stage == "clip"       # needs no Muon
+
+
 def test_each_step_has_its_own_randomness(training):
     first, again, other = training(), training(), training(seed=1)
     assert len({*first.randomness, *other.randomness}) == 8 and first.randomness == again.randomness
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters()))
 
 
-def test_the_weights_are_written_twenty_times_and_at_the_end(training, tmp_path):
-    seen = training(steps=47)
-    assert seen.written in range(20, 25)
+def test_the_weights_are_written_every_twentieth_of_the_steps_and_at_the_end(training, tmp_path):
+    seen = training(steps=48)
+    assert seen.written == 24
     found = load_file(tmp_path / "vae" / pretrain.WEIGHTS)
     assert all(torch.equal(found[name], p.half()) for name, p in seen.model.state_dict().items())
 
@@ -211,10 +219,23 @@ def test_the_learning_rate_rises_and_falls_to_zero(training):
     assert moved.median() == pytest.approx(0.1 * pretrain.rate(1 / 3), rel=1e-3)
 
 
-def test_only_matrices_decay(training):
-    seen = training(steps=1, lr=0.1, decay=5.0), training(steps=1, lr=0.1)
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_only_matrices_decay(training, optimizer):
+    seen = training(steps=1, optimizer=optimizer, decay=5.0), training(steps=1, optimizer=optimizer)
     for p, q in zip(*(one.model.parameters() for one in seen)):
         assert torch.equal(p, q) == (p.ndim < 2)
+
+
+def test_muon_moves_a_kernel_in_all_directions_alike(training):
+    """Its step is nearly orthogonal, seen as a matrix (out, in*h*w). AdamW's first step is the same for each weight."""
+    steps = {}
+    for optimizer in ("Muon", "AdamW"):
+        before, after = training(steps=1, optimizer=optimizer).weights
+        steps[optimizer] = (after[0] - before[0]).detach().flatten(1)
+    values = torch.linalg.svdvals(steps["Muon"])
+    assert values.max() < 2 * values.min()
+    sizes = {name: step.abs() for name, step in steps.items()}
+    assert sizes["AdamW"].std() < 0.01 * sizes["AdamW"].mean() and sizes["Muon"].std() > 0.1 * sizes["Muon"].mean()
 
 
 def test_the_latents_belong_to_the_scenes(folder):

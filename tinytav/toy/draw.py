@@ -195,8 +195,9 @@ def scenery(b: Brush, scene: Scene, view: View) -> None:
         wave(b, view)
     if activity == "running":
         track(b, view)
-    for x in passing(view.camera + 0.5):        # between the props
-        b.at(x, ground(activity, x) + 8).draw(shapes.BESIDE[activity])
+    for x in passing(view.camera):
+        between = x - SPACING / 2
+        b.at(between, ground(activity, between) + 8).draw(shapes.BESIDE[activity])
 
 
 def wave(b: Brush, view: View) -> None:
