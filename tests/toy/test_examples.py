@@ -22,7 +22,7 @@ def test_the_world_is_drawn_as_in_the_clips_that_were_published(tmp_path, monkey
     names = [*examples.CLIPS, *(f"controlnet/{name}" for name in examples.HINTS)]
     for name in names:
         new, old = (frames.read(folder / f"{name}.mp4", 128, 128, 8).x for folder in (tmp_path, TOY))
-        assert (new - old).abs().amax() < 0.2, name         # encoders differ
+        assert (new - old).abs().amax() < 0.6, name         # encoders differ
 
 
 def test_words_that_the_source_does_not_have_are_red():
