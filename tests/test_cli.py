@@ -26,8 +26,8 @@ def test_a_number_is_finite(text):
 
 
 @pytest.mark.parametrize("text, shown", [
-    ("a \x1b[31mred\x1b[0m dog", r"a \x1b[31mred\x1b[0m dog"), ("a\rb", r"a\rb"), ("naïve 日本\n\tx", "naïve 日本\n\tx"),
-    ("\u202egnp.exe", r"\u202egnp.exe"), ("\x9b2J", r"\x9b2J")])
+    ("a \x1b[31mred\x1b[0m dog", r"a \x1b[31mred\x1b[0m dog"), ("a\rb", r"a\rb"),
+    ("naïve 日本\n\tx", "naïve 日本\n\tx"), ("\u202egnp.exe", r"\u202egnp.exe"), ("\x9b2J", r"\x9b2J")])
 def test_control_characters_are_shown_and_do_nothing(text, shown):
     assert cli.plain(text) == shown
 

@@ -59,8 +59,8 @@ def test_a_clip_is_encoded_once_with_its_caption(sd, place, tmp_path):
 
 
 @pytest.mark.parametrize("setting, value", [
-    ("size", 16), ("frames", 2), ("start", 1), ("stride", 2), ("steps", 9), ("lr", 0.), ("ddim_steps", 4), ("guidance", 0.),
-    ("attention", "full"), ("norm", "frame"), ("seed", 7), ("preview", "a dog")])
+    ("size", 16), ("frames", 2), ("start", 1), ("stride", 2), ("steps", 9), ("lr", 0.), ("ddim_steps", 4),
+    ("guidance", 0.), ("attention", "full"), ("norm", "frame"), ("seed", 7), ("preview", "a dog")])
 def test_every_setting_is_recorded_and_nothing_is_a_number_too(sd, place, tmp_path, setting, value):
     settings = begin(sd, place, tmp_path, **{setting: value}).run.settings
     usual = begin(sd, place, tmp_path).run.settings
@@ -253,7 +253,8 @@ def test_the_untuned_net_draws_squares_from_the_weights_alone(sd, tmp_path):
     edit = session.edit("a panda", out=tmp_path)
     assert edit.frames.shape == (1, 3, 16, 16) and edit.file == tmp_path / "a-panda.png"
     command = json.loads((tmp_path / "a-panda.sample.json").read_text())["command"]
-    for words in ("--weights", "--attention full", "--frames 1", "--size 16", "--seed 33", "--noise random", "--steps 3"):
+    for words in ("--weights", "--attention full", "--frames 1", "--size 16", "--seed 33", "--noise random",
+                  "--steps 3"):
         assert words in command
     with pytest.raises(InputError, match="size 1 "):
         editing.untuned(sd, size=1)

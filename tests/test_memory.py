@@ -120,10 +120,11 @@ def test_without_climbing_the_first_error_is_the_end(recwarn):
 
 
 @pytest.mark.parametrize("error, gone", [
-    (GONE, True), (MemoryError(), True), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+    (GONE, True), (MemoryError(), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), True),
-    (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True), (RuntimeError("mat1 and mat2 do not fit"), False),
-    (ValueError("not enough memory"), False)])
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+    (RuntimeError("mat1 and mat2 do not fit"), False), (ValueError("not enough memory"), False)])
 def test_which_errors_say_that_memory_ran_out(error, gone):
     assert memory.is_out_of_memory(error) is gone
 

@@ -55,7 +55,8 @@ def test_sampling_several_prompts_writes_a_clip_a_gif_and_a_strip_each(place):
     call(place, "sample.py", "--prompt", "a panda is skiing", "../../etc/x", "", "--out", "out")
     stems = ("a-panda-is-skiing", "etc-x", "empty")
     ends = (".mp4", ".gif", ".png", ".sample.json")
-    assert {p.name for p in (place / "out").iterdir()} == {f"{stem}{end}" for stem in stems for end in ends} | {"index.html"}
+    expected = {f"{stem}{end}" for stem in stems for end in ends} | {"index.html"}
+    assert {p.name for p in (place / "out").iterdir()} == expected
     assert frames.title(place / "out/etc-x.mp4") == "../../etc/x" and frames.title(place / "out/empty.mp4") == ""
     call(place, "sample.py", "--prompt", "a panda is skiing", "--out", "out")
     assert (place / "out/a-panda-is-skiing-2.mp4").exists()                 # nothing is overwritten
@@ -81,7 +82,8 @@ def test_the_page_is_kept_up_to_date_and_named_last(place, tmp_path):
     command = re.search(r"<pre>(python train.py clip.mp4 .*?)</pre>", page.read_text())[1]
     python, script, *words = shlex.split(html.unescape(command))
     call(tmp_path, script, *words)
-    assert (tmp_path / "runs/clip-2/tuned.safetensors").read_bytes() == (tmp_path / "runs/clip/tuned.safetensors").read_bytes()
+    first, second = (tmp_path / f"runs/{run}/tuned.safetensors" for run in ("clip", "clip-2"))
+    assert second.read_bytes() == first.read_bytes()
 
 
 def record_of(folder, name):
@@ -89,8 +91,8 @@ def record_of(folder, name):
 
 
 def test_each_option_of_train_decides_what_it_names(place):
-    flags = dict(size=16, frames=2, start=1, stride=2, steps=5, lr=0., attention="full", norm="frame", seed=7, preview="a dog",
-                 precision="bf16")
+    flags = dict(size=16, frames=2, start=1, stride=2, steps=5, lr=0., attention="full", norm="frame", seed=7,
+                 preview="a dog", precision="bf16")
     call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--out", "told",
          *(word for name, value in flags.items() for word in (f"--{name}", value)))
     settings = Run.open(place / "told/clip").settings
@@ -105,17 +107,20 @@ def test_each_option_of_train_decides_what_it_names(place):
 def test_each_option_of_sample_decides_what_it_names(place):
     run = ["sample.py", "--run", "runs/clip", "--prompt", "a dog", "--out", "options"]
     call(place, *run)
-    usual = dict(ddim_steps=3, guidance=2., noise="inverted", attention="sparse-causal", frames=3, size=32, precision="fp32")
+    usual = dict(ddim_steps=3, guidance=2., noise="inverted", attention="sparse-causal", frames=3, size=32,
+                 precision="fp32")
     assert record_of(place / "options", "a-dog").items() >= usual.items()
     first = np.asarray(Image.open(place / "options/a-dog.png"))
-    changes = [("--steps", 2, dict(ddim_steps=2)), ("--guidance", 0, dict(guidance=0.)), ("--attention", "full", dict(attention="full")),
-               ("--negative", "a man", dict(negative="a man")), ("--precision", "bf16", dict(precision="bf16"))]
+    changes = [("--steps", 2, dict(ddim_steps=2)), ("--guidance", 0, dict(guidance=0.)),
+               ("--attention", "full", dict(attention="full")), ("--negative", "a man", dict(negative="a man")),
+               ("--precision", "bf16", dict(precision="bf16"))]
     for number, (flag, value, expected) in enumerate(changes, 2):
         call(place, *run, flag, value)
         assert record_of(place / "options", f"a-dog-{number}").items() >= (usual | expected).items()
         assert not np.array_equal(np.asarray(Image.open(place / f"options/a-dog-{number}.png")), first), flag
     call(place, *run, "--noise", "random", "--seed", 5, "--frames", 2, "--size", 16)
-    assert record_of(place / "options", "a-dog-random").items() >= dict(noise="random", seed=5, frames=2, size=16).items()
+    told = record_of(place / "options", "a-dog-random")
+    assert told.items() >= dict(noise="random", seed=5, frames=2, size=16).items()
 
 
 def test_guidance_zero_samples_without_the_prompt(place):
@@ -132,7 +137,8 @@ def test_the_command_of_an_untuned_sample_makes_it_again_whatever_the_defaults_a
     again = json.loads((place / "untuned/a-dog-2.sample.json").read_text())
     assert again["settings"] == told["settings"] and told["settings"]["attention"] == "full"
     assert (place / "untuned/a-dog.mp4").read_bytes() == (place / "untuned/a-dog-2.mp4").read_bytes()
-    call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "untuned", *flags, "--attention", "spatial")
+    flags = [*flags, "--attention", "spatial"]
+    call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "untuned", *flags)
     assert (place / "untuned/a-dog.gif").read_bytes() != (place / "untuned/a-dog-3.gif").read_bytes()
 
 
@@ -147,7 +153,8 @@ def test_the_last_preview_is_the_edit_that_sampling_makes(place):
 
 def test_names_with_spaces_and_escape_sequences_are_quoted_and_shown_harmless(place):
     shutil.copy(place / "clip.mp4", place / "c\x1b[31m d.mp4")
-    done = call(place, "train.py", "c\x1b[31m d.mp4", "a \x1b]0;x\x07man", "--weights", "w", "--out", "my runs", "--steps", 1)
+    done = call(place, "train.py", "c\x1b[31m d.mp4", "a \x1b]0;x\x07man", "--weights", "w", "--out", "my runs",
+                "--steps", 1)
     assert "\x1b" not in done.out + done.err.replace("\x1b[A", "") and "python sample.py --run 'my runs/" in done.out
     done = call(place, "sample.py", "--run", "my runs/c-31m-d", "--prompt", "a \x1b[2Jdog")
     assert "\x1b" not in done.out + done.err.replace("\x1b[A", "")
@@ -206,7 +213,8 @@ def test_edit_friendly_noise_comes_from_the_clip_its_caption_and_the_seed(place)
     session = editing.open_run(sd, run)
     x = editing.sample_clip(sd, session.net, session.make_noise("edit-friendly"), "a dog", run.settings.guidance)
     frames.write_strip(place / "plain/expected.png", x[frames.strip_columns(len(x))])
-    strip, expected = (np.asarray(Image.open(place / f"plain/{name}.png"), int) for name in ("a-dog-edit-friendly", "expected"))
+    strip, expected = (np.asarray(Image.open(place / f"plain/{name}.png"), int)
+                       for name in ("a-dog-edit-friendly", "expected"))
     assert abs(strip[-len(expected):] - expected).max() <= 1            # this process may have other threads
 
 
@@ -263,8 +271,9 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bits(place, long, number):
 def test_ctrl_c_stops_the_inversion_after_tuning_too(place):
     shutil.copytree(place / "w", place / "long")
     tiny.save_json(place / "long/defaults.json", tiny.DEFAULTS | {"ddim_steps": 300})
-    process = subprocess.Popen(command("train.py", "clip.mp4", "a man", "--weights", "long", "--out", "late"), cwd=place,
-                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    train = command("train.py", "clip.mp4", "a man", "--weights", "long", "--out", "late")
+    process = subprocess.Popen(train, cwd=place, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not (place / "late/clip/tuned.safetensors").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
@@ -274,11 +283,11 @@ def test_ctrl_c_stops_the_inversion_after_tuning_too(place):
 
 
 def test_a_preview_comes_after_its_step_is_saved_and_ctrl_c_ends_it(place):
-    """300 DDIM steps make the preview long. The signal comes while it runs: it ends at once, and no step is lost."""
+    """900 DDIM steps make the preview long. The signal comes while it runs: it ends at once, and no step is lost."""
     shutil.copytree(place / "w", place / "slow")
     tiny.save_json(place / "slow/defaults.json", tiny.DEFAULTS | {"ddim_steps": 900, "steps": 8})
-    process = subprocess.Popen(command("train.py", "clip.mp4", "a man", "--weights", "slow", "--out", "seen", "--preview", "x"),
-                               cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    train = command("train.py", "clip.mp4", "a man", "--weights", "slow", "--out", "seen", "--preview", "x")
+    process = subprocess.Popen(train, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     state = place / "seen/clip/state.safetensors"
 
@@ -300,7 +309,8 @@ def test_a_preview_comes_after_its_step_is_saved_and_ctrl_c_ends_it(place):
     ("train.py", ["clip.mp4"], "a caption|caption are needed"), ("train.py", ["w", "a man"], "0 frames"),
     ("train.py", ["clip.mp4", "a man", "--frames", "7"], "there are only 6, not 7"),
     ("train.py", ["clip.mp4", "a man", "--size", "-8"], "not from 8"),
-    ("train.py", ["clip.mp4", "a man", "--lr", "nan"], "not from 0"), ("train.py", ["clip.mp4", "a", "--lr", "inf"], "not from 0"),
+    ("train.py", ["clip.mp4", "a man", "--lr", "nan"], "not from 0"),
+    ("train.py", ["clip.mp4", "a man", "--lr", "inf"], "not from 0"),
     ("train.py", ["clip.mp4", "a man", "--tokenizer", "no/such"], "No vocab.json in no/such"),
     ("train.py", ["clip.mp4", "a man", "--device", "toaster"], "toaster cannot be used"),
     ("train.py", ["--resume", "w"], "w is not a run"), ("train.py", ["--resume", "runs/clip"], "is finished"),
@@ -325,8 +335,9 @@ def test_weights_that_are_absent_or_other_than_the_runs_are_refused(place):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_in_half_precision_tuned_tensors_stay_float32(place, precision):
-    """What half precision does to an edit is compared on the toy, in claims/test_edit.py."""
-    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--precision", precision, "--out", precision)
+    """What half precision does to an edit is compared on the toy, in claims/test_studio.py."""
+    flags = ["--precision", precision, "--out", precision]
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", *flags)
     assert all(z.dtype is torch.float32 for z in load_file(place / precision / "clip/tuned.safetensors").values())
     assert json.loads((place / precision / "clip/run.json").read_text())["precision"] == precision
     call(place, "sample.py", "--run", f"{precision}/clip", "--prompt", "x", "--precision", precision)
@@ -344,8 +355,9 @@ def test_a_run_is_not_overwritten_by_a_second_one_nor_its_files_by_a_prompt(plac
     source = (place / "runs/clip/source.mp4").read_bytes()
     call(place, "sample.py", "--prompt", "source", "--run", "runs/clip")
     assert (place / "runs/clip/source.mp4").read_bytes() == source and (place / "runs/clip/source-2.mp4").exists()
-    call(place, "train.py", "clip.mp4", "a dog", "--weights", "w", "--out", "two", "--attention", "full", "--norm", "frame")
-    call(place, "train.py", "clip.mp4", "a cat", "--weights", "w", "--out", "two", "--attention", "causal")
+    two = ["--weights", "w", "--out", "two"]
+    call(place, "train.py", "clip.mp4", "a dog", *two, "--attention", "full", "--norm", "frame")
+    call(place, "train.py", "clip.mp4", "a cat", *two, "--attention", "causal")
     assert json.loads((place / "two/clip-2/run.json").read_text())["prompt"] == "a cat"
     done = call(place, "sample.py", "--run", "two/clip-2", "--prompt", "a dog", "--attention", "full")
     assert "inverting" in done.err
@@ -360,7 +372,8 @@ def edited(place, name, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(frames=4), "does not hold the 4 frames"), (dict(fps="abc"), "fps = 'abc' is not a number"), (dict(fps="0"), "fps = '0'"),
+    (dict(frames=4), "does not hold the 4 frames"),
+    (dict(fps="abc"), "fps = 'abc' is not a number"), (dict(fps="0"), "fps = '0'"),
     (dict(precision="fp8"), "precision = 'fp8' is none of"), (dict(finished="yes"), "finished = 'yes' is not a number"),
     (dict(seed=None), "seed = None is not an integer"), (dict(seed=2 ** 40), "seed = 1099511627776 must be from 0"),
     (dict(frames=-3), "frames = -3 must be above 0"), (dict(attention="sideways"), "sideways")])
@@ -407,5 +420,6 @@ def test_weights_of_a_small_world_warn_once_of_what_they_cannot_draw(place):
 
 def test_help_fits_one_screen():
     for script in ("train.py", "sample.py"):
-        done = subprocess.run(command(script, "--help"), capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+        done = subprocess.run(command(script, "--help"), capture_output=True, text=True,
+                              env=os.environ | {"COLUMNS": "100"})
         assert 20 < len(done.stdout.splitlines()) <= 58

@@ -13,7 +13,8 @@ GONE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 def run_train(place, monkeypatch, *options):
     """train.py in this process -> its net and exit status."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr("sys.argv", ["train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--steps", "1", *options])
+    argv = ["train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--steps", "1", *options]
+    monkeypatch.setattr("sys.argv", argv)
     nets = []
     plain = tuning.Tuner.step
 
@@ -72,7 +73,8 @@ def raise_(error):
 # ---- Precision -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("able, dtype", [
-    (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=True), torch.bfloat16), (dict(avx512=True), torch.float32)])
+    (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=True), torch.bfloat16),
+    (dict(avx512=True), torch.float32)])
 def test_a_cpu_that_has_bf16_uses_it_unless_told_otherwise(monkeypatch, able, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     cpu = torch.device("cpu")

@@ -86,7 +86,7 @@ def test_an_overflow_in_fp16_halves_the_scale_and_makes_the_same_step(monkeypatc
         tuner = make_tuner(lr=1e-3, dtype=torch.float16)
         for stop in stops:
             for p in tuner.parameters.values():
-                p.register_hook(lambda gradient, tuner=tuner: gradient * float("inf") if tuner.scale > 1000 else gradient)
+                p.register_hook(lambda gradient, tuner=tuner: gradient * (float("inf") if tuner.scale > 1000 else 1))
             while len(tuner.losses) < stop:
                 tuner.step()
             state = {name: tensor.clone() for name, tensor in tuner.state_dict().items()}

@@ -1,5 +1,6 @@
 """What the commands share: flags, device and precision, errors as sentences."""
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -211,6 +212,7 @@ def run(main):
 
 
 def complain(text):
-    """A line for the user on stderr, if there is one."""
+    """A line for the user on stderr, if there is one and someone reads it."""
     if sys.stderr is not None:
-        print(plain(text), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(plain(text), file=sys.stderr)

@@ -87,7 +87,8 @@ def test_others_may_read_what_is_written_as_the_umask_says(tmp_path):
         run.write("tuned", dict(x=torch.zeros(2)))
     finally:
         os.umask(before)
-    assert [oct(path.stat().st_mode & 0o777) for path in (run.path, run.path / "tuned.safetensors")] == ["0o750", "0o640"]
+    modes = [path.stat().st_mode & 0o777 for path in (run.path, run.path / "tuned.safetensors")]
+    assert modes == [0o750, 0o640]
 
 
 def test_a_lock_is_given_back(tmp_path):
@@ -112,7 +113,8 @@ def test_a_prompts_file_name_fits_every_disk(text, name):
     assert runs.slug(text) == name and len(name.encode()) <= 100
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.int64), torch.zeros(2).half(), torch.tensor([float("nan")])])
+@pytest.mark.parametrize("tensor", [
+    torch.zeros(2, dtype=torch.int64), torch.zeros(2).half(), torch.tensor([float("nan")])])
 def test_tensors_of_other_kinds_are_refused(tmp_path, tensor):
     run = Run(tmp_path, Settings.from_json(SETTINGS))
     save_file({"noise": tensor}, tmp_path / "inversion.safetensors")

@@ -7,8 +7,9 @@ from pathlib import Path
 def replace(path, write):
     """Calls write(temporary file), then renames that file to `path`.
 
-    A reader finds the old file or the new one, never a part of it, also when the process is killed or the power fails. The
-    temporary file lies in a folder of its own beside `path`, so that whatever a library leaves there is found and removed.
+    A reader finds the old file or the new one, never a part of it, also when the process is killed or the power fails.
+    The temporary file lies in a folder of its own beside `path`, so that whatever a library leaves there is found and
+    removed.
     """
     path = Path(path)
     folder = path.with_name(f".{path.name}.{os.getpid()}.part")             # no two processes write into one
