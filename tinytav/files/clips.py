@@ -93,7 +93,7 @@ class Animation(Clip):
                 except Exception:
                     if i == first:
                         raise
-                    self.warn(f"{count - i} of {count} frames of {self.path} are damaged. They are left out.")
+                    self.warn(f"{self.path} is damaged: {count - i} of {count} frames cannot be decoded. The others are used.")
                     return
                 yield picture, file.info.get("duration", 0)
 
