@@ -40,7 +40,7 @@ class Video(Clip):
         if lost == announced:
             raise InputError(f"{self.path} cannot be read as a video: no frame can be decoded.")
         if self.damaged and lost > 0:
-            self.warn(f"{self.path} is damaged: {lost} of {announced} frames cannot be decoded. The others are used.")
+            self.warn_of_damage(lost, announced)
 
     def pictures(self, indices):
         end = indices[-1] + 1
