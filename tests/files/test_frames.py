@@ -39,6 +39,14 @@ def test_too_few_frames_are_an_error_that_says_how_many_there_are(total, asked, 
         frames.choose(total, fps=Fraction(12), **dict(start=0, stride=None, exact=True) | asked)
 
 
+@pytest.mark.parametrize("late, indices, fps", [(0.4, [0, 2, 4], 5), (0.6, [0, 2, 3], 5)])
+def test_a_frame_that_is_late_by_half_a_frame_makes_a_clip_uneven(late, indices, fps):
+    times = [Fraction(i, 10) for i in range(6)]
+    times[4] += Fraction(late) / 10
+    asked = dict(start=0, stride=None, exact=True, fps=Fraction(10), times=times)
+    assert frames.choose(6, 3, **asked) == (indices, fps)
+
+
 def test_a_video_is_read_in_range_at_its_rate(clip):
     source = frames.read(clip, size=16, multiple=4, frames=5)
     assert source.x.shape == (5, 3, 16, 16) and source.x.dtype is torch.float32

@@ -1,6 +1,7 @@
 """A video is read as a player shows it. Expected colours: the ffmpeg command line (5.1) and Chromium 156, by hand."""
 import warnings
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -151,6 +152,23 @@ def test_times_that_are_rounded_do_not_move_frames(tmp_path):
     assert source.indices == tuple(range(0, 24, 2)) and source.fps == 12
 
 
+@pytest.mark.parametrize("stamps, average, times, fps", [
+    ([0, 42, 83, 125], 24, [0, 0.042, 0.083, 0.125], 24), ([0, 40, 80, 120], Fraction(5, 2), [0, 0.04, 0.08, 0.12], 25),
+    ([80, 0, 40], 25, [0, 0.04, 0.08], 25), ([0, 0, 40], 10, [0, 0.1, 0.2], 10), ([None] * 3, 10, [0, 0.1, 0.2], 10),
+    ([7], 24, [0], 24), ([7], None, [0], 30)])
+def test_a_videos_clock(stamps, average, times, fps):
+    """The average is without the stamps' rounding, but it counts how long the last frame stays."""
+    stream = SimpleNamespace(average_rate=average, guessed_rate=30, time_base=Fraction(1, 1000))
+    found, rate = video.clock(stamps, stream)
+    assert [float(time) for time in found] == times and rate == fps
+
+
+def test_frames_before_the_beginning_of_a_cut_clip_do_not_count(tmp_path):
+    path = write_video(tmp_path / "x.mp4", numbered(12), stamps=range(-200, 400, 50), fps=20, options={"bf": "0"})
+    source = frames.read(path, 32, 8, 4)
+    assert source.total == 8 and source.indices == (0, 2, 4, 6) and numbers(source.x) == [4, 6, 8, 10]
+
+
 def test_one_frame_an_hour_is_read_and_written_at_that_rate(tmp_path):
     write_video(tmp_path / "x.mkv", numbered(8), fps=Fraction(1, 3600))
     source = frames.read(tmp_path / "x.mkv", 32, 8, 4)
@@ -176,9 +194,11 @@ def damaged(path, bad=(36,)):
 def test_frames_that_decode_are_used_and_the_lost_ones_counted(tmp_path):
     path = damaged(tmp_path / "x.mp4")
     pictures, texts = warned(frames.pictures, path)
-    assert len(pictures) == 61 and len(texts) == 1 and texts[0].startswith("11 of 72 frames")     # ffmpeg: 61
+    assert len(pictures) == 61 and len(texts) == 1 and "11 of 72 frames" in texts[0]     # ffmpeg: 61
     source, texts = warned(frames.read, path, 32, 8, 61)
     assert source.total == 61 and source.fps == 24 and len(texts) == 1
+    source, texts = warned(frames.read, path, 32, 8, 6)                            # frame 35 is shown until 47 comes
+    assert source.indices == (0, 12, 24, 35, 37, 49) and source.total == 61 and len(texts) == 1
     with pytest.raises(InputError, match="there are only 61, not 62"), pytest.warns(UserWarning, match="11 of 72"):
         frames.read(path, 32, 8, 62)
 
@@ -189,7 +209,7 @@ def test_damage_after_the_last_wanted_frame_is_not_met(tmp_path):
 
 
 def test_a_video_without_a_whole_frame_is_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="none of its 72 frames can be decoded"):
+    with pytest.raises(InputError, match="no frame can be decoded"):
         frames.read(damaged(tmp_path / "x.mp4", bad=range(72)), 32, 8, 2)
 
 
@@ -251,6 +271,13 @@ def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, mo
     monkeypatch.setattr("tinytav.files.clips.MOST_PIXELS", 64 * 48 - 1)
     monkeypatch.setattr(video.Video, "frames", lambda *_: pytest.fail("decoded"))
     with pytest.raises(InputError, match="has pictures of 64x48 pixels"):
+        frames.read(path, 32, 8, 1)
+
+
+def test_a_video_that_becomes_too_large_is_not_decoded(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "x.mp4", [quadrants()])
+    monkeypatch.setattr(video, "MOST_PIXELS", 64 * 48 - 1)
+    with pytest.raises(InputError, match="no frame can be decoded"):
         frames.read(path, 32, 8, 1)
 
 

@@ -40,6 +40,9 @@ class Clip:
             self.warned.add(text)
             warnings.warn(text)
 
+    def warn_of_damage(self, lost, total):
+        self.warn(f"{self.path} is damaged: {lost} of {total} frames cannot be decoded. The others are used.")
+
 
 class Folder(Clip):
     """A folder of pictures, in the natural order of their names: 2.png before 10.png. Hidden files are passed over."""
@@ -93,7 +96,7 @@ class Animation(Clip):
                 except Exception:
                     if i == first:
                         raise
-                    self.warn(f"{count - i} of {count} frames of {self.path} are damaged. They are left out.")
+                    self.warn_of_damage(count - i, count)
                     return
                 yield picture, file.info.get("duration", 0)
 

@@ -38,9 +38,9 @@ class Video(Clip):
             self.known = clock([frame.pts for frame in self.frames(container, stream)], stream)
         lost = announced - len(self.known[0])
         if lost == announced:
-            raise InputError(f"{self.path} cannot be read as a video: none of its {lost} frames can be decoded.")
+            raise InputError(f"{self.path} cannot be read as a video: no frame can be decoded.")
         if self.damaged and lost > 0:
-            self.warn(f"{lost} of {announced} frames of {self.path} are damaged. They are left out.")
+            self.warn_of_damage(lost, announced)
 
     def pictures(self, indices):
         end = indices[-1] + 1
