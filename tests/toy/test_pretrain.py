@@ -259,3 +259,10 @@ def test_the_latents_belong_to_the_scenes(folder):
     assert torch.equal(context, expected)
     silent = pretrain.captioned_noise(args, imagined, empty=1)(chosen, Random(5), torch.Generator().manual_seed(1))
     assert torch.equal(silent[2], encoder(Tokenizer.from_folder(folder / "tokenizer")(["", ""])))
+
+
+def test_many_pictures_are_drawn_by_all_cores_in_their_order(monkeypatch):
+    imagined = pretrain.imagine(3, 5)
+    alone = pretrain.draw_many(imagined)
+    monkeypatch.setattr(pretrain, "FEW", 0)
+    assert torch.equal(pretrain.draw_many(imagined), alone) and not torch.equal(alone[0], alone[1])

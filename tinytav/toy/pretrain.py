@@ -15,6 +15,7 @@ import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
@@ -45,6 +46,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPES = dict(clip=(1e-3, 256, 0.1, "AdamW"), vae=(1.5e-3, 4, 0.0, "Muon"),
                unet=(1.3e-3, 96, 0.01, "Muon"), control=(8e-4, 32, 0.01, "AdamW"))
 FIGURE = 8          # how much more the ControlNet's loss counts at the stick figure
+FEW = 1000          # pictures: to draw fewer takes less time than to start processes
 
 
 # ---- Files and pictures --------------------------------------------------------------------------
@@ -88,7 +90,9 @@ def render(imagined):
 def draw_many(imagined):
     """The pictures of scenes and views, (count, SIZE, SIZE, 3) uint8, drawn by all cores."""
     picture = np.dtype((np.uint8, (draw.SIZE, draw.SIZE, 3)))
-    with ProcessPoolExecutor() as pool:
+    if len(imagined) < FEW:
+        return torch.from_numpy(np.fromiter(map(render, imagined), picture, len(imagined)))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:      # a fork of a process with threads may hang
         return torch.from_numpy(np.fromiter(pool.map(render, imagined, chunksize=64), picture, len(imagined)))
 
 
