@@ -58,3 +58,10 @@ def test_a_bug_keeps_its_traceback():
         raise RuntimeError("mat1 and mat2 do not fit")
     with pytest.raises(RuntimeError, match="mat1"):
         cli.run(main)
+
+
+def test_what_small_weights_know_is_told_whatever_the_bytes_are(tmp_path):
+    (tmp_path / "knows.txt").write_bytes(b"a man who skis caf\xe9 " + 500 * b"word ")
+    with pytest.warns(UserWarning, match="may not know 'dragon': it draws a man who skis") as told:
+        cli.warn_about_unknown_words(tmp_path, ["a dragon"])
+    assert len(str(told[0].message)) < 700

@@ -153,12 +153,12 @@ def warn_about_unknown_words(weights, prompts, clip=None):
     file = Path(weights) / KNOWN
     if not file.is_file():
         return
-    knows = file.read_text(encoding="utf-8").strip()
+    knows = file.read_text(encoding="utf-8", errors="replace").strip()
     unknown = [repr(word) for word in sorted(words(" ".join(prompts)) - words(knows))]
     if clip and not unknown and Path(clip).resolve().parent != Path(weights).resolve():
         unknown = [str(clip)]
     if unknown:
-        warnings.warn(f"{weights} may not know {', '.join(unknown)}: it draws {knows}. For anything else use Stable "
+        warnings.warn(f"{weights} may not know {', '.join(unknown)}: it draws {knows[:400]}. For anything else use Stable "
                       "Diffusion: weights/README.md says how.")
 
 
