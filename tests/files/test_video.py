@@ -58,7 +58,8 @@ def test_high_dynamic_range_is_converted_and_said_once(tmp_path, transfer, signa
 def test_high_dynamic_range_without_a_matrix_has_that_of_bt2020(tmp_path):
     pictures = []
     for colorspace in (9, 2):
-        path = write_video(tmp_path / "hdr.mkv", [quadrants().astype(np.uint16) * 257], color_trc=16, **HDR)
+        picture = quadrants(colours=("7d4c38", "94944f", "9494c0", "202840")).astype(np.uint16) * 257
+        path = write_video(tmp_path / "hdr.mkv", [picture], color_trc=16, **HDR)
         data = path.read_bytes()
         assert data.count(b"\x55\xb1\x81\x09") == 1                               # Matroska's MatrixCoefficients
         path.write_bytes(data.replace(b"\x55\xb1\x81\x09", bytes([0x55, 0xb1, 0x81, colorspace])))
