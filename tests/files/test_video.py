@@ -55,6 +55,18 @@ def test_high_dynamic_range_is_converted_and_said_once(tmp_path, transfer, signa
     assert len(texts) == 1 and "converted to standard range" in texts[0]
 
 
+def test_high_dynamic_range_without_a_matrix_has_that_of_bt2020(tmp_path):
+    pictures = []
+    for colorspace in (9, 2):
+        picture = quadrants(colours=("7d4c38", "94944f", "9494c0", "202840")).astype(np.uint16) * 257
+        path = write_video(tmp_path / "hdr.mkv", [picture], color_trc=16, **HDR)
+        data = path.read_bytes()
+        assert data.count(b"\x55\xb1\x81\x09") == 1                               # Matroska's MatrixCoefficients
+        path.write_bytes(data.replace(b"\x55\xb1\x81\x09", bytes([0x55, 0xb1, 0x81, colorspace])))
+        pictures.append(np.asarray(warned(first, path)[0]))
+    assert (pictures[0] == pictures[1]).all()
+
+
 def test_greys_are_read_without_bias(tmp_path):
     levels = np.arange(256, dtype=np.uint8)
     with av.open(str(tmp_path / "grey.mkv"), "w") as container:

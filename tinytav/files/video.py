@@ -5,7 +5,6 @@ from itertools import islice
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Colorspace
 from PIL import Image
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from tinytav.files.clips import FOLDER_FPS, MOST_PIXELS, Clip, check_pixels, on_
 # FFmpeg's readers that may start. None of them opens other files, as those of playlists do.
 DEMUXERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,ivf,flv,ogg,asf,mxf,dv,nut,mp3,flac,wav,aac"
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}     # FFmpeg's own decoders of these leave transparency out
-UNSPECIFIED = 2                 # a colour matrix that the file does not name
+UNSPECIFIED, BT709, BT601, BT2020 = 2, 1, 6, 9          # matrices between YCbCr and RGB, by the numbers of ITU-T H.273
 
 
 class Video(Clip):
@@ -68,8 +67,11 @@ class Video(Clip):
         transfer = stream.codec_context.color_trc
         is_hdr = transfer in (colour.PQ, colour.HLG)
         has_alpha = any(component.is_alpha for component in frame.format.components)
+        if frame.colorspace == UNSPECIFIED:         # then Chromium and mpv suppose a matrix by the size
+            is_large = frame.width >= 1280 or frame.height > 576
+            frame.colorspace = BT2020 if is_hdr else BT709 if is_large else BT601
         pixels = frame.to_ndarray(format="rgb48le" if is_hdr else "rgba" if has_alpha else "rgb24",
-                                  src_colorspace=matrix(frame, is_hdr), interpolation=colour.ACCURATE)
+                                  interpolation=colour.ACCURATE)
         if is_hdr:
             self.warn(f"{self.path} has a high dynamic range. It is converted to standard range.")
             pixels = colour.to_standard(pixels / np.float32(65535), transfer)
@@ -113,15 +115,6 @@ def shown_size(frame, stream, path):
     width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
     check_pixels(width, frame.height, path)
     return width, frame.height
-
-
-def matrix(frame, is_hdr):
-    """The matrix between YCbCr and RGB. Where the file names none, it is the one that Chromium and mpv suppose."""
-    if frame.colorspace != UNSPECIFIED:
-        return None
-    if is_hdr:
-        return Colorspace.BT2020
-    return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
 
 
 def upright(picture, frame):
