@@ -158,8 +158,8 @@ def warn_about_unknown_words(weights, prompts, clip=None):
     if clip and not unknown and Path(clip).resolve().parent != Path(weights).resolve():
         unknown = [str(clip)]
     if unknown:
-        warnings.warn(f"{weights} may not know {', '.join(unknown)}: it draws {knows[:400]}. For anything else use Stable "
-                      "Diffusion: weights/README.md says how.")
+        warnings.warn(f"{weights} may not know {', '.join(unknown)}: it draws {knows[:400]}. For anything else use "
+                      "Stable Diffusion: weights/README.md says how.")
 
 
 def words(text):
