@@ -257,8 +257,9 @@ class Session:
         return decode(self.sd.vae, self.clip.mean[:, :, strip_columns(self.clip.frames)])
 
     def write(self, stem, x, above, prompt):
-        """Frames x (f, 3, h, w) -> a strip, a gif, and last an mp4 with the prompt as its title; of one frame a
-        picture.
+        """Writes frames x (f, 3, h, w): a strip, a gif, and last an mp4 with the prompt as its title.
+
+        Of a single frame it writes a picture alone. Returns the path of the file to look at.
         """
         picture, video = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.mp4")
         write_strip(picture, *above, x[strip_columns(len(x))])
@@ -290,7 +291,7 @@ def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, 
     d = sd.defaults
     size = chosen(size, d.size)
     source = read(clip, size, sd.multiple, chosen(frames, d.frames), start=start, stride=stride,
-                         exact=frames is not None)
+                  exact=frames is not None)
     warn_if_far_apart(source, clip)
     settings = Settings.from_json(dict(
         clip=str(clip), clip_fingerprint=fingerprint(clip), prompt=prompt, preview=preview,
