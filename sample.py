@@ -38,6 +38,9 @@ def arguments():
                    help="make N steps of DDIM, best a divisor of 1000 (default: the run's own)")
     p.add_argument("--guidance", type=cli.number(float, 0), metavar="X",
                    help="how strongly the edit follows the prompt (default: the run's own)")
+    p.add_argument("--strength", type=cli.number(float, 0), metavar="X",
+                   help="use this much of the tuning: 0 is the untuned net, 1 (the default) the tuned one; less "
+                        "follows the prompt more, more keeps more of the clip")
     p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at (default: the run's own)")
     cli.add_lora(p, "add these LoRA files to those that the run was tuned with")
     p.add_argument("--out", metavar="PATH", help="write the results here (default: the run's folder, or samples/)")
@@ -62,6 +65,8 @@ def check(args, run):
                          "--noise random.")
     if (args.control is None) != (args.hint is None):
         raise InputError("--control and --hint belong together: the ControlNet's weights, and what it is to follow.")
+    if args.strength is not None and run is None:
+        raise InputError("--strength needs the tuning of a run: name a run with --run.")
     if args.control_scale is not None and args.control is None:
         raise InputError("--control-scale has no meaning without --control and --hint.")
 
@@ -78,7 +83,8 @@ def open_session(args, run):
         own, more = cli.share_out(run.settings.loras(), more)
         sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
         lora.merge(sd, own)
-        session = editing.open_run(sd, run, args.attention, args.frames, args.size, more)
+        strength = 1. if args.strength is None else args.strength
+        session = editing.open_run(sd, run, args.attention, args.frames, args.size, more, strength)
         session.moved = [one for one in own if one not in run.settings.loras()]
         more = own + more
     cli.print_loras(more)

@@ -195,6 +195,25 @@ def test_the_saved_inversion_is_used_where_it_fits(finished, sd):
     assert calls == [(2, "inverting"), (3, "inverting")]
 
 
+def test_strength_scales_the_tuning_and_inverts_anew(finished, sd, tmp_path):
+    before = editing.new_net(sd, 3, seed=finished.run.settings.seed).tuned()
+    calls = []
+    for strength in (0, 0.5, 1, 2):
+        session = editing.open_run(sd, finished.run, strength=strength)
+        for name, p in session.net.tuned().items():
+            wanted = before[name] + strength * (finished.net.get_parameter(name) - before[name])
+            torch.testing.assert_close(p, wanted)
+        noise = session.make_noise(progress=lambda steps, total, name: calls.append(strength) or steps)
+        edit = session.edit("a dog", noise, out=tmp_path / str(strength))
+        assert torch.equal(edit.frames, finished.edit("a dog", out=tmp_path).frames) == (strength == 1)
+        record = json.loads((tmp_path / f"{strength}/a-dog.sample.json").read_text())
+        assert record["settings"].get("strength") == (None if strength == 1 else strength)
+        assert (f"--strength {strength}" in record["command"]) == (strength != 1)
+    assert calls == [0, 0.5, 2]             # at 1 the saved inversion holds
+    with pytest.raises(InputError, match="smaller --strength"):
+        editing.open_run(sd, finished.run, strength=1e39)
+
+
 @pytest.mark.parametrize("name", NOISES)
 def test_each_noise_knows_how_it_is_made_and_sampled(finished, tmp_path, name):
     noise = finished.make_noise(name, steps=5, seed=7)

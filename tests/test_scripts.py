@@ -113,7 +113,7 @@ def test_each_option_of_sample_decides_what_it_names(place):
     first = np.asarray(Image.open(place / "options/a-dog.png"))
     changes = [("--steps", 2, dict(ddim_steps=2)), ("--guidance", 0, dict(guidance=0.)),
                ("--attention", "full", dict(attention="full")), ("--negative", "a man", dict(negative="a man")),
-               ("--precision", "bf16", dict(precision="bf16"))]
+               ("--precision", "bf16", dict(precision="bf16")), ("--strength", 0.5, dict(strength=0.5))]
     for number, (flag, value, expected) in enumerate(changes, 2):
         call(place, *run, flag, value)
         assert record_of(place / "options", f"a-dog-{number}").items() >= (usual | expected).items()
@@ -317,6 +317,9 @@ def test_a_preview_comes_after_its_step_is_saved_and_ctrl_c_ends_it(place):
     ("sample.py", ["--prompt", "a dog", "--run", "nowhere"], "nowhere is not a run"),
     ("train.py", ["clip.mp4", "a man", "--device", "meta"], "meta cannot be used"),
     ("sample.py", ["--prompt", "a dog", "--seed", "3"], "nothing random"),
+    ("sample.py", ["--prompt", "a dog", "--strength", "-1"], "not from 0"),
+    ("sample.py", ["--prompt", "a dog", "--strength", "1e39"], "use a smaller --strength"),
+    ("sample.py", ["--prompt", "a dog", "--weights", "w", "--strength", "2"], "needs the tuning of a run"),
     ("sample.py", ["--prompt", "a dog", "--steps", "1000"], "not from 1 to 999")])
 def test_errors_are_sentences_and_leave_nothing(place, script, args, message):
     weights = [] if script == "sample.py" or "--resume" in args else ["--weights", "w", "--out", "bad"]

@@ -129,6 +129,18 @@ def test_in_fp16_a_net_that_overflows_at_every_scale_ends_with_a_sentence():
     assert tuner.scale == 1
 
 
+def test_strength_is_the_share_of_the_change_that_a_net_takes():
+    before = {name: p.clone() for name, p in setting()[0].tuned().items()}
+    tuned = {name: p + torch.randn_like(p) for name, p in before.items()}
+    for strength in (0, 0.5, 1, 1.5):
+        net = setting()[0]
+        tuning.blend(net.tuned(), tuned, strength)
+        for name, p in net.tuned().items():
+            exact = {0: before, 1: tuned}.get(strength)
+            wanted = exact[name] if exact else before[name] + strength * (tuned[name] - before[name])
+            torch.testing.assert_close(p, wanted, **(dict(rtol=0, atol=0) if exact else {}))
+
+
 def test_tuning_is_the_official_recipe():
     """Three steps against a plain loop: a draw of the posterior, other noise, clipped gradients, AdamW's constants."""
     (net, mean, context), (plain, *_) = setting(), setting()

@@ -41,7 +41,7 @@ from tinytav.weights import StableDiffusion
 
 SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")     # of an edit's files
 # Entries of an edit's record that are flags of sample.py.
-RECORDED = ("guidance", "noise", "seed", "negative", "precision", "control", "hint", "control_scale")
+RECORDED = ("guidance", "noise", "seed", "strength", "negative", "precision", "control", "hint", "control_scale")
 SAVING = 20             # a twentieth of the time goes into saving what is tuned
 
 
@@ -120,6 +120,7 @@ class Session:
     shape: tuple = ()               # of the latents that are sampled, (1, 4, f, h/8, w/8)
     loras: list = field(default_factory=list)       # those added to the run's own
     moved: list = field(default_factory=list)       # those of the run that lie elsewhere now
+    strength: float = 1.            # how much of its tuning the net has
     tuner: tuning.Tuner | None = None
 
     # ---- Tuning
@@ -190,7 +191,8 @@ class Session:
 
     def saved_inversion(self):
         """What `finish` saved of the inverted clip; empty where the net is not the one that inverted it."""
-        if self.net.attention != self.run.settings.attention or self.loras or not self.run.has("inversion"):
+        changed = self.net.attention != self.run.settings.attention or self.loras or self.strength != 1
+        if changed or not self.run.has("inversion"):
             return {}
         return self.run.read("inversion", dict(noise=self.shape, steps=()))
 
@@ -223,7 +225,7 @@ class Session:
                         seed=noise.seed if noise.seeded else None,
                         negative=negative or None, attention=self.net.attention, frames=self.net.frames,
                         size=self.sd.multiple * min(self.shape[3:]), precision=name_of(self.sd.dtype),
-                        weights=self.sd.fingerprint,
+                        weights=self.sd.fingerprint, strength=self.strength if self.strength != 1 else None,
                         lora=[f"{one.fingerprint}:{one.scale}" for one in self.loras] or None)
         if control is not None:
             settings |= dict(control=control.path, hint=control.hint, control_scale=control.scale)
@@ -328,11 +330,12 @@ def resume(sd, run):
     return Session(sd, net, run, clip, tuple(clip.mean.shape))
 
 
-def open_run(sd, run, attention=None, frames=None, size=None, loras=()):
+def open_run(sd, run, attention=None, frames=None, size=None, loras=(), strength=1.):
     """A finished run, or the path of one -> Session, with the tuned net. Raises InputError if they do not fit.
 
     `sd`: the run's weights with its LoRAs merged. attention, frames (their number), size (of a square): other than
-    the run's. loras: more LoRAs, which are added to the tuned net and to the text encoder.
+    the run's. loras: more LoRAs, which are added to the tuned net and to the text encoder. strength: how much of the
+    tuning the net has (tuning.blend).
     """
     run = run if isinstance(run, Run) else Run.open(run)
     settings = run.settings
@@ -340,12 +343,13 @@ def open_run(sd, run, attention=None, frames=None, size=None, loras=()):
     net = new_net(sd, frames or settings.frames, attention or settings.attention, settings.norm, settings.seed)
     tuned = net.tuned()
     tensors = run.read("tuned", {name: p.shape for name, p in tuned.items()})
-    for name, p in tuned.items():
-        p.copy_(tensors[name])
+    tuning.blend(tuned, tensors, strength)
+    if not all(p.isfinite().all() for p in tuned.values()):
+        raise InputError(f"At a strength of {strength:g} the tuned tensors are not finite: use a smaller --strength.")
     lora.merge(SimpleNamespace(unet=net, text_encoder=sd.text_encoder), loras)
     clip = clip_of(run, sd)                 # its prompts are encoded with all LoRAs
     sides = tuple(clip.mean.shape[3:]) if size is None else square(sd, size)
-    return Session(sd, net, run, clip, (1, 4, net.frames, *sides), list(loras))
+    return Session(sd, net, run, clip, (1, 4, net.frames, *sides), list(loras), strength=strength)
 
 
 def untuned(sd, frames=None, size=None, attention="sparse-causal", loras=()):

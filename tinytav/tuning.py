@@ -137,3 +137,13 @@ class Tuner:
 def tune(net, schedule, mean, std, context, steps=500, lr=3e-5, seed=33):
     """Tunes `net` in place. Yields (steps done, loss) after each step. Arguments and errors as Tuner's."""
     yield from Tuner(net, schedule, mean, std, context, lr, seed).run(steps)
+
+
+@torch.no_grad()
+def blend(parameters, tuned, strength=1.):
+    """Sets each parameter W0 to W0 + strength (W - W0), where W is the tensor of its name in `tuned`.
+
+    At 0 the net stays untuned. At 1 it is the tuned net, to the last bit. Beyond 1 it has more of the clip.
+    """
+    for name, p in parameters.items():
+        p.lerp_(tuned[name].to(p), torch.tensor(float(strength), device=p.device))

@@ -11,7 +11,7 @@ from tinytav import edit_friendly, pipeline
 from tinytav.claims import beyond, studies
 from tinytav.claims.clips import Edit, KnownClip, make_clip, other_motion, pose_clip, said
 from tinytav.claims.judge import MOTIONS, Judge
-from tinytav.claims.studio import TUNED, WANTED, Net, Posing, Studio, Variant, coarse
+from tinytav.claims.studio import FRESH, TUNED, WANTED, Net, Posing, Studio, Variant, coarse
 from tinytav.inflation import VideoUNet
 from tinytav.measure.attention import word_positions
 from tinytav.measure.metrics import psnr, textual_alignment
@@ -187,7 +187,7 @@ def test_each_field_of_a_variant_changes_what_sampling_is_given(quick, net):
     noise, (wanted, full) = quick.noise("inverted", net), (quick.wanted(), quick.wanted(all_named=True))
     torch.testing.assert_close(full, quick.sd.encode_prompts([world.caption(EDITS[1].scene)]))
     own = quick.settings["guidance"]
-    for variant, given in ((Variant(), (wanted, quick.empty, own)), (Variant(guidance=1), (wanted, quick.empty, 1)),
+    for variant, given in ((Variant(), (wanted, quick.empty, own)), (Variant(guidance=2), (wanted, quick.empty, 2 * own)),
                            (Variant(guide_from="source"), (wanted, quick.own, own)),
                            (Variant(all_named=True), (full, quick.empty, own))):
         torch.testing.assert_close(quick.sample(net, noise, variant), sampled(quick, net, noise, *given))
@@ -204,10 +204,41 @@ def test_edit_friendly_noise_and_blending_take_their_own_ways(quick, net):
     torch.testing.assert_close(quick.edit(Variant(UNTUNED, blend=True), seed=33), quick.decode(latents))
 
 
+def test_strength_is_a_share_of_what_tuning_changed(quick):
+    before, tuned = quick.untuned_net(Net(), 33).tuned(), quick.tuned_net(Net(), 33).tuned()
+    for strength in (0, 0.5, 1, 2):
+        for name, p in quick.strong(Net(), 33, strength).tuned().items():
+            torch.testing.assert_close(p, before[name] + strength * (tuned[name] - before[name]))
+    assert not torch.equal(*(quick.edit(Variant(strength=strength), 33) for strength in (1, 5)))
+
+
+def test_guidance_leaves_the_source_s_caption_from_edit_friendly_noise_too(quick):
+    empty, source = (quick.edit(Variant(UNTUNED, "edit-friendly", guide_from=name), 33) for name in ("empty", "source"))
+    assert not torch.equal(empty, source)
+
+
+def test_fresh_noise_replaces_the_fine_part_outside_the_subject(quick, net, monkeypatch):
+    subject = torch.zeros(quick.mean.shape[2:], dtype=torch.bool)
+    subject[:, :4] = True
+    seen = []
+    monkeypatch.setattr(beyond, "mask", lambda maps: seen.append(maps) or subject)
+    inverted, half, all_ = (quick.noise(kind, net) for kind in ("inverted", *FRESH))
+    for made, share in ((half, 0.5), (all_, 1)):
+        assert torch.equal(made[..., :4, :], inverted[..., :4, :])
+        torch.testing.assert_close(coarse(made)[..., 4:, :], coarse(inverted)[..., 4:, :])
+        fine, old = ((x - coarse(x))[..., 4:, :].flatten() for x in (made, inverted))
+        likeness = torch.corrcoef(torch.stack([fine, old]))[0, 1].item()
+        assert likeness == pytest.approx((1 - share) ** 0.5 if share == 0.5 else 0, abs=0.12)
+    assert len(seen) == 2 and seen[0].shape == subject.shape and torch.equal(*seen)
+
+
 def test_each_row_of_the_studies_makes_something_of_its_own(quick):
     """By the untuned net, so that neither tuning nor attention differ: rows that differ in noise or sampling alone."""
-    rows = {name: row for name, row in (studies.BEYOND | studies.PLACE).items() if name != "source's noise"}
+    rows = {name: row for name, row in (studies.BEYOND | studies.PLACE | studies.FRESHENED).items()
+            if name != "source's noise"}
     rows |= {name: studies.VARIANTS[name] for name in ("full method", "no inversion")}
+    rows |= {name: row._replace(ddim_steps=row.ddim_steps // 5) for name, row in studies.SPACED.items()
+             if row.ddim_steps != 10}       # two steps in the leading spacing are the full method's here
     made = {name: quick.edit(row._replace(net=UNTUNED), seed=33) for name, row in rows.items()}
     names = list(made)
     for i, name in enumerate(names):

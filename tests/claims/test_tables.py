@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinytav.claims import tables
-from tinytav.claims.studies import BEYOND, FURTHER, NAMES, QUICK, ROBUST, SEEDS, STUDIES
+from tinytav.claims.studies import BEYOND, NAMES, QUICK, ROBUST, SEEDS, STUDIES
 from tinytav.toy.world import ATTRIBUTES
 
 CLAIMS_FOLDER = Path(tables.__file__).parent
@@ -121,7 +121,7 @@ def test_other_rows_are_compared_with_the_full_method_on_the_same_clips(scores):
         scores |= of_clips(row, [[dict(hat=value + more) for value in pair] for pair in values])
     heads, _, line = tables.against_full_method(rows_of(scores), BEYOND).splitlines()
     assert heads.split(" | ")[3] == "unsaid kept"
-    assert not tables.against_full_method(rows_of(scores), FURTHER)                             # none of them is made
+    assert not tables.against_full_method(rows_of(scores), ["full attention"])                    # it is not made
     cells = line.split(" | ")
     assert cells[0] == "| edit-friendly noise" and cells[3] == "+5.0 (+5.0 to +5.0)"            # one attribute of four
 

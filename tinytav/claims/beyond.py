@@ -1,17 +1,32 @@
-"""Ways to begin and to sample that are not in the paper: two variants that were tried and are no options.
+"""Ways to begin and to sample that are not in the paper. They were tried and are no options.
 
-Both work on latents (1, 4, f, h, w) of one clip, and take contexts (b, m, d) as pipeline.py does.
+They work on latents (1, 4, f, h, w) of one clip, and take contexts (b, m, d) as pipeline.py does.
 """
+from dataclasses import asdict
+
 import torch
 from torch.nn import functional as F
 
 from tinytav import pipeline
 from tinytav.inflation import ClipCrossAttention
 from tinytav.measure.attention import WordMaps, watched
-from tinytav.stable_diffusion.ddim import move
+from tinytav.stable_diffusion.ddim import Schedule, move
 
 ROUNDS = 3              # of fixed-point inversion, for each step
 THRESHOLD = 0.3         # of blending, as a part of the largest attention (Prompt-to-Prompt's LocalBlend)
+
+
+class Trailing(Schedule):
+    """Timesteps from the noisiest one on: (999, 899), ..., (99, -1) for 10 steps. Lin et al., arXiv 2305.08891."""
+
+    def pairs(self, steps):
+        ends = [round(self.num_train_timesteps * i / steps) - 1 for i in reversed(range(steps + 1))]
+        return list(zip(ends, ends[1:]))
+
+
+def trailing(schedule):
+    """The same diffusion process, walked at trailing timesteps in both directions."""
+    return Trailing(**asdict(schedule))
 
 
 @torch.no_grad()

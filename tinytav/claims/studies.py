@@ -2,7 +2,7 @@
 from typing import NamedTuple
 
 from tinytav.claims.clips import make_clip, pose_clip
-from tinytav.claims.studio import Net, Posing, Studio, Variant
+from tinytav.claims.studio import FRESH, Net, Posing, Studio, Variant
 
 # The learning rate for all tensors, times the weights' own. Chosen on the choice clips: with the toy's defaults it is
 # 1e-4 (README.md).
@@ -46,10 +46,48 @@ PLACE = {
 }
 # How steps, learning rate and guidance were chosen: on clips of their own, none of them a test clip.
 SWEEP = {f"{tuned} tensors, {rate:.2g} x the rate, {steps:g} x the steps, guidance {guidance:g}":
-         Variant(Net(tuned, steps=steps, rate=rate), guidance=guidance)
+         Variant(Net(tuned, steps=steps, rate=rate), guidance=guidance / 3)
          for tuned, rates in (("the paper's", (1 / 3, 1, 10 / 3)), ("all", (0.1, OWN_RATE)))
          for rate in rates for steps in (0.25, 1) for guidance in (1, 3, 6, 12)}
 NOISES = ("inverted", "random", "shared")
+# Ways to keep more of the clip, or less, and pairs of them: which one is the best recipe?
+LONGER, ALL = Net(steps=2), Net("all", rate=OWN_RATE)
+EDIT_FRIENDLY, FROM_CAPTION = Variant(noise="edit-friendly"), Variant(noise="source caption")
+RECIPES = {
+    "full method": Variant(),
+    "edit-friendly noise": EDIT_FRIENDLY,
+    "inverted with the source's caption": FROM_CAPTION,
+    "guided from the source's caption": FROM_CAPTION._replace(guide_from="source"),
+    "edit-friendly noise, guided from the source's caption": EDIT_FRIENDLY._replace(guide_from="source"),
+    **{f"strength {strength:g}": Variant(strength=strength) for strength in (0.5, 0.75, 1.5, 2)},
+    **{f"edit-friendly noise, strength {strength:g}": EDIT_FRIENDLY._replace(strength=strength)
+       for strength in (0.5, 0.75)},
+    "the source's caption, strength 0.5": FROM_CAPTION._replace(strength=0.5),
+    **{f"{factor:g} x the guidance": Variant(guidance=factor) for factor in (1.5, 2)},
+    **{f"edit-friendly noise, {factor:g} x the guidance": EDIT_FRIENDLY._replace(guidance=factor)
+       for factor in (1.5, 2)},
+    "the source's caption, 2 x the guidance": FROM_CAPTION._replace(guidance=2),
+    "twice the steps": Variant(LONGER),
+    "twice the steps, edit-friendly noise": EDIT_FRIENDLY._replace(net=LONGER),
+    "twice the steps, edit-friendly noise, 2 x the guidance": EDIT_FRIENDLY._replace(net=LONGER, guidance=2),
+    "twice the steps, strength 0.5": Variant(LONGER, strength=0.5),
+    "all tensors, own rate": Variant(ALL),
+    "all tensors, own rate, 2 x the guidance": Variant(ALL, guidance=2),
+    "all tensors, own rate, strength 0.5": Variant(ALL, strength=0.5),
+    "all tensors, own rate, edit-friendly noise": EDIT_FRIENDLY._replace(net=ALL),
+    "full attention": Variant(Net(attention="full")),
+    "full attention, edit-friendly noise": EDIT_FRIENDLY._replace(net=Net(attention="full")),
+    "first-frame attention": Variant(Net(attention="first")),
+}
+# How much of the tuning: one number between a net that ignores the clip and one that copies it.
+STRENGTHS = {f"{rate:.2g} x the rate, strength {strength:g}": Variant(Net(rate=rate), strength=strength)
+             for rate, strengths in ((1 / 3, (1, 1.5, 2, 3)), (1, (0, 0.5, 0.75, 1, 1.5, 2)), (10 / 3, (0.25, 0.5, 1)))
+             for strength in strengths}
+# Few steps begin with too little noise. Do other timesteps help?
+SPACED = {f"{steps} {spacing} steps": Variant(spacing=spacing, ddim_steps=steps)
+          for steps in (10, 15, 25, 50) for spacing in ("leading", "trailing")}
+# The inverted noise holds the old place's outlines in its fine part. Does fresh noise there help?
+FRESHENED = {"full method": Variant(), **{name: Variant(noise=name) for name in FRESH}}
 SCALE = 1.5         # the toy's ControlNet follows limbs better than at 1: chosen on two clips of the kind "choice"
 POSE = {
     "tuned, inverted noise, scale 1": Variant(control=1),
@@ -104,6 +142,7 @@ class Study(NamedTuple):
     captions: str = "user"                      # or full
     edits: tuple[str, ...] | None = None        # only those of these attributes
     claims: tuple = ()                          # corrected for their number together
+    compared: tuple[str, ...] = ()              # rows that a table compares with the full method
     repeats: int = len(SEEDS)                   # seeds of a row on which a claim rests, at most
 
     def claimed(self):
@@ -130,7 +169,9 @@ BOUNDS = ("source", "true edit", "still", "other motion")
 SCORES = ("success", "edited", "kept", "unsaid", "agreement", "look", "phase", "x", "camera", *POINTS)
 POSED = ("phase", "x", "subject", "clothes", "rest", "agreement", "camera", "success", "psnr")
 STUDIES = {
-    "user": Study("Captions as users write them", VARIANTS | BEYOND, SCORES, BOUNDS, claims=CLAIMS),
+    "user": Study("Captions as users write them", VARIANTS | BEYOND, SCORES, BOUNDS, claims=CLAIMS,
+                  compared=("official 70 tensors", "norm per frame", "full attention", "first-frame attention",
+                            "a quarter of the steps", "twice the steps", *BEYOND)),
     "full": Study("Captions that name everything", {name: VARIANTS[name] for name in FULLY_CAPTIONED}, SCORES, BOUNDS,
                   captions="full"),
     "trial": Study("The trial: fresh clips, one question each", {name: VARIANTS[name] for name in (
@@ -139,6 +180,11 @@ STUDIES = {
     "place": Study("Changes of place", PLACE, ("camera", "edited", "phase", "x", "success", "psnr"), edits=("place",)),
     "sweep": Study("Steps, learning rate, guidance", SWEEP, ("success", "edited", "agreement", "psnr"), kind="choice",
                    clips=4),
+    "recipes": Study("Recipes", RECIPES, SCORES, kind="choice", clips=8, compared=tuple(RECIPES)[1:]),
+    "strength": Study("Strength of the tuning", STRENGTHS, SCORES, kind="strength", clips=8),
+    "spacing": Study("Timesteps", SPACED, SCORES, kind="choice", clips=8),
+    "fresh": Study("Fresh noise in the fine part", FRESHENED, SCORES, kind="choice", clips=8,
+                   compared=tuple(FRESH)),
     "pose": Study("Pose control, captions as users write them", POSE, POSED, kind="pose", clips=6),
     "pose-full": Study("Pose control, captions that name everything", POSE, POSED, kind="pose", clips=6,
                        captions="full"),
@@ -146,9 +192,6 @@ STUDIES = {
 QUICK = STUDIES["user"]._replace(clips=2, edits=("subject", "place"), rows={name: VARIANTS[name] for name in (
     "full method", "untuned", "no inversion", "no inversion, spatial attention", "no inversion, untuned")})
 
-# Variants from inverted noise on which no claim rests. They are compared with the full method, as BEYOND is.
-FURTHER = [name for name, variant in VARIANTS.items()
-           if name not in STUDIES["user"].claimed() and variant.noise == "inverted"]
 # Orderings that the two clips of --quick show: (better, worse, score, margin). A quick run that breaks one fails.
 # That tuning helps from random noise is plain on these two; over twelve clips the difference is small (README.md).
 ROBUST = (("full method", "no inversion", "x", 0.2), ("full method", "no inversion", "phase", 0.1),

@@ -13,16 +13,18 @@ from tinytav.claims.clips import FRAMES, said
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.control import Control
 from tinytav.files.frames import to_uint8
-from tinytav.inflation import inflate
+from tinytav.inflation import ClipCrossAttention, inflate
 from tinytav.measure import metrics
-from tinytav.measure.attention import word_positions
+from tinytav.measure.attention import WordMaps, watched, word_positions
 from tinytav.stable_diffusion.controlnet import load_controlnet
 from tinytav.toy import skeleton, world
 from tinytav.toy.world import ATTRIBUTES
-from tinytav.tuning import Tuner
+from tinytav.tuning import Tuner, blend
 from tinytav.weights import load
 
+SPACINGS = {"leading": lambda schedule: schedule, "trailing": beyond.trailing}
 COARSE = 4          # the coarse part of a frame's noise: means over a grid of 4x4 cells
+FRESH = {f"{share:.0%} of the fine part fresh": share for share in (0.5, 1)}     # see Studio.freshened
 APPEARANCE = ("subject", "clothes")
 WANTED = ("phase", "x", *APPEARANCE)    # of pose control: what must be right in most frames for a success
 TUNED = {"the paper's": lambda net: net.tuned(),
@@ -45,7 +47,10 @@ class Variant(NamedTuple):
     net: Net = Net()
     noise: str = "inverted"                 # a kind that Studio.noise knows, or edit-friendly
     guide_from: str = "empty"               # the prompt that guidance goes away from: empty, or the source's
-    guidance: float | None = None           # None: the weights' own
+    guidance: float = 1                     # times the weights' own
+    strength: float = 1                     # of the tuning
+    spacing: str = "leading"                # of the timesteps, a key of SPACINGS
+    ddim_steps: int | None = None           # None: the weights' own
     blend: bool = False                     # outside the edited word's attention keep the inverted clip
     all_named: bool = False                 # the edit's prompt names everything, whatever the clip's own names
     control: float = 0                      # the scale of a ControlNet's residuals; 0: none
@@ -68,12 +73,13 @@ class Studio:
     def __init__(self, folder, clip, settings, captions="user", frames=FRAMES, dtype=torch.float32):
         self.sd, self.eye = load(folder, dtype=dtype), metrics.Features(Path(folder) / "clip")
         self.clip, self.settings, self.captions = clip, settings, captions
-        self.schedule, self.steps, self.guidance = self.sd.schedule, settings["ddim_steps"], settings["guidance"]
+        self.schedule, self.steps = self.sd.schedule, settings["ddim_steps"]
         self.judge = self.asked = Judge(clip.motion, frames)        # asked: of the motion that the edits should show
         self.source = self.judge.draw(clip.scene)
         self.mean, self.std = pipeline.encode(self.sd.vae, self.source)
         self.prompts = [world.caption(edit.scene, keep=said(captions, (edit.name,))) for edit in clip.edits]
-        self.empty, self.own = self.sd.encode_prompts(["", world.caption(clip.scene, keep=said(captions))]).split(1)
+        self.caption = world.caption(clip.scene, keep=said(captions))
+        self.empty, self.own = self.sd.encode_prompts(["", self.caption]).split(1)
         self.texts = self.eye.texts(self.prompts)
         self.tuned_net = lru_cache(maxsize=1)(self.tuned_net)       # variants that share a net follow each other
 
@@ -89,21 +95,35 @@ class Studio:
 
     def edit(self, variant, seed):
         """All edits by a variant -> frames (edits, f, 3, h, w)."""
-        net = self.tuned_net(variant.net, seed)
+        self.schedule = SPACINGS[variant.spacing](self.sd.schedule)
+        self.steps = variant.ddim_steps or self.settings["ddim_steps"]
+        net = self.strong(variant.net, seed, variant.strength)
         if variant.noise == "edit-friendly":
-            return self.decode(self.edit_friendly(net, seed))
+            return self.decode(self.edit_friendly(net, seed, variant))
         if variant.blend:
             return self.decode(self.blended(net))
         return self.decode(self.sample(net, self.noise(variant.noise, net, seed), variant))
 
     def tuned_net(self, kind, seed):
         """A Net of this clip."""
-        torch.manual_seed(seed)
-        net = inflate(deepcopy(self.sd.unet), len(self.source), kind.attention, kind.norm)
+        net = self.untuned_net(kind, seed)
         if kind.tuned:
             tuner = Tuner(net, self.schedule, self.mean, self.std, self.own, kind.rate * self.settings["lr"], seed,
                           TUNED[kind.tuned](net))
             pipeline.last(tuner.run(round(kind.steps * self.settings["steps"])))
+        return net
+
+    def untuned_net(self, kind, seed):
+        torch.manual_seed(seed)
+        return inflate(deepcopy(self.sd.unet), len(self.source), kind.attention, kind.norm)
+
+    def strong(self, kind, seed, strength):
+        """The tuned net with so much of its tuning."""
+        tuned = self.tuned_net(kind, seed)
+        if strength == 1 or not kind.tuned:
+            return tuned
+        net = self.untuned_net(kind, seed)
+        blend(TUNED[kind.tuned](net), dict(tuned.named_parameters()), strength)
         return net
 
     def noise(self, kind, net, seed=33):
@@ -119,10 +139,22 @@ class Studio:
         source = self.invert(net, self.mean, self.empty)
         if kind == "inverted":
             return source
+        if kind in FRESH:
+            return self.freshened(net, source, FRESH[kind], seed)
         drawn = [self.encode(self.asked.draw(edit.scene)) for edit in self.clip.edits]
         true = torch.cat([self.invert(net, latents, self.empty) for latents in drawn])
         return {"true edit": true, "coarse of the true edit": coarse(true) + source - coarse(source),
                 "fine of the true edit": true - coarse(true) + coarse(source)}[kind]
+
+    def freshened(self, net, noise, share, seed):
+        """The noise with white noise in a share of its fine part, but not where the subject is."""
+        maps = WordMaps(net.frames, word_positions(self.sd.tokenizer, self.caption, self.clip.scene.subject),
+                        *noise.shape[3:])
+        with watched(net, ClipCrossAttention, maps):
+            self.invert(net, self.mean, self.own)
+        white = pipeline.gaussian(noise.shape, seed)
+        fine = (1 - share) ** 0.5 * (noise - coarse(noise)) + share ** 0.5 * (white - coarse(white))
+        return torch.where(beyond.mask(maps.mean.value()), noise, coarse(noise) + fine)
 
     def invert(self, net, latents, context):
         return pipeline.last(pipeline.invert(net, self.schedule, latents, context, self.steps))
@@ -134,28 +166,31 @@ class Studio:
 
     def sample(self, net, noise, variant=Variant()):
         """The edits from one noise, or from one each: latents (edits, 4, f, h, w)."""
-        wanted = self.wanted(variant.all_named)
-        away = (self.own if variant.guide_from == "source" else self.empty).expand_as(wanted)
-        guidance = self.guidance if variant.guidance is None else variant.guidance
+        wanted, away, guidance = self.asked_by(variant)
         if variant.control:
             self.control.scale = variant.control
         noise = noise.expand(len(wanted), -1, -1, -1, -1)
         return pipeline.last(pipeline.sample(net, self.schedule, noise, wanted, away, self.steps, guidance,
                                              self.control if variant.control else None))
 
-    def edit_friendly(self, net, seed):
+    def asked_by(self, variant):
+        """The contexts of the edits' prompts, the context that guidance goes away from, and the guidance."""
+        wanted = self.wanted(variant.all_named)
+        away = self.own if variant.guide_from == "source" else self.empty
+        return wanted, away.expand_as(wanted), variant.guidance * self.settings["guidance"]
+
+    def edit_friendly(self, net, seed, variant=Variant()):
         """The edits by edit-friendly noise: latents (edits, 4, f, h, w)."""
-        wanted = self.wanted()
         inverted = list(edit_friendly.invert(net, self.schedule, self.mean, self.own, self.steps, seed))
-        return pipeline.last(edit_friendly.sample(net, self.schedule, inverted, wanted, self.empty.expand_as(wanted),
-                                                  self.guidance))
+        return pipeline.last(edit_friendly.sample(net, self.schedule, inverted, *self.asked_by(variant)))
 
     def blended(self, net):
         """The edits, blended with the inverted clip: latents (edits, 4, f, h, w)."""
         trajectory = [self.mean, *pipeline.invert(net, self.schedule, self.mean, self.empty, self.steps)]
         words = [word_positions(self.sd.tokenizer, prompt, getattr(edit.scene, edit.name))
                  for edit, prompt in zip(self.clip.edits, self.prompts)]
-        return torch.cat([beyond.blended(net, self.schedule, trajectory, context, self.empty, each, self.guidance)
+        guidance = self.settings["guidance"]
+        return torch.cat([beyond.blended(net, self.schedule, trajectory, context, self.empty, each, guidance)
                           for context, each in zip(self.wanted().split(1), words)])
 
     def encode(self, x):

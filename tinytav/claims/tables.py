@@ -3,7 +3,7 @@ import numpy as np
 
 from tinytav.claims.clips import said
 from tinytav.claims.judge import MOTIONS
-from tinytav.claims.studies import BEYOND, FURTHER, NAMES, POINTS, ROBUST, STUDIES
+from tinytav.claims.studies import NAMES, POINTS, ROBUST, STUDIES
 from tinytav.toy.world import ATTRIBUTES
 
 RESAMPLES = 10_000      # of the bootstrap
@@ -23,7 +23,7 @@ def text(scores, earlier=None):
         rows = finished(scores, name)
         if rows:
             parts += [f"## {study.title}", table(rows, study), by_attribute(rows), verdicts(rows, study.claims),
-                      against_full_method(rows, FURTHER), against_full_method(rows, BEYOND)]
+                      against_full_method(rows, study.compared)]
     for title, each in (earlier or {}).items():
         parts += [f"## {title}", each["note"], grid(each["heads"], each["rows"])]
     return "\n\n".join(filter(None, parts)) + "\n"
