@@ -187,7 +187,8 @@ def test_each_field_of_a_variant_changes_what_sampling_is_given(quick, net):
     noise, (wanted, full) = quick.noise("inverted", net), (quick.wanted(), quick.wanted(all_named=True))
     torch.testing.assert_close(full, quick.sd.encode_prompts([world.caption(EDITS[1].scene)]))
     own = quick.settings["guidance"]
-    for variant, given in ((Variant(), (wanted, quick.empty, own)), (Variant(guidance=2), (wanted, quick.empty, 2 * own)),
+    for variant, given in ((Variant(), (wanted, quick.empty, own)),
+                           (Variant(guidance=2), (wanted, quick.empty, 2 * own)),
                            (Variant(guide_from="source"), (wanted, quick.own, own)),
                            (Variant(all_named=True), (full, quick.empty, own))):
         torch.testing.assert_close(quick.sample(net, noise, variant), sampled(quick, net, noise, *given))
