@@ -60,7 +60,7 @@ def test_each_row_and_panel_of_the_chart_has_its_own_name(tmp_path):
 
 def test_the_shipped_chart_is_that_of_the_shipped_scores():
     """Each dot stands where the mean of its row and panel is, the most successful row first."""
-    found = tables.charted(json.loads((Path(tables.__file__).parent / "scores.json").read_text())["scores"])
+    found = tables.shares(json.loads((Path(tables.__file__).parent / "scores.json").read_text())["scores"], "trial")
     picture = Image.open(TOY / "chart.png")
     assert picture.height == pictures.TOP + pictures.ROW * len(found) + 10
     for j, shares in enumerate(found.values()):
@@ -68,6 +68,22 @@ def test_the_shipped_chart_is_that_of_the_shipped_scores():
             assert at(picture, i, j, mean) == DOT
     successes = [shares["success"][0] for shares in found.values()]
     assert successes == sorted(successes, reverse=True) and next(iter(found)) == "all tensors, own rate"
+
+
+def test_the_frontier_has_a_numbered_dot_where_two_shares_meet(tmp_path):
+    found = {"a": dict(kept=(0.8, 0, 1), right=(0.9, 0, 1)), "b": dict(kept=(0.92, 0, 1), right=(0.71, 0, 1))}
+    pictures.frontier(tmp_path / "x.png", found)
+    picture = Image.open(tmp_path / "x.png")
+    blue = np.argwhere((np.asarray(picture) == BAR).all(-1))[:, ::-1]
+    for mean in ((0.8, 0.9), (0.92, 0.71)):
+        near = np.abs(blue - pictures.place(*mean, 0.7)).max(1) < 12
+        assert near.sum() > 150                     # the dot without its number
+        blue = blue[~near]
+    assert len(blue) == 0                           # and nowhere else
+    assert pictures.place(0.7, 0.7, 0.7) == (pictures.LEFT, pictures.TOP + pictures.SIDE)
+    names = ink(picture, (pictures.LEFT + pictures.SIDE + 30, pictures.TOP, picture.width, picture.height))
+    assert names[:pictures.ROW].any() and names[pictures.ROW:2 * pictures.ROW].any()
+    assert not names[2 * pictures.ROW:].any()
 
 
 def test_a_picture_has_a_named_row_for_each_variant_in_order(tmp_path):

@@ -30,7 +30,7 @@ class FakeStudio:
 
     def edit(self, variant, seed):
         self.made.append((variant, seed))
-        return torch.full((1, 2, 3, 8, 8), (seed - 33) / 10)
+        return torch.full((1, 2, 3, 8, 8), (seed - 32) / 10)
 
     def score(self, frames):
         return [{"level": round(frames.mean().item(), 1)}]
@@ -44,21 +44,21 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(studies.Study, "studio", lambda *args: FakeStudio(made))
     rows = {name: studies.VARIANTS[name] for name in ("full method", "untuned")}
     study = studies.STUDIES["user"]._replace(rows=rows, references=("source",))
-    args = Namespace(weights=TOY, settings={}, out=tmp_path, seeds=2)
+    args = Namespace(weights=TOY, settings={}, out=tmp_path)
     return made, tmp_path / "user/0", lambda: results.work(args, (("user", study), 0))
 
 
-def test_every_row_and_seed_of_a_clip_is_made_once(made):
+def test_every_row_of_a_clip_is_made_once(made):
     made, folder, work = made
     work()
     full, untuned = studies.VARIANTS["full method"], studies.VARIANTS["untuned"]
-    assert made[0] == "source" and sorted(made[1:], key=str) == sorted([(full, 33), (full, 34), (untuned, 33)], key=str)
-    assert json.loads((folder / "full method-34.json").read_text()) == [{"level": 0.1}]
+    assert made[0] == "source" and sorted(made[1:], key=str) == sorted([(full, 33), (untuned, 33)], key=str)
+    assert json.loads((folder / "full method-33.json").read_text()) == [{"level": 0.1}]
     (folder / "untuned-33.json").unlink()           # is scored again from its frames
-    (folder / "full method-34.safetensors").unlink()
+    (folder / "full method-33.safetensors").unlink()
     work()
-    assert len(made) == 4 and (folder / "untuned-33.json").exists()
-    assert Image.open(folder / "rows.png").height == 3 * 8          # the source, and the first seed of two rows
+    assert len(made) == 3 and (folder / "untuned-33.json").exists()
+    assert Image.open(folder / "rows.png").height == 2 * 8          # the source and a row whose frames are there
 
 
 def test_the_two_kinds_of_captions_and_of_studios():
@@ -123,20 +123,20 @@ def test_the_picture_shows_one_edit_of_the_rows_that_are_made(tmp_path):
 
 
 @pytest.mark.parametrize("flags, folder, made", [
-    ((), "claims", {"user": 12, "full": 12}), (("--quick",), "claims-quick", {"user": 2}),
+    ((), "claims", {"trial": 24}), (("--quick",), "claims-quick", {"user": 2}),
     (("--quick", "--out", "x"), "x", {"user": 2}), (("--studies", "pose", "sweep"), "claims", {"pose": 6, "sweep": 4}),
-    (("--clips", "4", "--variants", "untuned", "full method"), "claims", {"user": 4})])
+    (("--clips", "4", "--variants", "untuned", "full method"), "claims", {"trial": 4})])
 def test_flags_choose_studies_clips_and_the_folder(flags, folder, made, monkeypatch):
     """A quick run has a folder of its own, because it makes fewer edits of a clip."""
     monkeypatch.setattr("sys.argv", ["claims", *flags])
     args = results.parse()
     assert args.out == Path(folder) and {name: study.clips for name, study in args.plan.items()} == made
     if "--variants" in flags:
-        assert list(args.plan["user"].rows) == ["untuned", "full method"]
+        assert list(args.plan["trial"].rows) == ["untuned", "full method"]
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (("--variants", "tuned"), "the study user has no row 'tuned'"), (("--quick", "--clips", "1"), "leave out"),
+    (("--variants", "tuned"), "the study trial has no row 'tuned'"), (("--quick", "--clips", "1"), "leave out"),
     (("--studies", "x"), "invalid choice")])
 def test_what_cannot_be_made_is_refused(flags, sentence, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["claims", *flags])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinytav.claims import tables
-from tinytav.claims.studies import BEYOND, NAMES, QUICK, ROBUST, SEEDS, STUDIES
+from tinytav.claims.studies import BEYOND, CLAIMS, NAMES, QUICK, ROBUST, STUDIES
 from tinytav.toy.world import ATTRIBUTES
 
 CLAIMS_FOLDER = Path(tables.__file__).parent
@@ -21,9 +21,9 @@ def rows_of(scores):
     return tables.finished(scores, "user")
 
 
-def of_clips(row, clips, seed=33):
+def of_clips(row, clips, study="user"):
     """{key: scores} of a row. clips: for each clip the changes to SCORE of each edit."""
-    return {f"user/{i}/{row}-{seed}": [SCORE | edit for edit in edits] for i, edits in enumerate(clips)}
+    return {f"{study}/{i}/{row}-33": [SCORE | edit for edit in edits] for i, edits in enumerate(clips)}
 
 
 @pytest.fixture
@@ -67,12 +67,12 @@ def test_holm_corrects_for_the_number_of_claims():
 
 # ---- tables --------------------------------------------------------------------------------------
 
-def test_rows_that_all_clips_have_are_shown_in_the_studys_order_with_all_their_seeds(scores):
-    scores |= of_clips("full method", [[dict(success=1)]] * 2, seed=34) | of_clips("untuned", [[{}]])
+def test_rows_that_all_clips_have_are_shown_in_the_studys_order(scores):
+    scores |= of_clips("untuned", [[{}]])
     scores |= {"place/0/source-33": [SCORE]}            # of another study; and of "untuned" there is one clip alone
     rows = rows_of(scores)
     assert list(rows) == ["source", "full method"]
-    assert [[edit["success"] for edit in clip] for clip in rows["full method"]] == [[1, 0, 1], [0, 0, 1]]
+    assert [[edit["success"] for edit in clip] for clip in rows["full method"]] == [[1, 0], [0, 0]]
 
 
 def test_the_table_has_a_row_a_variant_and_the_level_of_chance(scores):
@@ -94,7 +94,7 @@ def test_a_claim_holds_where_the_difference_on_the_same_clips_is_significant():
         values = (0.5 + 0.01 * i, 0.25)
         full.append([dict(success=i % 2, phase=value, psnr=0.25) for value in values])
         source.append([dict(success=1 - i % 2, phase=value - 0.25) for value in values])
-    claims = (("moving wins", "full method", "source", ("success", "phase", "psnr")),)
+    claims = [("moving wins", "full method", "source", key) for key in ("success", "phase", "psnr")]
     rows = rows_of(of_clips("full method", full) | of_clips("source", source))
     *_, success, phase, psnr = tables.verdicts(rows, claims).splitlines()
     assert "| success | +0.0 (" in success and success.endswith("| 1.000 | undecided |")
@@ -104,14 +104,14 @@ def test_a_claim_holds_where_the_difference_on_the_same_clips_is_significant():
 
 def test_two_clips_prove_nothing(scores):
     scores |= of_clips("full method", [[dict(psnr=0.75)]] * 2)
-    line = tables.verdicts(rows_of(scores), (("moving wins", "full method", "source", ("psnr",)),)).splitlines()[-1]
+    line = tables.verdicts(rows_of(scores), [("moving wins", "full method", "source", "psnr")]).splitlines()[-1]
     assert line.endswith("| 0.500 | undecided |")
 
 
 def test_p_is_corrected_for_claims_that_are_not_made_too(scores, monkeypatch):
-    claims = ("moving wins", "full method", "source", ("psnr",)), ("not made", "untuned", "source", ("psnr", "look"))
+    claims = [("moving wins", "full method", "source", "psnr"), ("not made", "untuned", "source", "look")]
     monkeypatch.setattr(tables, "p_value", lambda found: 0.03)
-    assert tables.verdicts(rows_of(scores), claims).splitlines()[-1].endswith("| 0.090 | undecided |")
+    assert tables.verdicts(rows_of(scores), claims).splitlines()[-1].endswith("| 0.060 | undecided |")
     assert not tables.verdicts(rows_of(scores), claims[1:])                                     # none is made
 
 
@@ -140,12 +140,15 @@ def test_the_text_has_what_is_made_and_the_earlier_tables():
     assert text.endswith("## Before\n\nLong ago.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n")
 
 
-def test_the_chart_has_the_rows_on_which_a_claim_rests_the_most_successful_first(scores):
-    scores |= of_clips("untuned", [[dict(success=1)]] * 2) | of_clips("full attention", [[dict(success=1)]] * 2)
-    found = tables.charted(scores)
+def test_the_chart_has_the_rows_of_the_trial_the_most_successful_first():
+    def clips(**score):
+        return [[SCORE | score]] * 2
+    scores = of_clips("full method", clips(success=0.25, edited=0.57), "trial")
+    scores |= of_clips("untuned", clips(success=1), "trial") | of_clips("true edit", clips(success=1), "trial")
+    found = tables.shares(scores, "trial")
     assert list(found) == ["untuned", "full method"]
     assert list(found["untuned"]) == ["success", "edit right", "unsaid kept", "agreement", "motion"]
-    assert found["full method"]["success"] == (0.25, 0, 0.5)
+    assert found["full method"]["success"] == (0.25, 0.25, 0.25)
     assert found["full method"]["edit right"][0] == pytest.approx(0.57)
 
 
@@ -161,14 +164,18 @@ def test_an_ordering_that_is_broken_is_named():
 
 # ---- the studies ---------------------------------------------------------------------------------
 
-def test_each_claim_is_about_rows_that_have_three_seeds_where_seeds_change_them():
-    always_alike = {"untuned", "frame by frame"}
-    for row in USER.claimed():
-        assert USER.seeds(row, 3) == (SEEDS[:1] if row in always_alike else SEEDS)
-    assert USER.seeds("full method", 2) == SEEDS[:2]
-    assert STUDIES["full"].seeds("full method", 3) == USER.seeds("norm per frame", 3) == SEEDS[:1]
-    assert {key for study in STUDIES.values() for *_, keys in study.claims for key in keys} <= set(NAMES)
-    assert all(key in NAMES for study in STUDIES.values() for key in study.columns)
+def test_each_study_names_rows_and_scores_that_there_are():
+    for study in STUDIES.values():
+        named = {name for _, *pair, _ in study.claims for name in pair} | set(study.compared)
+        assert named <= study.rows.keys() and "full method" in (study.rows if study.compared else ("full method",))
+        assert {*study.columns, *(key for *_, key in study.claims)} <= set(NAMES)
+
+
+def test_the_trial_is_the_one_that_was_planned():
+    plan, trial = (CLAIMS_FOLDER / "PLAN.md").read_text(), STUDIES["trial"]
+    planned = [line.strip("| ").split(" | ") for line in plan.splitlines() if line.startswith("| ")][1:]
+    assert planned == [[*words, NAMES[key]] for *words, key in CLAIMS] and trial.claims == CLAIMS
+    assert trial.clips == 24 and trial.kind == "trial" and trial.captions == "user" and trial.edits is None
 
 
 def test_quick_makes_what_its_orderings_compare():

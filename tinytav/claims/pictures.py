@@ -9,6 +9,7 @@ from tinytav.files import frames
 ROW, TOP = 30, 58                       # pixels: of the chart's rows, and above the first
 LABELS, PANEL, GAP = 320, 130, 44       # pixels: of the names, of a panel's width, between panels
 TICKS = (0, 50, 100)                    # per cent, the axis of every panel
+LEFT, SIDE = 60, 560                     # pixels: of the frontier, beside its square and of its side
 GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"
 MARGIN, LETTERS, WRAP = 190, 24, 14     # of rows of frames: pixels for a name and of its letters, letters in a line
 
@@ -38,6 +39,33 @@ def chart(path, found):
 def position(panel, share):
     """Where on the chart a share is in a panel, in pixels from the left."""
     return LABELS + panel * (PANEL + GAP) + PANEL * share
+
+
+def frontier(path, found):
+    """{row: {x: (mean, low, high), y: ...}}, shares -> PNG: a numbered dot a row at its two means, and the names."""
+    x, y = next(iter(found.values()))
+    means = [tuple(share[0] for share in shares.values()) for shares in found.values()]
+    low = int(20 * min(map(min, means))) / 20               # both axes go from here to 1
+    image = Image.new("RGB", (LEFT + SIDE + 620, TOP + max(SIDE + 70, ROW * len(found))), "white")
+    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(18), ImageFont.load_default(15)
+    draw.text((8, 6), f"{y}, %", "black", font)
+    draw.text((LEFT + SIDE / 2, TOP + SIDE + 34), f"{x}, %", "black", font, anchor="ma")
+    for tick in np.arange(low, 1.001, 0.05):
+        across, down = place(tick, tick, low)
+        draw.line([across, TOP, across, TOP + SIDE], GRID)
+        draw.line([LEFT, down, LEFT + SIDE, down], GRID)
+        draw.text((across, TOP + SIDE + 8), f"{100 * tick:.0f}", "#666666", small, anchor="ma")
+        draw.text((LEFT - 8, down), f"{100 * tick:.0f}", "#666666", small, anchor="rm")
+    for number, (name, mean) in enumerate(zip(found, means), 1):
+        draw.circle(place(*mean, low), 11, BAR)
+        draw.text(place(*mean, low), str(number), "black", small, anchor="mm")
+        draw.text((LEFT + SIDE + 40, TOP + ROW * (number - 1)), f"{number}  {name}", "black", font)
+    frames.write_picture(path, np.asarray(image))
+
+
+def place(x, y, low):
+    """Where on the frontier's picture two shares meet, in pixels."""
+    return LEFT + SIDE * (x - low) / (1 - low), TOP + SIDE - SIDE * (y - low) / (1 - low)
 
 
 def labelled(path, rows):

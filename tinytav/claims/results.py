@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinytav.claims import cost, pictures, tables
-from tinytav.claims.studies import QUICK, SEEDS, STUDIES
+from tinytav.claims.studies import QUICK, SEED, STUDIES
 from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.atomic import replace, replace_text
@@ -35,11 +35,10 @@ def work(args, job):
     (name, study), i = job
     studio, folder = study.studio(args.weights, i, args.settings), args.out / name / str(i)
     for reference in study.references:
-        keep(folder, f"{reference}-{SEEDS[0]}", lambda: studio.reference(reference), studio)
-    rows = [(variant, seed, row) for row, variant in study.rows.items() for seed in study.seeds(row, args.seeds)]
-    rows.sort(key=lambda row: (str(row[0].net), row[1]))            # those that share a net stand together
-    for variant, seed, row in rows:
-        keep(folder, f"{row}-{seed}", lambda: studio.edit(variant, seed), studio)
+        keep(folder, f"{reference}-{SEED}", lambda: studio.reference(reference), studio)
+    rows = sorted(study.rows.items(), key=lambda row: str(row[1].net))      # those that share a net stand together
+    for row, variant in rows:
+        keep(folder, f"{row}-{SEED}", lambda: studio.edit(variant, SEED), studio)
     draw(folder, "rows.png", (*study.references, *study.rows), 0, studio.shown)
     return name, i
 
@@ -65,7 +64,7 @@ def keep(folder, name, make, studio):
 
 def draw(folder, picture, names, edit, shown=()):
     """One edit by each of these rows whose frames are in a clip's folder -> a picture in it, below the rows `shown`."""
-    files = {name: folder / f"{name}-{SEEDS[0]}.safetensors" for name in names}
+    files = {name: folder / f"{name}-{SEED}.safetensors" for name in names}
     rows = dict(shown) | {name: load_file(file)["frames"][edit] for name, file in files.items() if file.exists()}
     if rows:                # of scores that were taken over there are no frames
         pictures.labelled(folder / picture, rows)
@@ -130,25 +129,23 @@ def parse():
     p.add_argument("--weights", type=Path, default=Path("weights/toy"), help="the toy's folder; else weights/toy")
     p.add_argument("--out", type=Path, help="folder for what is made; else claims, or claims-quick with --quick")
     p.add_argument("--studies", nargs="+", metavar="NAME", choices=STUDIES,
-                   help=f"which studies to make, of {', '.join(STUDIES)}; else user and full")
+                   help=f"which studies to make, of {', '.join(STUDIES)}; else trial")
     p.add_argument("--variants", nargs="+", metavar="NAME", help="makes only these rows; else all")
     p.add_argument("--clips", type=int, help="makes only so many clips of each study")
-    p.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS),
-                   help="how many seeds a row has on which a claim rests; else 3")
     p.add_argument("--processes", type=int, default=1, help="how many clips are worked on at once, a core each; else 1")
     p.add_argument("--known", type=Path, metavar="FILE",
                    help="takes over the scores in this scores.json of an earlier run and makes only what is missing")
     p.add_argument("--quick", action="store_true",
                    help="makes two clips, two edits and five variants, and fails if their order is not the known one")
     p.add_argument("--tables", action="store_true",
-                   help="makes nothing, but writes TABLES.md and weights/toy/chart.png from the project's own scores")
+                   help="makes nothing, but writes TABLES.md and its charts from the project's own scores")
     p.add_argument("--costs", action="store_true", help="makes nothing, but prints what attention between frames costs")
     args = p.parse_args()
     if args.quick and (args.known or args.studies or args.variants or args.clips):
         p.error("--quick makes edits of its own: leave out --known, --studies, --variants and --clips.")
     args.out = args.out or Path("claims-quick" if args.quick else "claims")     # clips of --quick have fewer edits
     args.plan = {"user": QUICK} if args.quick else {}
-    for name in () if args.quick else args.studies or (["user"] if args.variants else ["user", "full"]):
+    for name in () if args.quick else args.studies or ["trial"]:
         study = STUDIES[name]
         unknown = set(args.variants or ()) - study.rows.keys()
         if unknown:
@@ -175,12 +172,14 @@ def make(args):
     return scores
 
 
-def show(scores, file, chart, earlier=None):
-    """Writes the tables and the chart, and prints the tables."""
-    text, rows = tables.text(scores, earlier), tables.charted(scores)
+def show(scores, file, folder, earlier=None):
+    """Writes the tables, and pictures of the trial and of the recipes into a folder. Prints the tables."""
+    text = tables.text(scores, earlier)
     replace_text(file, text)
-    if rows:
-        pictures.chart(chart, rows)
+    if rows := tables.shares(scores, "trial"):
+        pictures.chart(folder / "chart.png", rows)
+    if rows := tables.shares(scores, "recipes", ("unsaid", "edited")):
+        pictures.frontier(folder / "frontier.png", rows)
     print(text)
 
 
@@ -190,11 +189,11 @@ def main():
         print(cost.table(load(args.weights)))
         return 0
     if args.tables:
-        show(read_json(HERE / "scores.json")["scores"], HERE / "TABLES.md", args.weights / "chart.png",
+        show(read_json(HERE / "scores.json")["scores"], HERE / "TABLES.md", args.weights,
              read_json(HERE / "earlier.json"))
         return 0
     scores = make(args)
-    show(scores, args.out / "TABLES.md", args.out / "chart.png")
+    show(scores, args.out / "TABLES.md", args.out)
     clip, edit = PICTURE_OF if (args.out / f"user/{PICTURE_OF[0]}").exists() else (0, 0)
     draw(args.out / f"user/{clip}", "../../claims.png", PICTURE_ROWS, edit)
     if not args.quick:

@@ -96,31 +96,13 @@ POSE = {
     **{f"untuned, {noise} noise": Variant(Net(tuned=None), noise, control=SCALE) for noise in NOISES},
 }
 
-# What is claimed: (claim, better, worse, scores in which it should show). The paper's own ablations leave out tuning,
-# ST-Attn and inversion. The other claims ask further.
+# (claim, better, worse, score in which it shows), as PLAN.md fixed them before anything was measured.
 CLAIMS = (
-    ("tuning keeps frames alike", "full method", "untuned", ("agreement", "look", "neighbours")),
-    ("tuning keeps what the caption leaves open", "full method", "untuned", ("unsaid", "psnr")),
-    ("tuning keeps frames alike, without inversion", "no inversion", "no inversion, untuned",
-     ("agreement", "look", "neighbours")),
-    ("ST-Attn keeps frames alike", "full method", "spatial attention", ("agreement", "neighbours")),
-    ("ST-Attn keeps frames alike, without inversion", "no inversion", "no inversion, spatial attention",
-     ("agreement", "neighbours")),
-    ("untuned ST-Attn keeps frames alike", "no inversion, untuned, sparse-causal", "no inversion, untuned, spatial",
-     ("agreement", "neighbours")),
-    ("inversion carries the motion", "full method", "no inversion", ("motion", "success")),
-    ("tuning all tensors destroys knowledge", "full method", "all tensors", ("edited", "success")),
-    ("tuning all tensors at a rate of their own destroys knowledge", "full method", "all tensors, own rate",
-     ("edited", "success")),
-    ("better than frame by frame", "full method", "frame by frame", ("agreement", "neighbours", "success")))
-
-# The claims of the trial, as PLAN.md fixed them before anything was measured: one question and one score each.
-TRIAL = (
-    ("inversion carries the motion", "full method", "no inversion", ("motion",)),
-    ("ST-Attn keeps frames alike", "full method", "spatial attention", ("agreement",)),
-    ("tuning holds what the caption leaves open", "full method", "untuned", ("unsaid",)),
-    ("tuning all tensors at the same rate destroys knowledge", "full method", "all tensors", ("edited",)),
-    ("better than frame by frame", "full method", "frame by frame", ("agreement",)))
+    ("inversion carries the motion", "full method", "no inversion", "motion"),
+    ("ST-Attn keeps frames alike", "full method", "spatial attention", "agreement"),
+    ("tuning holds what the caption leaves open", "full method", "untuned", "unsaid"),
+    ("tuning all tensors at the same rate destroys knowledge", "full method", "all tensors", "edited"),
+    ("better than frame by frame", "full method", "frame by frame", "agreement"))
 
 # What a score is called in tables. All but POINTS are shares of frames or of edits.
 NAMES = dict(success="success", edited="edit right", kept="rest kept", unsaid="unsaid kept", agreement="agreement",
@@ -128,11 +110,11 @@ NAMES = dict(success="success", edited="edit right", kept="rest kept", unsaid="u
              neighbours="neighbours", text="text", motion="motion", subject="subject", clothes="clothes",
              rest="other words")
 POINTS = ("psnr", "all_pairs", "neighbours", "text")
-SEEDS = (33, 34, 35)        # of the rows on which a claim rests and that draw random numbers; the others have the first
+SEED = 33                   # one, because the clips carry the variance
 
 
 class Study(NamedTuple):
-    """Rows that are made of the same clips, and how they are shown. Scores lie in STUDY/CLIP/ROW-SEED.json."""
+    """Rows that are made of the same clips, and how they are shown. Scores lie in STUDY/CLIP/ROW-33.json."""
     title: str
     rows: dict[str, Variant]
     columns: tuple[str, ...]                    # of its table, keys of NAMES
@@ -143,17 +125,6 @@ class Study(NamedTuple):
     edits: tuple[str, ...] | None = None        # only those of these attributes
     claims: tuple = ()                          # corrected for their number together
     compared: tuple[str, ...] = ()              # rows that a table compares with the full method
-    repeats: int = len(SEEDS)                   # seeds of a row on which a claim rests, at most
-
-    def claimed(self):
-        """The rows on which a claim rests."""
-        return {name for _, better, worse, _ in self.claims for name in (better, worse)}
-
-    def seeds(self, row, count):
-        """The seeds of a row: `count` if a claim rests on it and they change what it makes, else one."""
-        net, noise, *_ = self.rows[row]
-        random = net.tuned is not None or noise in ("random", "shared", "edit-friendly")
-        return SEEDS[:min(count, self.repeats) if random and row in self.claimed() else 1]
 
     def studio(self, weights, i, settings):
         """Clip i of the study, encoded."""
@@ -169,14 +140,13 @@ BOUNDS = ("source", "true edit", "still", "other motion")
 SCORES = ("success", "edited", "kept", "unsaid", "agreement", "look", "phase", "x", "camera", *POINTS)
 POSED = ("phase", "x", "subject", "clothes", "rest", "agreement", "camera", "success", "psnr")
 STUDIES = {
-    "user": Study("Captions as users write them", VARIANTS | BEYOND, SCORES, BOUNDS, claims=CLAIMS,
-                  compared=("official 70 tensors", "norm per frame", "full attention", "first-frame attention",
-                            "a quarter of the steps", "twice the steps", *BEYOND)),
+    "user": Study("Captions as users write them", VARIANTS | BEYOND, SCORES, BOUNDS,
+                  compared=(*list(VARIANTS)[1:], *BEYOND)),
     "full": Study("Captions that name everything", {name: VARIANTS[name] for name in FULLY_CAPTIONED}, SCORES, BOUNDS,
                   captions="full"),
     "trial": Study("The trial: fresh clips, one question each", {name: VARIANTS[name] for name in (
         "full method", "untuned", "spatial attention", "frame by frame", "no inversion", "all tensors")}, SCORES,
-        kind="trial", clips=24, claims=TRIAL, repeats=1),
+        kind="trial", clips=24, claims=CLAIMS),
     "place": Study("Changes of place", PLACE, ("camera", "edited", "phase", "x", "success", "psnr"), edits=("place",)),
     "sweep": Study("Steps, learning rate, guidance", SWEEP, ("success", "edited", "agreement", "psnr"), kind="choice",
                    clips=4),

@@ -3,7 +3,7 @@ import numpy as np
 
 from tinytav.claims.clips import said
 from tinytav.claims.judge import MOTIONS
-from tinytav.claims.studies import NAMES, POINTS, ROBUST, STUDIES
+from tinytav.claims.studies import NAMES, POINTS, ROBUST, SEED, STUDIES
 from tinytav.toy.world import ATTRIBUTES
 
 RESAMPLES = 10_000      # of the bootstrap
@@ -14,7 +14,7 @@ COMPARED = (*CHART, "psnr")                                         # shown of d
 
 
 def text(scores, earlier=None):
-    """TABLES.md. scores: {"STUDY/CLIP/ROW-SEED": [the scores of an edit, ...]}.
+    """TABLES.md. scores: {"STUDY/CLIP/ROW-33": [the scores of an edit, ...]}.
 
     earlier: tables whose scores were not kept, {title: {"note", "heads", "rows"}}.
     """
@@ -30,9 +30,9 @@ def text(scores, earlier=None):
 
 
 def finished(scores, study):
-    """{row: clips} of a study's rows and seeds that all its clips have, in the study's order.
+    """{row: clips} of a study's rows that all its clips have, in the study's order.
 
-    clips, as `means` takes it: for each clip the scores of its edits, all seeds together, with "unsaid".
+    clips, as `means` takes it: for each clip the scores of its edits, with "unsaid".
     """
     found = {}
     for key, edits in scores.items():
@@ -42,8 +42,7 @@ def finished(scores, study):
     everywhere, rows = set().union(*found.values()), {}
     for name, clips in found.items():
         if clips.keys() == everywhere:
-            row, _, _ = name.rpartition("-")
-            rows[row] = [before + clips[i] for before, i in zip(rows.get(row, [[]] * len(clips)), sorted(clips))]
+            rows[name.removesuffix(f"-{SEED}")] = [clips[i] for i in sorted(clips)]
     return {row: rows[row] for row in (*STUDIES[study].references, *STUDIES[study].rows) if row in rows}
 
 
@@ -59,7 +58,7 @@ def grid(heads, rows):
 
 
 def table(rows, study):
-    """One line a row: means over clips, seeds and edits, shares with their 95 % intervals, and the number of edits."""
+    """One line a row: means over clips and edits, shares with their 95 % intervals, and the number of edits."""
     lines = []
     for name, clips in rows.items():
         cells = [cell(key, *interval(means(clips, key))) for key in study.columns]
@@ -93,10 +92,9 @@ def verdicts(rows, claims):
 
     p is corrected for all of `claims`, also for those whose rows are not made.
     """
-    pairs = [(claim, better, worse, key) for claim, better, worse, keys in claims for key in keys]
-    made = [pair for pair in pairs if pair[1] in rows and pair[2] in rows]
-    found = [differences(rows, *pair[1:]) for pair in made]
-    p_values = holm([*map(p_value, found), *[1.] * (len(pairs) - len(made))])
+    made = [claim for claim in claims if claim[1] in rows and claim[2] in rows]
+    found = [differences(rows, *claim[1:]) for claim in made]
+    p_values = holm([*map(p_value, found), *[1.] * (len(claims) - len(made))])
     lines = []
     for (claim, better, worse, key), differs, p in zip(made, found, p_values):
         says = "undecided" if p > LEVEL else "holds" if differs.mean() > 0 else "does not hold"
@@ -125,11 +123,11 @@ def by_attribute(rows):
     return lines and grid(["full method, by edit", "edits", *(NAMES[key] for key in shown)], lines)
 
 
-def charted(scores):
-    """{row: {panel: (mean, low, high)}} of the rows on which a claim rests, the most successful first."""
-    found = {name: {NAMES[key]: interval(means(clips, key)) for key in CHART}
-             for name, clips in finished(scores, "user").items() if name in STUDIES["user"].claimed()}
-    return dict(sorted(found.items(), key=lambda row: -row[1][NAMES[CHART[0]]][0]))
+def shares(scores, study, keys=CHART):
+    """{row: {name of a score: (mean, low, high)}} of a study's rows, the most successful first."""
+    rows = {name: clips for name, clips in finished(scores, study).items() if name in STUDIES[study].rows}
+    order = sorted(rows, key=lambda name: -means(rows[name], "success").mean())
+    return {name: {NAMES[key]: interval(means(rows[name], key)) for key in keys} for name in order}
 
 
 def broken_orderings(scores):
@@ -144,7 +142,7 @@ def broken_orderings(scores):
 # ---- statistics ----------------------------------------------------------------------------------
 
 def means(clips, key):
-    """The mean over a clip's edits and seeds, for each clip."""
+    """The mean over a clip's edits, for each clip."""
     return np.array([np.mean([scores[key] for scores in clip]) for clip in clips])
 
 
