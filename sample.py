@@ -100,6 +100,7 @@ def main():
     untuned = "no run: sampling the untuned net from random noise; --run names a run to edit"
     cli.say(f"run: {run.path}" if run else untuned)
     session = open_session(args, run)
+    cli.say_windows(session.net, session.shape)
     memory.warn_before_sampling(session.net, session.shape, session.sd.device)
     control = None
     if args.control is not None:

@@ -29,6 +29,9 @@ def arguments():
                    help="scale the short side to N pixels (default: the size the weights were made for)")
     p.add_argument("--frames", type=cli.number(int, 1), metavar="N",
                    help="use N frames (default: the weights' own number)")
+    p.add_argument("--window", type=cli.number(int, 1), metavar="N",
+                   help="let the net see N frames at a time: memory is that of N frames, whatever the length of the "
+                        "clip (default: the weights' own number of frames)")
     p.add_argument("--start", type=cli.number(int, 0), metavar="N", help="begin at frame N of the clip (default: 0)")
     p.add_argument("--stride", type=cli.number(int, 1), metavar="N",
                    help="take every N-th frame (default: spread the frames over the whole clip)")
@@ -62,9 +65,10 @@ def start(args):
     cli.warn_about_unknown_words(sd.path, [args.prompt], args.clip)
     sd.tokenizer([args.prompt, args.preview or ""])             # raises for bytes that are not UTF-8
     session = editing.begin(
-        sd, args.clip, args.prompt, args.out or "runs", size=args.size, frames=args.frames, start=args.start or 0,
-        stride=args.stride, steps=args.steps, lr=args.lr, attention=args.attention or "sparse-causal",
-        norm=args.norm or "clip", seed=33 if args.seed is None else args.seed, preview=args.preview, loras=loras)
+        sd, args.clip, args.prompt, args.out or "runs", size=args.size, frames=args.frames, window=args.window,
+        start=args.start or 0, stride=args.stride, steps=args.steps, lr=args.lr,
+        attention=args.attention or "sparse-causal", norm=args.norm or "clip",
+        seed=33 if args.seed is None else args.seed, preview=args.preview, loras=loras)
     settings, (height, width) = session.run.settings, session.shape[3:]
     cli.say(f"clip: {args.clip}, {settings.frames} of {settings.total} frames: {float(Fraction(settings.fps)):.3g} "
             f"fps, {width * sd.multiple}x{height * sd.multiple}")
@@ -185,6 +189,7 @@ def main():
     go_on = f"python train.py --resume {folder}"
     cli.say(f"run: {session.run.path} (Ctrl-C stops it; go on with: {go_on})")
     report(session.sd, session.net)
+    cli.say_windows(session.net, session.shape)
     if session.run.settings.preview is None:
         session.sd.vae = session.sd.text_encoder = None         # their work is done: free their memory
     stopped_by = tune(session, args.checkpointing or "auto")

@@ -71,7 +71,8 @@ def test_each_frame_gets_the_residuals_of_its_own_hint_alone():
 
 
 class Recorder:
-    """A net that keeps what it is asked and answers with noise of its own."""
+    """A net of three frames that keeps what it is asked and answers with noise of its own."""
+    frames = 3
 
     def __init__(self):
         self.asked = []

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tinytav import windows
 from tinytav.errors import InputError
 from tinytav.files import hub
 from tinytav.memory import is_out_of_memory
@@ -145,6 +146,14 @@ def print_loras(loras):
         say(f"lora: {one.file}, scale {one.scale:g}")
 
 
+def say_windows(net, shape):
+    """Tells that the net sees the clip's latents (1, 4, f, h, w) in windows, if it does."""
+    if shape[2] > net.frames:
+        count = len(windows.places(shape[2], net.frames))
+        say(f"windows: the net sees {net.frames} of the {shape[2]} frames at a time, in {count} windows, whose results "
+            "are averaged.")
+
+
 def warn_about_unknown_words(weights, prompts, clip=None):
     """Warns once where weights that know a small world get words, or a clip, from outside it.
 
@@ -204,7 +213,7 @@ def run(main):
         if not is_out_of_memory(error):
             raise
         complain(f"error: the memory is too small: {str(error).splitlines()[0] if str(error) else 'no more is free.'} "
-                 "Half the --frames need about half of it, half the --size a quarter.")
+                 "Half the --frames, or half the --window, need about half of it, half the --size a quarter.")
         sys.exit(2)
     except KeyboardInterrupt:
         complain("stopped")

@@ -5,6 +5,7 @@ The paper shows it (section 5, applications); the official code never had it. Co
 """
 import torch
 
+from tinytav import pipeline
 from tinytav.errors import InputError
 from tinytav.files.frames import open_clip, read
 from tinytav.stable_diffusion.controlnet import check_fits, load_controlnet
@@ -23,16 +24,20 @@ class Control:
     def __init__(self, controlnet, hints, scale=1.0, path=None, hint=None):
         self.controlnet, self.hints, self.scale, self.path, self.hint = controlnet, hints, scale, path, hint
         with autocast(controlnet):
-            self.embedded = controlnet.embed_hint(hints)                    # f c h w, the same at every step
+            parts = [controlnet.embed_hint(part) for part in pipeline.chunks(hints, hints[0, 0].numel())]
+        self.embedded = torch.cat(parts)                                    # f c h w, the same at every step
 
     @torch.no_grad()
-    def residuals(self, x, t, context):
-        """For latents x (b, 4, f, h, w), t (b,), context (b, m, d): what VideoUNet adds, (b f) c h w each."""
+    def residuals(self, x, t, context, place=slice(None)):
+        """For latents x (b, 4, f, h, w), t (b,), context (b, m, d): what VideoUNet adds, (b f) c h w each.
+
+        place: which of the hints belong to the frames of x, if x is a window of the clip.
+        """
         frames = x.shape[2]
         pictures = x.transpose(1, 2).flatten(0, 1)                          # (b f) 4 h w
         t = t.repeat_interleave(frames)
         context = context.repeat_interleave(frames, dim=0)
-        embedded = self.embedded.repeat(len(x), 1, 1, 1)
+        embedded = self.embedded[place].repeat(len(x), 1, 1, 1)
         with autocast(self.controlnet):
             residuals = self.controlnet.residuals(pictures, t, context, embedded)
         return [self.scale * residual for residual in residuals]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import tinytav
-from tinytav import memory, tuning
+from tinytav import memory, tuning, windows
 from tinytav.errors import InputError
 from tinytav.files import page, records
 from tinytav.files.frames import (
@@ -78,6 +78,11 @@ def encode_clip(sd, x, prompt):
         raise InputError("The VAE gives this clip latents that are not finite: try --precision fp32.")
     context, empty = sd.encode_prompts([prompt, ""]).split(1)
     return Clip(mean, std, context, empty)
+
+
+def default_window(sd, *frames):
+    """How many frames the net sees at once where no one says: the weights' own number, or more of these numbers."""
+    return max(windows.LEAST, sd.defaults.frames, *frames)
 
 
 def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
@@ -223,7 +228,7 @@ class Session:
         """The settings of an edit: all that decides the result, beside the run or the weights."""
         settings = dict(ddim_steps=noise.steps, guidance=guidance, noise=noise.name,
                         seed=noise.seed if noise.seeded else None,
-                        negative=negative or None, attention=self.net.attention, frames=self.net.frames,
+                        negative=negative or None, attention=self.net.attention, frames=self.shape[2],
                         size=self.sd.multiple * min(self.shape[3:]), precision=name_of(self.sd.dtype),
                         weights=self.sd.fingerprint, strength=self.strength if self.strength != 1 else None,
                         lora=[f"{one.fingerprint}:{one.scale}" for one in self.loras] or None)
@@ -278,19 +283,23 @@ class Session:
         return self.run.settings if self.run else self.sd.defaults
 
 
-def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, start=0, stride=None, steps=None,
-          lr=None, ddim_steps=None, guidance=None, attention="sparse-causal", norm="clip", seed=33, preview=None,
-          loras=()):
+def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, window=None, start=0, stride=None,
+          steps=None, lr=None, ddim_steps=None, guidance=None, attention="sparse-causal", norm="clip", seed=33,
+          preview=None, loras=()):
     """Reads a video, a GIF or a folder of pictures, encodes it once, and makes a new run of it -> Session.
 
     The run's folder is out/NAME, or out/NAME-2, ...; or `folder`, which must not exist. size: pixels of the short
-    side. frames: how many; a shorter clip is then refused. start, stride: as in files.frames.read. loras: those that
-    are merged into `sd` already. preview: a prompt that run.json keeps. Where a number is None, the weights' own
-    holds. Raises InputError.
+    side. frames: how many; a shorter clip is then refused. window: how many of them the net sees at once (windows.py);
+    else at most the weights' own number of frames. start, stride: as in files.frames.read. loras: those that are
+    merged into `sd` already. preview: a prompt that run.json keeps. Where a number is None, the weights' own holds.
+    Raises InputError.
     """
     if not prompt.strip():
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
-    d = sd.defaults
+    if frames and window and window > frames:
+        raise InputError(f"The window of {window} frames is longer than the clip of {frames}: use a window of {frames} "
+                         "frames or less, or leave it out.")
+    d, window = sd.defaults, chosen(window, default_window(sd))
     size = chosen(size, d.size)
     source = read(clip, size, sd.multiple, chosen(frames, d.frames), start=start, stride=stride,
                   exact=frames is not None)
@@ -298,7 +307,7 @@ def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, 
     settings = Settings.from_json(dict(
         clip=str(clip), clip_fingerprint=fingerprint(clip), prompt=prompt, preview=preview,
         fingerprint=sd.fingerprint, precision=name_of(sd.dtype), lora=[asdict(one) for one in loras] or None,
-        size=size, frames=len(source.x), start=start, stride=stride,
+        size=size, frames=len(source.x), window=window if window < len(source.x) else None, start=start, stride=stride,
         indices=list(source.indices), total=source.total, fps=str(source.fps),
         steps=chosen(steps, 0 if sd.temporal else d.steps), lr=chosen(lr, d.lr),
         ddim_steps=chosen(ddim_steps, d.ddim_steps), guidance=chosen(guidance, d.guidance),
@@ -312,7 +321,7 @@ def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, 
         run.save()
     run = Run.create(out, Path(clip).stem, settings, fill) if folder is None else Run.create_at(folder, settings, fill)
     page.write(run.path)
-    net = new_net(sd, encoded.frames, attention, norm, seed)
+    net = new_net(sd, settings.window or settings.frames, attention, norm, seed)
     return Session(sd, net, run, encoded, tuple(encoded.mean.shape))
 
 
@@ -326,7 +335,7 @@ def resume(sd, run):
     if run.finished:
         raise InputError(f"{run.path} is finished: sample from it with sample.py --run.")
     clip = clip_of(run, sd)
-    net = new_net(sd, settings.frames, settings.attention, settings.norm, settings.seed)
+    net = new_net(sd, settings.window or settings.frames, settings.attention, settings.norm, settings.seed)
     return Session(sd, net, run, clip, tuple(clip.mean.shape))
 
 
@@ -340,7 +349,8 @@ def open_run(sd, run, attention=None, frames=None, size=None, loras=(), strength
     run = run if isinstance(run, Run) else Run.open(run)
     settings = run.settings
     run.check(sd)
-    net = new_net(sd, frames or settings.frames, attention or settings.attention, settings.norm, settings.seed)
+    frames, window = frames or settings.frames, settings.window or default_window(sd, settings.frames)
+    net = new_net(sd, min(frames, window), attention or settings.attention, settings.norm, settings.seed)
     tuned = net.tuned()
     tensors = run.read("tuned", {name: p.shape for name, p in tuned.items()})
     tuning.blend(tuned, tensors, strength)
@@ -349,13 +359,14 @@ def open_run(sd, run, attention=None, frames=None, size=None, loras=(), strength
     lora.merge(SimpleNamespace(unet=net, text_encoder=sd.text_encoder), loras)
     clip = clip_of(run, sd)                 # its prompts are encoded with all LoRAs
     sides = tuple(clip.mean.shape[3:]) if size is None else square(sd, size)
-    return Session(sd, net, run, clip, (1, 4, net.frames, *sides), list(loras), strength=strength)
+    return Session(sd, net, run, clip, (1, 4, frames, *sides), list(loras), strength=strength)
 
 
 def untuned(sd, frames=None, size=None, attention="sparse-causal", loras=()):
     """The inflated, untuned net -> Session without a run. loras: those that are merged into `sd` already."""
-    net = new_net(sd, frames or sd.defaults.frames, attention)
-    return Session(sd, net, shape=(1, 4, net.frames, *square(sd, size or sd.defaults.size)), loras=list(loras))
+    frames = frames or sd.defaults.frames
+    net = new_net(sd, min(frames, default_window(sd)), attention)
+    return Session(sd, net, shape=(1, 4, frames, *square(sd, size or sd.defaults.size)), loras=list(loras))
 
 
 def square(sd, size):

@@ -114,9 +114,13 @@ def shares(count):
 
 
 def pixel_bytes(net, shape):
-    """What a step without recomputing keeps of latents (1, 4, f, h, w): linear in their pixels and in the channels."""
+    """What a step without recomputing keeps of latents (1, 4, f, h, w): linear in their pixels and in the channels.
+
+    Of a clip of more frames than the net's, one window is in memory at a time.
+    """
     _, _, frames, height, width = shape
-    return frames * height * width * KEPT[net.conv_in.weight.dtype] * net.conv_in.out_channels / CHANNELS
+    pixels = min(frames, net.frames) * height * width
+    return pixels * KEPT[net.conv_in.weight.dtype] * net.conv_in.out_channels / CHANNELS
 
 
 def tuning_bytes(net, shape, share):
@@ -135,7 +139,8 @@ def warn_before_sampling(net, shape, device):
 def warn_if_tight(what, need, free):
     if need > (1 - RESERVE) * free:
         warnings.warn(f"{what} needs about {need / 2 ** 30:.2f} GiB of memory, and {free / 2 ** 30:.2f} are free. It "
-                      "may fail. Half the --frames need about half of it, half the --size a quarter.")
+                      "may fail. Half the --frames, or half the --window, need about half of it, half the --size a "
+                      "quarter.")
 
 
 def free_bytes():

@@ -5,6 +5,7 @@ pipeline_tuneavideo.py and util.py. `invert` and `sample` are generators, so tha
 """
 import torch
 
+from tinytav import windows
 from tinytav.stable_diffusion.ddim import move
 from tinytav.stable_diffusion.precision import autocast
 
@@ -86,11 +87,17 @@ def guided(net, x, t, context, empty, guidance, control=None):
 
 
 def predict(net, x, t, context, control=None):
-    """The net's prediction (b, 4, f, h, w), float32, for latents x that stand at timestep t, an int."""
+    """The net's prediction (b, 4, f, h, w), float32, for latents x that stand at timestep t, an int.
+
+    A clip of more frames than the net's is predicted in windows (windows.py).
+    """
     t = torch.full((len(x),), t, device=x.device)
-    residuals = None if control is None else control.residuals(x, t, context)
-    with autocast(net):
-        return net(x, t, context, residuals).float()
+
+    def predict_window(part, place):
+        residuals = None if control is None else control.residuals(part, t, context, place)
+        with autocast(net):
+            return net(part, t, context, residuals).float()
+    return windows.average(predict_window, x, windows.places(x.shape[2], net.frames))
 
 
 def gaussian(shape, seed):

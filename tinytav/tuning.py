@@ -7,7 +7,7 @@ repeated.
 import torch
 from torch.nn import functional as F
 
-from tinytav import memory
+from tinytav import memory, windows
 from tinytav.errors import InputError
 from tinytav.stable_diffusion.precision import autocast
 
@@ -33,13 +33,14 @@ def denoising_loss(net, schedule, x0, noise, t, context):
 class Tuner:
     """The tuning of one net on one clip: AdamW over net.tuned(), and the losses of the steps that are done.
 
-    mean, std (1, 4, f, h, w): the clip's latents. context (1, m, d): its caption's. `parameters` {name: parameter}
-    replaces net.tuned() in experiments. From now on these parameters require gradients.
+    mean, std (1, 4, f, h, w): the clip's latents. If it has more frames than the net, each step takes one of the
+    windows that sampling will average. context (1, m, d): its caption's. `parameters` {name: parameter} replaces
+    net.tuned() in experiments. From now on these parameters require gradients.
     """
 
     def __init__(self, net, schedule, mean, std, context, lr=3e-5, seed=33, parameters=None):
         self.net, self.schedule, self.mean, self.std, self.context = net, schedule, mean, std, context
-        self.seed = seed
+        self.seed, self.places = seed, windows.places(mean.shape[2], net.frames)
         self.parameters = net.tuned() if parameters is None else parameters
         for p in self.parameters.values():
             p.requires_grad_()
@@ -82,9 +83,10 @@ class Tuner:
 
     def loss(self):
         """The loss of the next step, a function of (seed, step) and the parameters."""
-        shape, device = self.mean.shape, self.mean.device
-        posterior, noise, t = draw(self.seed, len(self.losses), shape, self.schedule.num_train_timesteps)
-        x0 = self.mean + self.std * posterior.to(device)
+        place = windows.drawn(self.places, self.seed, len(self.losses))
+        mean, std, device = self.mean[:, :, place], self.std[:, :, place], self.mean.device
+        posterior, noise, t = draw(self.seed, len(self.losses), mean.shape, self.schedule.num_train_timesteps)
+        x0 = mean + std * posterior.to(device)
         return denoising_loss(self.net, self.schedule, x0, noise.to(device), t, self.context)
 
     def backward(self, loss):

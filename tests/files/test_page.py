@@ -68,8 +68,8 @@ def test_the_source_comes_first_then_the_samples_with_prompts_settings_and_comma
     for text in ("a man is skiing", "clip.mp4", "a panda is skiing", "a \"fox\" isn't skiing", "finished", "guidance",
                  "python sample.py --prompt 'a panda is skiing'", "of the last 5 steps", "0.0003"):
         assert text in shown.text, text
-    line = "python train.py clip.mp4 'a man is skiing' --weights w --size 64 --frames 8 --steps 20 --lr 0.0003"
-    assert line in shown.text
+    line = "python train.py clip.mp4 'a man is skiing' --weights w --size 64 --frames 8 --window 8 --steps 20 --lr"
+    assert f"{line} 0.0003" in shown.text
     assert "all pairs" not in shown.text
 
 

@@ -10,8 +10,8 @@ from tinytav.files.atomic import replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
 
 # The settings of a run that are flags of train.py.
-TUNING_FLAGS = ("weights", "tokenizer", "prediction", "vae", "embedding", "size", "frames", "start", "stride", "steps",
-                "lr", "attention", "norm", "precision", "seed", "preview")
+TUNING_FLAGS = ("weights", "tokenizer", "prediction", "vae", "embedding", "size", "frames", "window", "start",
+                "stride", "steps", "lr", "attention", "norm", "precision", "seed", "preview")
 
 
 # ---- Records -------------------------------------------------------------------------------------
@@ -118,6 +118,7 @@ def tuning_command(folder, settings):
     given = {name: plain.get(name) for name in TUNING_FLAGS}
     words = settings.get("embedding") if isinstance(settings.get("embedding"), list) else []
     given["embedding"] = [word for word in words if isinstance(word, str)] or None
+    given["window"] = given["window"] or given["frames"]
     if given["steps"] == 0:                 # a net that was tuned before: train.py takes it as it is, without the flag
         given["steps"] = None
     loras, files = (settings[name] if isinstance(settings.get(name), list) else [] for name in ("lora", "embedding"))

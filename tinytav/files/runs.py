@@ -31,6 +31,7 @@ from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_ten
 from tinytav.stable_diffusion.config import Config
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS
+from tinytav.windows import LEAST
 
 try:
     import fcntl
@@ -61,6 +62,7 @@ class Settings(Config):
     norm: str
     seed: int
     precision: str
+    window: int | None = None       # frames that the net sees at once; None: all of them
     start: int = 0
     stride: int | None = None
     indices: tuple[int, ...] | None = None      # of the chosen frames in the source
@@ -86,6 +88,9 @@ class Settings(Config):
             if getattr(self, name) not in values:
                 raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of "
                                  f"{', '.join(map(str, values))}.")
+        if self.window is not None and not LEAST <= self.window < self.frames:
+            raise InputError(f"A window of {self.window} of {self.frames} frames is not possible: use one from {LEAST} "
+                             "frames to the number of frames.")
         if not re.fullmatch(FPS, self.fps):
             raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or "
                              "30000/1001.")

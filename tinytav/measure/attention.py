@@ -292,6 +292,9 @@ def main():
     sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
     lora.merge(sd, run.settings.loras())
     session = editing.open_run(sd, run)
+    if session.net.frames < session.shape[2]:
+        raise InputError(f"{run.path} was tuned in windows of {session.net.frames} frames, of which no maps can be "
+                         "drawn: tune with --frames no larger than the window.")
     name, rows, caption, flags = watch_word(args, session) if args.pixel is None else watch_pixel(args, session)
     path = run.path / f"{name}.attention.png"
     replace(path, lambda file: sheet(rows).save(file, "PNG", optimize=True))
