@@ -67,3 +67,20 @@ def test_the_mask_is_where_attention_is_large_and_one_latent_around():
     found = beyond.mask(maps)
     assert found[0].sum() == 9 and found[0, 1:4, 1:4].all()
     assert found[1].sum() == 4 and found[1, :2, :2].all()
+
+
+@torch.no_grad()
+def test_windows_that_are_not_averaged_or_lack_the_first_frame(parts):
+    net, _, _, own, _ = parts
+    x, t = torch.randn(1, 4, 6, 8, 8), torch.tensor([500])
+    plain, loose = (beyond.Windows(net, 6, kind) for kind in ("not averaged", "no first frame"))
+    assert plain.places == [[0, 1, 2], [0, 3, 4], [0, 4, 5]]
+    assert loose.places == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    a, b, c = (net(x[:, :, place], t, own)[0].unbind(1) for place in plain.places)
+    torch.testing.assert_close(plain(x, t, own)[0], torch.stack([*a, b[1], b[2], c[2]], dim=1))
+    a, b, c, d = (net(x[:, :, place], t, own)[0].unbind(1) for place in loose.places)
+    means = [a[0], (a[1] + b[0]) / 2, (a[2] + b[1] + c[0]) / 3, (b[2] + c[1] + d[0]) / 3, (c[2] + d[1]) / 2, d[2]]
+    torch.testing.assert_close(loose(x, t, own)[0], torch.stack(means, dim=1))
+    assert torch.equal(pipeline.predict(loose, x, 500, own), loose(x, t, own))
+    assert beyond.Windows(net, 8, "not averaged").places[-1] == [0, 6, 7]
+    assert len(beyond.Windows(net, 7, "not averaged").places) == 3

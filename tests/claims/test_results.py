@@ -70,6 +70,9 @@ def test_the_two_kinds_of_captions_and_of_studios():
     assert [edit.name for edit in place.clip.edits] == ["place"] and place.clip.motion == user.clip.motion
     assert [edit.name for edit in pose.clip.edits] == ["pose"] and pose.control is not None and user.control is None
     assert pose.asked.views != pose.judge.views
+    long, short = (studies.STUDIES[name].studio(TOY, 1, settings) for name in ("long", "short"))
+    assert len(long.source) == 32 and len(short.source) == 8 and long.clip.edits == short.clip.edits
+    assert [edit.name for edit in long.clip.edits] == ["subject", "place"] and long.clip.scene != user.clip.scene
 
 
 def test_a_clip_that_is_not_finite_is_not_scored(tmp_path):

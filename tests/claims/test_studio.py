@@ -7,9 +7,9 @@ from random import Random
 import pytest
 import torch
 
-from tinytav import edit_friendly, pipeline
+from tinytav import edit_friendly, pipeline, windows
 from tinytav.claims import beyond, studies
-from tinytav.claims.clips import Edit, KnownClip, make_clip, other_motion, pose_clip, said
+from tinytav.claims.clips import Edit, KnownClip, longer, make_clip, other_motion, pose_clip, said
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.claims.studio import FRESH, TUNED, WANTED, Net, Posing, Studio, Variant, coarse
 from tinytav.inflation import VideoUNet
@@ -142,6 +142,29 @@ def test_a_net_is_tuned_as_its_fields_say(quick, monkeypatch):
     assert made == [("sparse-causal", "clip", 49, quick.settings["lr"], 34, 2),
                     ("first", "frame", everything, pytest.approx(quick.settings["lr"] / 3), 34, 4)]
     assert quick.tuned_net(UNTUNED, 33).attention == "sparse-causal" and len(made) == 2
+
+
+def test_a_net_of_windows_is_tuned_on_the_windows_that_it_samples_by(settings, monkeypatch):
+    clip, made = longer(CLIP._replace(edits=EDITS[1:]), 32), []
+    long = Studio(TOY, clip, settings | dict(ddim_steps=1), frames=32)
+    monkeypatch.setattr("tinytav.tuning.Tuner.run", lambda tuner, steps: made.append(tuner) or [])
+    for kind in ("averaged", "not averaged", "no first frame"):
+        net = Studio.tuned_net(long, Net(windows=kind), 33)
+        assert made[-1].net.frames == 8
+        if kind == "averaged":
+            assert net is made[-1].net and made[-1].places == windows.places(32, 8)
+        else:
+            assert isinstance(net, beyond.Windows) and made[-1].places == net.places and net.frames == 32
+    assert Studio.tuned_net(long, Net(), 33).frames == 32
+
+
+def test_a_longer_clip_moves_as_fast_and_drifts_as_far():
+    clip = make_clip("long", 0)
+    long, short = (world.views(each.motion, count) for each, count in ((longer(clip, 32), 32), (clip, 8)))
+    for a, b in zip(long, short):
+        assert a.camera == pytest.approx(b.camera) and a.phase == pytest.approx(b.phase)
+    assert long[16].x == pytest.approx(short[4].x) and long[16].size == pytest.approx(short[4].size)
+    assert longer(clip, 8) == clip and longer(clip, 32).edits == clip.edits
 
 
 # ---- noise ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 from torch.nn import functional as F
 
-from tinytav import pipeline
+from tinytav import pipeline, windows
 from tinytav.inflation import ClipCrossAttention
 from tinytav.measure.attention import WordMaps, watched
 from tinytav.stable_diffusion.ddim import Schedule, move
@@ -27,6 +27,33 @@ class Trailing(Schedule):
 def trailing(schedule):
     """The same diffusion process, walked at trailing timesteps in both directions."""
     return Trailing(**asdict(schedule))
+
+
+class Windows:
+    """A net of a few frames as one of `frames`, by windows that are not windows.py's. It goes where a VideoUNet goes.
+
+    kind: "not averaged", where windows follow each other and each frame is predicted by one of them; or "no first
+    frame", where a window is consecutive frames alone.
+    """
+
+    def __init__(self, net, frames, kind):
+        self.net, self.frames, self.attention, self.averaged = net, frames, net.attention, kind != "not averaged"
+        length = net.frames - (not self.averaged)
+        stride = (net.frames - 1) // 2 if self.averaged else length
+        starts = [*range(not self.averaged, frames - length, stride), frames - length]
+        anchor = [] if self.averaged else [0]
+        self.places = [anchor + list(range(start, start + length)) for start in starts]
+
+    def parameters(self):
+        return self.net.parameters()
+
+    def __call__(self, x, t, context, residuals=None):
+        if self.averaged:
+            return windows.average(lambda part, place: self.net(part, t, context), x, self.places)
+        output = torch.empty_like(x)
+        for place in reversed(self.places):             # where two windows hold a frame, the earlier one predicts it
+            output[:, :, place] = self.net(x[:, :, place], t, context).to(x.dtype)
+        return output
 
 
 @torch.no_grad()

@@ -46,6 +46,15 @@ def make_clip(kind, i):
             return KnownClip(scene, motion, edits, other)
 
 
+def longer(clip, frames):
+    """The clip in so many frames. From frame to frame limbs and background move as in one of FRAMES frames.
+
+    The figure drifts and grows as far as there, but over the whole clip: it would leave the picture.
+    """
+    motion, factor = clip.motion, frames / FRAMES
+    return clip._replace(motion=replace(motion, travel=factor * motion.travel, cycles=factor * motion.cycles))
+
+
 def said(captions, edited=()):
     """The attributes that a caption names. "user": the gist, and what is edited. "full": all of them."""
     return tuple(name for name in ATTRIBUTES if captions == "full" or name in (*GIST, *edited))

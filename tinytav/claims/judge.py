@@ -31,7 +31,7 @@ class Judge:
 
     def __init__(self, motion, frames=8):
         self.views = world.views(motion, frames)
-        self.pictures = lru_cache(maxsize=1500)(self._pictures)     # 0.6 GB
+        self.pictures = lru_cache(maxsize=12000 // frames)(self._pictures)     # 0.6 GB
 
     def _pictures(self, scene, part, offset):
         """The scene with `offset` added to one part of every view: (f, 3, h, w) uint8."""

@@ -1,7 +1,7 @@
 """What is compared: the variants of the method, the studies that try them, and the claims about them."""
 from typing import NamedTuple
 
-from tinytav.claims.clips import make_clip, pose_clip
+from tinytav.claims.clips import FRAMES, longer, make_clip, pose_clip
 from tinytav.claims.studio import FRESH, Net, Posing, Studio, Variant
 
 # The learning rate for all tensors, times the weights' own. Chosen on the choice clips: with the toy's defaults it is
@@ -96,6 +96,14 @@ POSE = {
     **{f"untuned, {noise} noise": Variant(Net(tuned=None), noise, control=SCALE) for noise in NOISES},
 }
 
+# Clips of more frames than the net sees at once. "full method": as windows.py says.
+LONG = {
+    "full method": Variant(Net(windows="averaged")),
+    "windows not averaged": Variant(Net(windows="not averaged")),
+    "windows without the first frame": Variant(Net(windows="no first frame")),
+    "all frames at once": Variant(),
+}
+
 # (claim, better, worse, score in which it shows), as PLAN.md fixed them before anything was measured.
 CLAIMS = (
     ("inversion carries the motion", "full method", "no inversion", "motion"),
@@ -123,6 +131,7 @@ class Study(NamedTuple):
     clips: int = 12
     captions: str = "user"                      # or full
     edits: tuple[str, ...] | None = None        # only those of these attributes
+    frames: int = FRAMES                        # of a clip
     claims: tuple = ()                          # corrected for their number together
     compared: tuple[str, ...] = ()              # rows that a table compares with the full method
 
@@ -130,15 +139,16 @@ class Study(NamedTuple):
         """Clip i of the study, encoded."""
         if self.kind == "pose":
             return Posing(weights, pose_clip(i), settings, self.captions)
-        clip = make_clip(self.kind, i)
+        clip = longer(make_clip(self.kind, i), self.frames)
         edits = [edit for edit in clip.edits if self.edits is None or edit.name in self.edits]
-        return Studio(weights, clip._replace(edits=edits), settings, self.captions)
+        return Studio(weights, clip._replace(edits=edits), settings, self.captions, self.frames)
 
 
 # What bounds the variants: no edit, the right one, one frame of it, and the right one in the next clip's motion.
 BOUNDS = ("source", "true edit", "still", "other motion")
 SCORES = ("success", "edited", "kept", "unsaid", "agreement", "look", "phase", "x", "camera", *POINTS)
 POSED = ("phase", "x", "subject", "clothes", "rest", "agreement", "camera", "success", "psnr")
+WINDOWED = ("success", "edited", "unsaid", "agreement", "motion", "phase", "x", "camera", "psnr")
 STUDIES = {
     "user": Study("Captions as users write them", VARIANTS | BEYOND, SCORES, BOUNDS,
                   compared=(*list(VARIANTS)[1:], *BEYOND)),
@@ -155,6 +165,10 @@ STUDIES = {
     "spacing": Study("Timesteps", SPACED, SCORES, kind="choice", clips=8),
     "fresh": Study("Fresh noise in the fine part", FRESHENED, SCORES, kind="choice", clips=8,
                    compared=tuple(FRESH)),
+    "long": Study("Clips of 32 frames", LONG, WINDOWED, kind="long", clips=8, edits=("subject", "place"), frames=32,
+                  compared=tuple(LONG)[1:]),
+    "short": Study("The same scenes in 8 frames", {"full method": Variant()}, WINDOWED, kind="long", clips=8,
+                   edits=("subject", "place")),
     "pose": Study("Pose control, captions as users write them", POSE, POSED, kind="pose", clips=6),
     "pose-full": Study("Pose control, captions that name everything", POSE, POSED, kind="pose", clips=6,
                        captions="full"),

@@ -40,6 +40,7 @@ class Net(NamedTuple):
     norm: str = "clip"
     steps: float = 1                        # times the weights' own number of steps
     rate: float = 1                         # times the weights' own learning rate
+    windows: str | None = None              # of FRAMES frames: averaged, or a kind of beyond.Windows; None: one window
 
 
 class Variant(NamedTuple):
@@ -106,16 +107,20 @@ class Studio:
 
     def tuned_net(self, kind, seed):
         """A Net of this clip."""
-        net = self.untuned_net(kind, seed)
+        net, count = self.untuned_net(kind, seed), len(self.source)
+        other = beyond.Windows(net, count, kind.windows) if kind.windows not in (None, "averaged") else None
         if kind.tuned:
             tuner = Tuner(net, self.schedule, self.mean, self.std, self.own, kind.rate * self.settings["lr"], seed,
                           TUNED[kind.tuned](net))
+            if other:
+                tuner.places = other.places
             pipeline.last(tuner.run(round(kind.steps * self.settings["steps"])))
-        return net
+        return other or net
 
     def untuned_net(self, kind, seed):
         torch.manual_seed(seed)
-        return inflate(deepcopy(self.sd.unet), len(self.source), kind.attention, kind.norm)
+        count = FRAMES if kind.windows else len(self.source)
+        return inflate(deepcopy(self.sd.unet), count, kind.attention, kind.norm)
 
     def strong(self, kind, seed, strength):
         """The tuned net with so much of its tuning."""
