@@ -104,6 +104,28 @@ def test_each_option_of_train_decides_what_it_names(place):
     assert len(losses) == 1 + 5
 
 
+def test_more_frames_than_the_weights_own_are_tuned_and_sampled_in_windows(place):
+    told = "windows: the net sees {} of the 6 frames at a time, in {} windows, whose results are averaged.\n"
+    for out, flags, window, count in (
+            ("long", [], 3, 4), ("wider", ["--window", 4], 4, 3), ("once", ["--window", 6], None, 1)):
+        trained = call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--frames", 6, "--out", out,
+                       *flags)
+        sampled = call(place, "sample.py", "--run", f"{out}/clip", "--prompt", "a dog")
+        for done in (trained, sampled):
+            assert told.format(window, count) in done.out if window else "windows:" not in done.out
+        assert Run.open(place / out / "clip").settings.window == window
+        assert len(frames.pictures(place / out / "clip/a-dog.mp4")) == 6
+    tuned = [load_file(place / f"{out}/clip/tuned.safetensors") for out in ("long", "wider", "once")]
+    for a, b in zip(tuned, tuned[1:]):
+        assert not all(torch.equal(a[name], b[name]) for name in a)
+    again = re.search(r"<pre>python (train.py .*?)</pre>", (place / "wider/clip/index.html").read_text())[1]
+    script, *words = shlex.split(html.unescape(again))
+    assert "--frames 6 --window 4" in again
+    call(place, script, *words)
+    first, second = (place / f"wider/{run}/tuned.safetensors" for run in ("clip", "clip-2"))
+    assert second.read_bytes() == first.read_bytes()
+
+
 def test_each_option_of_sample_decides_what_it_names(place):
     run = ["sample.py", "--run", "runs/clip", "--prompt", "a dog", "--out", "options"]
     call(place, *run)

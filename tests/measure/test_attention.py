@@ -314,3 +314,9 @@ def test_the_command_draws_pictures_that_the_page_shows_and_changes_no_other_fil
     (("--pixel", 3, 3, "--seed", 5), "unrecognized arguments: --seed 5")])
 def test_what_cannot_be_shown_is_refused(place, args, message):
     assert message in call(place, "runs/clip", *args, status=2).err
+
+
+def test_a_run_in_windows_is_refused(place):
+    done = warm()(place, "train.py", "clip.mp4", "a man", "--weights", "w", "--frames", 4, "--out", "long", limit=300)
+    assert done.status == 0, done.err
+    assert "windows of 3 frames" in call(place, "long/clip", "--word", "man", status=2).err

@@ -45,7 +45,7 @@ BLOCKS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_48
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480
 COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.COLUMNS[:3])
 ADVICE = "remove this folder, or name another one with --out."
-SETTINGS = ("size", "frames", "steps", "lr", "ddim_steps", "guidance", "seed")      # those of editing.begin
+SETTINGS = ("size", "frames", "window", "steps", "lr", "ddim_steps", "guidance", "seed")      # those of editing.begin
 
 
 @dataclass(frozen=True)
@@ -343,6 +343,7 @@ def arguments():
     group = parser.add_argument_group("tuning and sampling", "Without a flag the weights' own value holds.")
     group.add_argument("--size", type=cli.number(int, 8), metavar="N", help="pixels of the short side")
     group.add_argument("--frames", type=cli.number(int, 1), metavar="N", help="frames of each clip")
+    group.add_argument("--window", type=cli.number(int, 1), metavar="N", help="frames that the net sees at a time")
     group.add_argument("--steps", type=cli.number(int, 1), metavar="N", help="steps of tuning")
     group.add_argument("--lr", type=cli.number(float, 0), metavar="X", help="learning rate")
     group.add_argument("--ddim-steps", type=cli.number(int, 1, 999), metavar="N", help="steps of sampling")
