@@ -79,7 +79,7 @@ def test_loveu_layout_has_blocks_with_headings_and_four_edits_a_clip(tmp_path):
     assert side == 480 and names == ["gold-fish", "squirrel-climb", "earth-full-view", "missing"]
     assert [clip.path.relative_to(tmp_path).as_posix() for clip in clips] == [
         "DAVIS_480p/480p_videos/gold-fish.mp4", "youtube_480p/480p_frames/squirrel-climb",
-        "videvo_480p/480p_frames/earth-full-view", "videvo_480p/480p_videos/missing.mp4"]
+        "videvo_480p/480p_frames/earth-full-view", "DAVIS_480p/480p_videos/missing.mp4"]
     assert [kind for kind, _ in clips[0].edits] == ["style", "object", "background", "multiple"]
     assert clips[0].edits[1][1] == "Several sharks swim in a tank."
 

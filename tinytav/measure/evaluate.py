@@ -41,7 +41,7 @@ from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.weights import StableDiffusion
 
-BLOCKS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}    # heading's first word: folder
+BLOCKS = ("DAVIS_480p", "youtube_480p", "videvo_480p")      # LOVEU-TGVE's folders
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480
 COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.COLUMNS[:3])
 SETTINGS = ("size", "frames", "steps", "lr", "ddim_steps", "guidance", "seed")      # those of editing.begin
@@ -75,18 +75,16 @@ def read_set(path):
     else:
         raise InputError(f"{path} is no set: its first line is neither `clip,caption,...` nor LOVEU-TGVE's "
                          "`Video name,Our GT caption,...`.")
-    entries, blocks = [], list(BLOCKS.values())
+    entries = []
     for number, (name, caption, *prompts) in rows:
         if is_loveu and not caption:                        # a heading, or nothing
-            first_word = name.partition(" ")[0].lower()
-            blocks = [BLOCKS[first_word]] if first_word in BLOCKS else blocks
             continue
         if not name or not caption:
             raise InputError(f"{path}, line {number}: there is no video's name, or no caption.")
         edits = tuple((kind, prompt) for kind, prompt in zip(kinds, prompts) if kind and prompt)
         if not edits:
             raise InputError(f"{path}, line {number}: {name!r} has no edit.")
-        clip = loveu_path(path.parent, blocks, name) if is_loveu else path.parent / name
+        clip = loveu_path(path.parent, name) if is_loveu else path.parent / name
         folder = free_name(Path(name).stem, {entry.folder for entry in entries})
         entries.append(Entry(name, clip, caption, edits, folder))
     if not entries:
@@ -105,9 +103,9 @@ def read_rows(path):
     return rows or [(1, ["", ""])]
 
 
-def loveu_path(base, blocks, name):
-    """The clip's video or folder of pictures; where there is none, the video's path, which reading then reports."""
-    paths = [base / block / place for block in blocks for place in (f"480p_videos/{name}.mp4", f"480p_frames/{name}")]
+def loveu_path(base, name):
+    """The clip's video or folder of pictures; where there is none, a path that reading then reports."""
+    paths = [base / block / place for block in BLOCKS for place in (f"480p_videos/{name}.mp4", f"480p_frames/{name}")]
     return next((path for path in paths if path.exists()), paths[0])
 
 
