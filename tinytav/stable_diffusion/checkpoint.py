@@ -193,9 +193,10 @@ def _component_files(folder, half=False):
                 return [folder / whole]
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     pickles = sorted(file.name for file in folder.glob("*.bin"))
+    whole = folder.parent if (folder.parent / "unet").is_dir() else folder
     raise InputError(f"No {' or '.join(stem + '.safetensors' for stem in STEMS)} in {folder}"
                      + (f", only {others[0]}: rename it if that is what you want." if others else
-                        f", only {pickles[0]}. {how_to_convert(folder.parent)}" if pickles else "."))
+                        f", only {pickles[0]}. {how_to_convert(whole)}" if pickles else "."))
 
 
 def read_component(folder, Config, half=False):
