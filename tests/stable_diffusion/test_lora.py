@@ -297,7 +297,7 @@ KOHYA = "lora_unet_" + flat(QUERY)
     (peft("unet", QUERY, torch.ones(RANK, 16, 3, 3), torch.ones(16, RANK)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(0, 16), torch.ones(16, 0)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(16), torch.ones(16)), "does not fit this model"),
-    (peft("unet", QUERY, torch.ones(RANK, 16).int(), torch.ones(16, RANK)), "torch.int32 for unet.down_blocks"),
+    (peft("unet", QUERY, torch.ones(RANK, 16).int(), torch.ones(16, RANK)), r"the file down \(4, 16\) torch.int32"),
     (peft("unet", QUERY, torch.ones(RANK, 16) / 0, torch.ones(16, RANK)), "NaN or infinite: unet.down_blocks"),
     (peft("unet", QUERY, torch.full((RANK, 16), 1e30), torch.full((16, RANK), 1e30)), "NaN or infinite: unet.down")])
 def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(sd, tmp_path, more, message):

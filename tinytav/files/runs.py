@@ -77,15 +77,11 @@ class Settings(Config):
 
     LIMITS = dict(guidance=(0, LARGE), seed=(0, LARGE), start=(0, LARGE), indices=(0, LARGE), total=(0, LARGE),
                   finished=(0, LARGE), lr=(0, LARGE), steps=(0, MOST_STEPS))
-    CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
-                   norm=("clip", "frame"))
+    ONLY = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
+                norm=("clip", "frame"))
     LONGEST = LARGE                 # a clip may have any number of frames
 
     def __post_init__(self):
-        for name, values in self.CHOICES.items():
-            if getattr(self, name) not in values:
-                raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of "
-                                 f"{', '.join(map(str, values))}.")
         if not re.fullmatch(FPS, self.fps):
             raise InputError(f"Settings: fps = {self.fps!r} is not a number of frames a second, such as 8 or "
                              "30000/1001.")

@@ -23,7 +23,7 @@ from torch import nn
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion import single_file
-from tinytav.stable_diffusion.checkpoint import read_file, read_header, read_json
+from tinytav.stable_diffusion.checkpoint import read_file, read_header, read_json, some
 from tinytav.stable_diffusion.config import LARGEST, Config
 
 # the end of a key -> what the tensor is
@@ -84,13 +84,8 @@ class Lora(Config):
     @classmethod
     def from_text(cls, text):
         """FILE or FILE:SCALE -> Lora. Raises InputError if the file cannot be read."""
-        file, colon, scale = text.rpartition(":")
-        try:
-            scale = float(scale) if colon else 1.0
-        except ValueError:                          # the colon is a part of the name
-            colon = ""
-        if not colon:
-            file, scale = text, 1.0
+        told = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", text)       # any other colon is a part of the name
+        file, scale = (told[1], float(told[2])) if told else (text, 1.0)
         if not abs(scale) <= LARGEST:
             raise InputError(f"The scale of the LoRA {text} is not from -{LARGEST} to {LARGEST}.")
         return cls(file, scale, fingerprint(file))
@@ -127,24 +122,24 @@ def changeable(sd):
 
 
 def spellings(layers, cfg):
-    """{what a file may call a layer: its (part, name)} for all `layers`; cfg: the U-Net's."""
+    """{what a file may call a layer, without the key's end: its (part, name)} for all `layers`; cfg: the U-Net's."""
     table = {}
     for part, name in layers:
-        names = unet_spellings(name, cfg) if part == "unet" else text_spellings(name)
-        table |= dict.fromkeys(names, (part, name))
+        spell = unet_spellings if part == "unet" else text_spellings
+        table |= dict.fromkeys(spell(name, cfg), (part, name))
     return table
 
 
 def unet_spellings(name, cfg):
-    """All that files call the U-Net's layer `name`, without the key's end."""
+    """All that files call the U-Net's layer `name`."""
     processor = re.sub(r"(attn\d)\.(to_[qkv]|to_out)(\.0)?$", r"\1.processor.\2", name)
     ldm = ldm_name(name, cfg)
     return ["lora_unet_" + one.replace(".", "_") for one in (name, ldm)] \
         + [prefix + one for prefix in PREFIXES["unet"] for one in (name, processor, ldm)]
 
 
-def text_spellings(name):
-    """All that files call the text encoder's layer `name`, without the key's end."""
+def text_spellings(name, cfg):
+    """All that files call the text encoder's layer `name`."""
     processor = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", name)
     return [prefix + name.replace(".", "_") for prefix in ("lora_te_", "lora_te1_")] \
         + [prefix + one for prefix in PREFIXES["text_encoder"] for one in (name, processor)]
@@ -217,24 +212,22 @@ def pair_up(tensors, table, path):
 
 def check_shapes(pairs, layers, path):
     """Raises InputError where a pair does not fit its layer, or is not of floating-point numbers."""
-    for place, pair in pairs.items():
-        for name, tensor in pair.items():
-            if tensor.dtype not in NUMBERS and name != "alpha":             # which some tools write as an integer
-                raise InputError(f"{path} holds {tensor.dtype} for {'.'.join(place)}: a LoRA holds floating-point "
-                                 "numbers.")
     wrong = []
     for place, pair in pairs.items():
-        if not fits(layers[place].weight, **pair):
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in pair.items())
-            wrong.append(f"{'.'.join(place)} has the shape {tuple(layers[place].weight.shape)}, the file {shapes}")
+        weight = layers[place].weight
+        if not fits(weight, **pair):
+            told = ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in pair.items())
+            wrong.append(f"{'.'.join(place)} has the shape {tuple(weight.shape)}, the file {told}")
     if wrong:
-        raise InputError(f"{path} does not fit this model: {some(wrong, '; ')}. A LoRA for Stable Diffusion 1.x does "
-                         "not fit 2.x, nor the other way round.")
+        raise InputError(f"{path} does not fit this model: {some(wrong, '; ')}. A LoRA holds floating-point numbers, "
+                         "and one for Stable Diffusion 1.x does not fit 2.x, nor the other way round.")
 
 
 def fits(weight, down, up, alpha=None):
     """Is up @ down of the shape of weight? A linear layer may stand in the file as a 1x1 convolution, or vice versa."""
     if min(down.ndim, up.ndim) < 2 or len(down) == 0 or alpha is not None and alpha.numel() != 1:
+        return False
+    if down.dtype not in NUMBERS or up.dtype not in NUMBERS:                # some tools write alpha as an integer
         return False
     sizes = [[n for n in z.shape[1:] if n != 1] for z in (down, weight)]
     return sizes[0] == sizes[1] and up.shape[:2] == (len(weight), len(down)) and up.numel() == len(weight) * len(down)
@@ -288,9 +281,3 @@ def merged_weight(weight, down, up, factor):
     """weight + factor * up @ down (equation 3, section 4.1), computed in float32, in weight's dtype."""
     down, up = (z.to(weight.device, torch.float32).flatten(1) for z in (down, up))
     return (weight.detach().float() + factor * (up @ down).view(weight.shape)).to(weight.dtype)
-
-
-def some(names, comma=", "):
-    """The first three of many names."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return comma.join(names[:3]) + more
