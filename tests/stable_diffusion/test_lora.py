@@ -166,8 +166,8 @@ def test_no_two_layers_share_a_spelling():
     with torch.device("meta"):
         layers = lora.changeable(SimpleNamespace(unet=UNet(), text_encoder=TextEncoder()))
     table = lora.spellings(layers, UNetConfig())
-    count = sum(len(set(lora.unet_spellings(name, UNetConfig()) if part == "unet" else lora.text_spellings(name)))
-                for part, name in layers)
+    spell = dict(unet=lora.unet_spellings, text_encoder=lora.text_spellings)
+    count = sum(len(set(spell[part](name, UNetConfig()))) for part, name in layers)
     assert len(table) == count
 
 

@@ -172,9 +172,7 @@ def _component_files(folder, half=False):
         fp16 = (f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors")
         for index, whole in (fp16, full) if half else (full, fp16):
             if (folder / index).is_file():
-                names = read_json(folder / index).get("weight_map")
-                if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                    raise InputError(f"{folder / index} has no weight_map of file names.")
+                names = weight_map(read_json(folder / index), folder / index)
                 return [folder / Path(name).name for name in sorted(set(names.values()))]
             if (folder / whole).is_file():
                 return [folder / whole]
@@ -184,6 +182,14 @@ def _component_files(folder, half=False):
     raise InputError(f"No {' or '.join(stem + '.safetensors' for stem in STEMS)} in {folder}"
                      + (f", only {others[0]}: rename it if that is what you want." if others else
                         f", only {pickles[0]}. {how_to_convert(whole)}" if pickles else "."))
+
+
+def weight_map(index, where):
+    """The parsed index of a model in several files -> {a tensor's name: its file's}. Raises InputError."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{where} has no weight_map of file names.")
+    return names
 
 
 def read_component(folder, Config, half=False):
