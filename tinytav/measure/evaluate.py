@@ -146,7 +146,7 @@ def leave():
 # ---- measuring -----------------------------------------------------------------------------------
 
 class Judges:
-    """What measures: a CLIP, and perhaps PickScore's. side: frames are squashed to it first, or None."""
+    """What measures: folders of a CLIP, and perhaps of PickScore_v1. side: frames are squashed to it first, or None."""
 
     def __init__(self, clip, pick, side, device):
         self.name, self.side = str(clip), side
@@ -160,17 +160,10 @@ class Judges:
             pictures = [picture.resize((self.side, self.side)) for picture in pictures]
         values = metrics.of_clip(self.clip, pictures, prompt)
         if self.pick:
-            values["pick_score"] = pick_score(self.pick, pictures, prompt)
+            # LOVEU-TGVE's run_eval.py, pick_score; Kirstain et al., arXiv 2305.01569
+            cosines = self.pick.images(pictures) @ self.pick.texts([prompt]).flatten()
+            values["pick_score"] = (self.pick.clip.logit_scale.exp().cpu() * cosines).mean().item()
         return {name: round(value, 4) for name, value in values.items() if value == value}
-
-
-def pick_score(judge, pictures, prompt):
-    """Mean over frames of PickScore: exp(logit scale) x cosine with the prompt. LOVEU-TGVE's run_eval.py, pick_score.
-
-    Kirstain et al., arXiv 2305.01569; judge: Features of the folder of PickScore_v1, a CLIP ViT-H/14.
-    """
-    cosines = judge.images(pictures) @ judge.texts([prompt]).flatten()
-    return (judge.clip.logit_scale.exp().cpu() * cosines).mean().item()
 
 
 # ---- one clip ------------------------------------------------------------------------------------
