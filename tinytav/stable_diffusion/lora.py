@@ -58,7 +58,7 @@ def merge_lora(sd, path, scale=1.0):
     if not math.isfinite(scale):
         raise InputError(f"A LoRA cannot be merged {scale} times: the scale is a finite number, 1 by default.")
     layers = changeable(sd)
-    pairs = pair_up(read_lora(path), spellings(layers, sd.unet.cfg), path)
+    pairs = pair_up(read_lora(path), spellings(layers), path)
     check_shapes(pairs, layers, path)
     alphas = read_alphas(path)
     merged = {}
@@ -121,53 +121,46 @@ def changeable(sd):
             for name, module in getattr(sd, part).named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
-def spellings(layers, cfg):
-    """{what a file may call a layer, without the key's end: its (part, name)} for all `layers`; cfg: the U-Net's."""
+def spellings(layers):
+    """{what a file may call a layer, without the key's end: its (part, name)} for all `layers`."""
     table = {}
     for part, name in layers:
         spell = unet_spellings if part == "unet" else text_spellings
-        table |= dict.fromkeys(spell(name, cfg), (part, name))
+        table |= dict.fromkeys(spell(name), (part, name))
+    for ldm, name in ldm_names({name for part, name in layers if part == "unet"}).items():
+        table |= dict.fromkeys(dotted_and_flat(ldm), ("unet", name))
     return table
 
 
-def unet_spellings(name, cfg):
-    """All that files call the U-Net's layer `name`."""
+def unet_spellings(name):
+    """All that files call the U-Net's layer `name`, but for the single-file layout's names."""
     processor = re.sub(r"(attn\d)\.(to_[qkv]|to_out)(\.0)?$", r"\1.processor.\2", name)
-    ldm = ldm_name(name, cfg)
-    return ["lora_unet_" + one.replace(".", "_") for one in (name, ldm)] \
-        + [prefix + one for prefix in PREFIXES["unet"] for one in (name, processor, ldm)]
+    return dotted_and_flat(name) + [prefix + processor for prefix in PREFIXES["unet"]]
 
 
-def text_spellings(name, cfg):
+def dotted_and_flat(name):
+    """A name of a layer of the U-Net, with each prefix, and as kohya writes it."""
+    return ["lora_unet_" + name.replace(".", "_"), *(prefix + name for prefix in PREFIXES["unet"])]
+
+
+def text_spellings(name):
     """All that files call the text encoder's layer `name`."""
     processor = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", name)
     return [prefix + name.replace(".", "_") for prefix in ("lora_te_", "lora_te1_")] \
         + [prefix + one for prefix in PREFIXES["text_encoder"] for one in (name, processor)]
 
 
-def ldm_name(name, cfg):
-    """A U-Net layer's name in the single-file layout, such as input_blocks.1.1.proj_in: unet_key turned round."""
-    for ldm, ours in single_file.OUTER.items():
-        if name == ours or name.startswith(f"{ours}."):
-            return inner_ldm_name(ldm + name.removeprefix(ours))
-    side, stage, kind, layer, rest = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name).groups()
-    stage, layer = int(stage), int(layer)
-    first = stage * (cfg.layers_per_block + 1)          # as many blocks a stage, on the way down with the downsampler
-    if kind == "downsamplers":
-        return f"input_blocks.{first + cfg.layers_per_block + 1}.0.op"
-    if kind == "upsamplers":                            # in the stage's last block, behind resnet and transformer
-        part = 2 if cfg.up_block_types[stage].startswith("CrossAttn") else 1
-        return f"output_blocks.{first + cfg.layers_per_block}.{part}.{rest}"
-    part = 1 if kind == "attentions" else 0
-    block = f"input_blocks.{1 + first + layer}" if side == "down" else f"output_blocks.{first + layer}"
-    return inner_ldm_name(f"{block}.{part}.{rest}")
+def ldm_names(names):
+    """{the single-file layout's name, such as input_blocks.1.1.proj_in: ours} for the U-Net's layers `names`.
 
-
-def inner_ldm_name(name):
-    """The parts of a resnet by the single-file layout's names."""
-    for ldm, ours in single_file.RESNET.items():
-        name = re.sub(rf"\.{ours}$", f".{ldm}", name)
-    return name
+    Every name that could stand there is translated by unet_key.
+    """
+    inner = {name.split(".", 4)[-1] for name in names if ".attentions." in name}
+    places = [f"{way}_blocks.{i}.{j}" for way in ("input", "output") for i in range(12) for j in range(3)]
+    places += ["middle_block.0", "middle_block.1", "middle_block.2"]
+    ldm = [f"{place}.{rest}" for place in places for rest in (*inner, *single_file.RESNET, "op", "conv")]
+    found = {one: single_file.unet_key(f"{one}.weight").removesuffix(".weight") for one in (*ldm, *single_file.OUTER)}
+    return {one: name for one, name in found.items() if name in names}
 
 
 # ---- reading and checking ------------------------------------------------------------------------
