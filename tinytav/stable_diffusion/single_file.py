@@ -44,8 +44,7 @@ OPENCLIP = {"token_embedding.": "embeddings.token_embedding.",
 def components(tensors, where):
     """All tensors of a single file -> {component: (config, its tensors by the folder layout's names)}.
 
-    The VAE may be missing there: people publish U-Net and text encoder alone.
-    Raises InputError, naming the file `where`, for anything that is not SD 1.x or SD 2.x.
+    Some files have no VAE. Raises InputError, naming the file `where`, for anything that is not SD 1.x or SD 2.x.
     """
     sd2 = is_sd2(tensors, CONTEXT, where)
     if FIRST in tensors and tensors[FIRST].shape[1:2] != (4,):
@@ -110,10 +109,7 @@ def unet_key(key):
 
 
 def controlnet_tensors(tensors):
-    """A ControlNet's single file -> its tensors by the folder layout's names.
-
-    The single file's names may have the prefix `control_model.`.
-    """
+    """A ControlNet's single file, perhaps with the prefix `control_model.` -> its tensors by the folder's names."""
     tensors = _under(tensors, "control_model.") or tensors
     return {controlnet_key(key): tensor for key, tensor in tensors.items()}
 
