@@ -213,7 +213,7 @@ def test_without_a_run_hints_guide_the_untuned_net(place, precision):
     (["--control", "c", "--hint", "square"], "is 32x32 pixels where the clip to be sampled is 38x32"),
     (["--control", "absent", "--hint", "hints"], "No ControlNet at absent"),
     (["--control", "w/unet", "--hint", "hints"], "w/unet does not fit this ControlNet: missing: controlnet_cond"),
-    (["--control", "other", "--hint", "hints"], "its text context is 32 wide, not 24"),
+    (["--control", "other", "--hint", "hints"], "its cross_attention_dim is 32, not 24"),
     (["--control", "pose.pth", "--hint", "hints"], "python -m tinytav convert pose.pth pose.safetensors"),
     (["--weights", "w", "--noise", "inverted"], "The inverted noise is made from a run's clip"),
     (["--noise", "inverted", "--frames", 2], "The noise of a clip has the clip's own size"),

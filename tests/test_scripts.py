@@ -399,7 +399,8 @@ def edited(place, name, **changes):
 @pytest.mark.parametrize("changes, message", [
     (dict(frames=4), "does not hold the 4 frames"),
     (dict(fps="abc"), "fps = 'abc' is not a number"), (dict(fps="0"), "fps = '0'"),
-    (dict(precision="fp8"), "precision = 'fp8' is none of"), (dict(finished="yes"), "finished = 'yes' is not a number"),
+    (dict(precision="fp8"), "precision = 'fp8' is not implemented; only 'fp32' or"),
+    (dict(finished="yes"), "finished = 'yes' is not a number"),
     (dict(seed=None), "seed = None is not an integer"), (dict(seed=2 ** 40), "seed = 1099511627776 must be from 0"),
     (dict(frames=-3), "frames = -3 must be above 0"), (dict(attention="sideways"), "sideways")])
 def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):

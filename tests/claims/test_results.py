@@ -1,4 +1,4 @@
-"""The claims command: what is made, kept, taken over and refused; and what attention costs."""
+"""The claims command: what is made, kept, taken over and refused."""
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -8,10 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tinytav.claims import cost, pictures, results, studies
+from tinytav.claims import pictures, results, studies
 from tinytav.errors import InputError
-from tinytav.inflation import inflate
-from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.weights import load
 
 TOY = Path(__file__).parents[2] / "weights/toy"
@@ -168,24 +166,3 @@ def test_the_shipped_scores_are_those_of_the_shipped_weights():
     sd = load(TOY)
     settings = json.loads((results.HERE / "scores.json").read_text())["settings"]
     assert settings == vars(sd.defaults) | results.fingerprints(sd, sd.path)
-
-
-# ---- costs ---------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def unet():
-    return UNet(UNetConfig.from_json(json.loads((TOY / "unet/config.json").read_text())))
-
-
-def test_sparse_causal_attention_grows_with_the_frames_and_full_attention_with_their_square(unet):
-    context = torch.empty(1, 77, unet.cfg.cross_attention_dim)
-    gflop = {(count, kind): cost.gflop(inflate(unet, count, kind), torch.empty(1, 4, count, 16, 16), context)
-             for count in (4, 8) for kind in ("sparse-causal", "full")}
-    assert 0 < gflop[8, "sparse-causal"] == 2 * gflop[4, "sparse-causal"] and gflop[8, "full"] == 4 * gflop[4, "full"]
-    assert gflop[4, "full"] == 2 * gflop[4, "sparse-causal"]                # four frames' keys for two
-
-
-def test_what_a_tuning_step_keeps_grows_with_the_frames_and_holds_no_weights(unet):
-    context = torch.randn(1, 77, unet.cfg.cross_attention_dim)
-    two, four = (cost.megabytes(inflate(unet, count), torch.randn(1, 4, count, 8, 8), context) for count in (2, 4))
-    assert four == pytest.approx(2 * two, rel=0.05) and 0 < two < 10        # the weights alone are 29 MB

@@ -204,7 +204,7 @@ def an_optimiser(path):
     (many_views_of_one, "would give .* more than 4 times its size"),
     (a_name_that_safetensors_keeps, "a name that safetensors keeps for itself"),
     (torn, "cannot be read as a checkpoint"), (torn_within, "cannot be read as a checkpoint"),
-    (a_program, "its pickle is damaged, or holds more than weights"), (sparse, "'a' is a tensor of a kind"),
+    (a_program, "it is damaged, or holds more than weights"), (sparse, "'a' is a tensor of a kind"),
     (repeated, "'a' is a tensor of a kind"), (numbered, "the name of a tensor is a int"),
     (on_no_device, "'a' is a tensor of a kind"), (complex_numbers, "'a' is .*complex64"),
     (a_list, "holds no named tensors"), (an_optimiser, "holds no named tensors"), (a_circle, "holds no named tensors")])

@@ -14,7 +14,7 @@ import torch
 import train
 from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace_text
-from tinytav.files.runs import Run
+from tinytav.files.runs import Run, Settings
 
 SETTINGS = dict(clip="clip.mp4", prompt="a man is skiing", weights="w", fingerprint="0", frames=8, fps="8", size=64,
                 norm="clip", attention="sparse-causal", steps=20, lr=3e-4, seed=33, ddim_steps=2, guidance=2.,
@@ -66,10 +66,10 @@ def test_the_source_comes_first_then_the_samples_with_prompts_settings_and_comma
     assert [video["src"] for video in shown.all("video")] == ["source.mp4", "sample0.mp4", "sample1.mp4"]
     assert not shown.all("img")                                             # a sample's strip is no sample
     for text in ("a man is skiing", "clip.mp4", "a panda is skiing", "a \"fox\" isn't skiing", "finished", "guidance",
-                 "python sample.py --prompt 'a panda is skiing'", "of the last 5 steps", "0.0003"):
+                 "python sample.py --prompt 'a panda is skiing'", "mean over 5 steps", "0.0003"):
         assert text in shown.text, text
-    line = "python train.py clip.mp4 'a man is skiing' --weights w --size 64 --frames 8 --window 8 --steps 20 --lr"
-    assert f"{line} 0.0003" in shown.text
+    line = "python train.py clip.mp4 'a man is skiing' --weights w --size 64 --frames 8 --window 8 --start 0 --steps 20"
+    assert line in shown.text
     assert "all pairs" not in shown.text
 
 
@@ -109,26 +109,20 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path):
     assert "after 5 steps" in shown.text and "a dog" in shown.text
 
 
-def test_the_chart_draws_each_step_and_its_running_mean(tmp_path):
-    folder = make_run(tmp_path / "run", losses=20)
-    *_, dots, line = (path["d"] for path in Elements(page.write(folder)).all("path"))
-    assert len(re.findall("h0", dots)) == 20 and dots.startswith("M0.0 0.00h0") and dots.endswith("M1000.0 95.00h0")
-    last = sum(1 / step for step in range(16, 21)) / 5
-    assert line.endswith(f"1000.0 {100 - 100 * last:.2f}")
-
-
-@pytest.mark.parametrize("value, top", [(0.9, 1), (1.0, 1), (0.31, 0.4), (3, 4), (4.1, 5), (6, 8), (900, 1000), (0, 1)])
-def test_the_axis_ends_at_a_round_number(value, top):
-    assert page.nice_top(value) == pytest.approx(top)
-
-
-def test_a_long_runs_chart_has_at_most_a_thousand_points_and_ends_with_the_last_step(tmp_path):
-    path = page.write(make_run(tmp_path / "run", losses=2501, steps=100_000_000))
+def test_the_chart_draws_means_of_steps_that_follow_each_other(tmp_path):
+    path = page.write(make_run(tmp_path / "run", losses=60, steps=100))
     shown = Elements(path)
-    *_, dots, line = (path["d"] for path in shown.all("path"))
-    assert len(re.findall("h0", dots)) == line.count(" L") + 1 == 834 and path.stat().st_size < 100_000
-    assert "one of 3 steps" in shown.text
-    assert dots.startswith("M0.0 50.00h0") and dots.endswith("M0.0 99.96h0")
+    *_, line = (path["d"] for path in shown.all("path"))
+    means = [sum(1 / step for step in range(first, first + 5)) / 5 for first in range(1, 61, 5)]
+    heights = [float(point.split()[1]) for point in line.removeprefix("M").split(" L")]
+    assert heights == pytest.approx([100 - 100 * mean / means[0] for mean in means], abs=0.01)
+    assert line.startswith("M0.0 0.00 L50.0 ") and " L550.0 " in line       # of 1000, where 100 steps end
+    assert "Each point is a mean over 5 steps." in shown.text and f"{means[0]:.3g}" in shown.text
+
+
+def test_a_long_runs_chart_has_few_points(tmp_path):
+    path = page.write(make_run(tmp_path / "run", losses=2501, steps=1_000_000))
+    assert path.stat().st_size < 50_000 and "mean over 40000 steps" in Elements(path).text
 
 
 def hostile(folder):
@@ -183,29 +177,29 @@ def test_an_index_that_this_project_did_not_write_stays_and_the_page_takes_anoth
     assert (folder / "index.html").read_text() == "<p>my own</p>" and (folder / "index-2.html").is_symlink()
 
 
-@pytest.mark.parametrize("mark", page.MARKS)
-def test_a_page_of_this_project_is_replaced_also_one_of_an_earlier_version(tmp_path, mark):
+def test_a_page_of_this_project_is_replaced(tmp_path):
     folder = make_run(tmp_path / "run")
-    (folder / "index.html").write_text(f"<title>{'W' * 2000}</title>{mark} the title")
+    (folder / "index.html").write_text(f"<title>{'W' * 2000}</title>{page.MARK} the title")
     assert page.write(folder) == folder / "index.html" and "a man is skiing" in (folder / "index.html").read_text()
 
 
 def test_a_folder_of_samples_without_a_run_has_a_page_too(tmp_path):
-    frames.write_mp4(tmp_path / "a-dog.mp4", torch.zeros(2, 3, 32, 32), fps=8, title="a dog")
+    frames.write_mp4(tmp_path / "a-dog.mp4", torch.zeros(2, 3, 32, 32), fps=8)
     frames.write_strip(tmp_path / "a-cat.png", torch.zeros(1, 3, 32, 32))
     tiny.save_json(tmp_path / "a-cat.sample.json", dict(prompt="a cat"))
     shown = Elements(page.write(tmp_path))
-    assert "a dog" in shown.text and [picture["src"] for picture in shown.all("img")] == ["a-cat.png"]
+    assert "a-dog" in shown.text and [picture["src"] for picture in shown.all("img")] == ["a-cat.png"]
     (tmp_path / "a-dog.mp4").unlink()
     assert not Elements(page.write(tmp_path)).all("button")                 # nothing to play
 
 
 @pytest.mark.parametrize("changes", [
     dict(fps="abc"), dict(fps="0/0"), dict(fps="1e999999999"), dict(finished="yes"), dict(finished=1e300),
-    dict(finished=10 ** 400), dict(steps=None), dict(steps=10 ** 400), dict(versions=3), dict(prompt=["a"], clip=None),
-    dict(lora=[{"file": {}}, 3]), dict(size=10 ** 400)])
-def test_a_run_json_edited_by_hand_is_shown_as_far_as_it_can_be(tmp_path, changes):
-    assert "0.0003" in Elements(page.write(make_run(tmp_path / "run", **changes))).text
+    dict(finished=10 ** 400), dict(finished=-1), dict(steps=None), dict(steps=10 ** 400), dict(versions=3),
+    dict(prompt=["a"], clip=None), dict(lora=[{"file": {}}, 3]), dict(size=10 ** 400)])
+def test_with_a_run_json_that_is_no_runs_the_page_shows_the_samples_alone(tmp_path, changes):
+    text = Elements(page.write(make_run(tmp_path / "run", ["a panda"], **changes))).text
+    assert "a panda" in text and "0.0003" not in text
 
 
 @pytest.mark.parametrize("name, content", [
@@ -219,7 +213,9 @@ def test_a_run_json_edited_by_hand_is_shown_as_far_as_it_can_be(tmp_path, change
 def test_a_broken_file_of_a_folder_costs_the_page_no_more_than_what_it_tells(tmp_path, name, content):
     folder = make_run(tmp_path / "run", ["a panda"])
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert "a panda" in Elements(page.write(folder)).text
+    shown = Elements(page.write(folder))
+    assert [video["src"] for video in shown.all("video")] == ["source.mp4", "sample0.mp4"]
+    assert ("sample0" if name == "sample0.sample.json" and "prompt" not in content else "a panda") in shown.text
 
 
 def test_what_is_no_file_is_passed_over(tmp_path):
@@ -244,11 +240,11 @@ def test_flags_are_a_line_that_the_shell_reads_back(values, line):
 
 def test_lines_with_words_that_begin_with_a_dash_or_that_a_shell_would_run_are_read_back(tmp_path, monkeypatch):
     given = dict(clip="-clip.mp4", prompt="--steps; touch x #", weights="w; touch x #.ckpt", preview="-p")
-    line = records.tuning_command(tmp_path / "-runs/run", SETTINGS | given | dict(
-        norm={"a": 1}, lora=[dict(file="-l", scale=-1.5)]))
+    line = records.tuning_command(tmp_path / "-runs/run", Settings.from_json(SETTINGS | given | dict(
+        lora=[dict(file="-l", scale=-1.5, fingerprint="0")])))
     monkeypatch.setattr("sys.argv", shlex.split(line)[1:])
     args = train.arguments()
-    assert {name: getattr(args, name) for name in given} == given and args.norm is None
+    assert {name: getattr(args, name) for name in given} == given and args.norm == "clip"
     assert args.lora == ["-l:-1.5"] and args.steps == 20 and args.out == str(tmp_path / "-runs")
     monkeypatch.chdir(tmp_path)
     shown = Elements(page.write(make_run(Path("-runs/run"), finished=0)))

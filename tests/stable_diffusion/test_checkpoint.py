@@ -221,7 +221,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_says_where():
 def test_single_files_that_are_something_else_are_refused(tmp_path):
     def unet(channels, width):
         return {single_file.FIRST: torch.zeros(8, channels, 3, 3), single_file.CONTEXT: torch.zeros(8, width)}
-    cases = {"lora": ({"lora_unet.weight": torch.zeros(1)}, "not a Stable Diffusion"),
+    cases = {"lora": ({"lora_unet.weight": torch.zeros(1)}, "not for Stable Diffusion"),
              "inpainting": (unet(9, 768), "inpaint"), "sdxl": (unet(4, 2048), "2048 wide"),
              "sd2": (unet(4, 1024), "--prediction")}
     for name, (tensors, message) in cases.items():

@@ -69,8 +69,8 @@ OF_A_UNET = dict(
     transformer_layers_per_block=[1, 2, 10])
 REFUSED = {
     UNetConfig: OF_A_UNET,
-    ControlNetConfig: OF_A_UNET | dict(conditioning_channels=1, controlnet_conditioning_channel_order="bgr",
-                                       global_pool_conditions=True),
+    ControlNetConfig: OF_A_UNET | dict(_class_name="T2IAdapter", conditioning_channels=1,
+                                       controlnet_conditioning_channel_order="bgr", global_pool_conditions=True),
     VAEConfig: dict(in_channels=4, out_channels=4, act_fn="gelu", latents_mean=[0.], latents_std=[1.],
                     mid_block_add_attention=False, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
     TextEncoderConfig: dict(hidden_act="relu", attention_dropout=0.1),

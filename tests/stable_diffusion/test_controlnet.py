@@ -13,12 +13,11 @@ from tinytav.inflation import VideoUNet
 from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.checkpoint import build
 from tinytav.stable_diffusion.controlnet import (
-    SD2,
     ControlNet,
     ControlNetConfig,
     check_fits,
-    config_by_shapes,
     load_controlnet,
+    read_single_file,
 )
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 
@@ -158,9 +157,9 @@ def test_the_video_unet_adds_residuals_frame_by_frame():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(cross_attention_dim=32), "its text context is 32 wide, not 24"),
-    (dict(block_out_channels=[32, 64, 64, 32]), r"\(32, 64, 64, 32\) channels"),
-    (dict(layers_per_block=1), "1 layers in a stage, not 2"),
+    (dict(cross_attention_dim=32), "its cross_attention_dim is 32, not 24"),
+    (dict(block_out_channels=[32, 64, 64, 32]), r"its block_out_channels is \(32, 64, 64, 32\), not"),
+    (dict(layers_per_block=1), "its layers_per_block is 1, not 2"),
     (dict(conditioning_embedding_out_channels=[8, 16]), "its hints are 2 times as large as the latents, not 8 times")])
 def test_a_controlnet_for_another_stable_diffusion_is_refused(change, message):
     unet, fitting = recorded_unet("sd1").cfg, ControlNetConfig.from_json(recorded_config("sd1"))
@@ -191,8 +190,7 @@ def test_the_published_key_list_loads_strictly(published):
 def test_the_published_single_file_loads_strictly(published, prefix):
     tensors = {name if prefix else name.removeprefix("control_model."): meta(published["controlnet"][new])
                for name, new in published["single_file"].items()}
-    tensors = single_file.controlnet_tensors(tensors)
-    build(ControlNet, config_by_shapes(tensors, "it"), tensors, "it")
+    build(ControlNet, *read_single_file(tensors, "it"), "it")
 
 
 @layouts
@@ -220,9 +218,9 @@ def test_a_folder_of_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(_class_name="T2IAdapter", adapter_type="full_adapter"), "a T2I-Adapter"),
-    (dict(_class_name="UNet2DConditionModel"), "a UNet2DConditionModel"),
-    (dict(addition_embed_type="text_time", cross_attention_dim=2048), "a ControlNet for SDXL"),
+    (dict(_class_name="T2IAdapter"), "_class_name = 'T2IAdapter'"),
+    (dict(_class_name="UNet2DConditionModel"), "_class_name = 'UNet2DConditionModel'"),
+    (dict(addition_embed_type="text_time", cross_attention_dim=2048), "addition_embed_type = 'text_time'"),
     (dict(global_pool_conditions=True), "global_pool_conditions = True"),
     (dict(controlnet_conditioning_channel_order="bgr"), "controlnet_conditioning_channel_order = 'bgr'"),
     (dict(conditioning_channels=1), "conditioning_channels = 1"),
@@ -240,7 +238,7 @@ def test_other_kinds_of_folders_are_refused_by_name(tmp_path, settings, message)
     ({"difference": (1,), "control_model.zero_convs.0.0.weight": (8, 8)}, "a difference"),
     ({"zero_convs.0.0.weight": (8, 8), "label_emb.0.0.weight": (8, 8)}, "a ControlNet for SDXL"),
     ({"zero_convs.0.0.weight": (8, 8), "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 2048)},
-     "a ControlNet for SDXL"),
+     "2048 wide"),
     ({"zero_convs.0.0.weight": (8, 8), "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 24)},
      "24 wide.*name the folder"),
     ({"zero_convs.0.0.weight": (8, 8)}, "it has no down_blocks"),
@@ -258,6 +256,9 @@ def test_nothing_there(tmp_path):
         load_controlnet(tmp_path)
 
 
-def test_sd2_is_told_by_its_context():
-    names = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": meta((320, 1024))}
-    assert config_by_shapes(names, "it") == SD2
+@pytest.mark.parametrize("width, sd", [(768, "sd1"), (1024, "sd2")])
+def test_the_context_of_a_single_file_tells_which_stable_diffusion_it_is_for(width, sd):
+    names = {"zero_convs.0.0.weight": meta((320, 320)),
+             "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": meta((320, width))}
+    config, _ = read_single_file(names, "it")
+    assert config.cross_attention_dim == width and config.use_linear_projection == (sd == "sd2")

@@ -144,8 +144,9 @@ def test_ldm_names_are_those_of_the_single_file():
     """All 250 and more layers of Stable Diffusion 1.5, resnets and resamplers too, against unet_key turned round."""
     with torch.device("meta"):
         layers = lora.changeable(SimpleNamespace(unet=UNet(), text_encoder=TextEncoder()))
-    names = [name for part, name in layers if part == "unet"]
-    assert {name: lora.ldm_name(name, UNetConfig()) for name in names} == LDM_NAMES
+    names = {name for part, name in layers if part == "unet"}
+    assert names == LDM_NAMES.keys()
+    assert {ldm: name for name, ldm in LDM_NAMES.items()}.items() <= lora.ldm_names(names).items()
 
 
 @pytest.mark.skipif(not LAYOUTS.is_dir(), reason="../shared/sd-layouts is not here")
@@ -156,18 +157,20 @@ def test_ldm_names_are_those_of_a_published_file(name):
     cfg = UNetConfig.from_json(json.loads((LAYOUTS / name / "unet/config.json").read_text()))
     with torch.device("meta"):
         layers = lora.changeable(SimpleNamespace(unet=UNet(cfg), text_encoder=TextEncoder()))
-    ours = {lora.ldm_name(name, cfg): name for part, name in layers if part == "unet"}
+    ours = lora.ldm_names({name for part, name in layers if part == "unet"})
     theirs = {key[len(prefix):-len(end)]: new[:-len(end)] for key, new in recorded.items()
               if key.startswith(prefix) and key.endswith(end) and ("unet", new[:-len(end)]) in layers}
-    assert ours == theirs
+    assert len(theirs) > 250 and theirs.items() <= ours.items() and set(ours.values()) == set(theirs.values())
 
 
 def test_no_two_layers_share_a_spelling():
     with torch.device("meta"):
         layers = lora.changeable(SimpleNamespace(unet=UNet(), text_encoder=TextEncoder()))
-    table = lora.spellings(layers, UNetConfig())
-    count = sum(len(set(lora.unet_spellings(name, UNetConfig()) if part == "unet" else lora.text_spellings(name)))
-                for part, name in layers)
+    table = lora.spellings(layers)
+    spell = dict(unet=lora.unet_spellings, text_encoder=lora.text_spellings)
+    count = sum(len(set(spell[part](name))) for part, name in layers)
+    ldm = lora.ldm_names({name for part, name in layers if part == "unet"}).items()
+    count += sum(len(set(lora.dotted_and_flat(one)) - set(lora.unet_spellings(name))) for one, name in ldm)
     assert len(table) == count
 
 
@@ -297,7 +300,7 @@ KOHYA = "lora_unet_" + flat(QUERY)
     (peft("unet", QUERY, torch.ones(RANK, 16, 3, 3), torch.ones(16, RANK)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(0, 16), torch.ones(16, 0)), "does not fit this model"),
     (peft("unet", QUERY, torch.ones(16), torch.ones(16)), "does not fit this model"),
-    (peft("unet", QUERY, torch.ones(RANK, 16).int(), torch.ones(16, RANK)), "torch.int32 for unet.down_blocks"),
+    (peft("unet", QUERY, torch.ones(RANK, 16).int(), torch.ones(16, RANK)), r"the file down \(4, 16\) torch.int32"),
     (peft("unet", QUERY, torch.ones(RANK, 16) / 0, torch.ones(16, RANK)), "NaN or infinite: unet.down_blocks"),
     (peft("unet", QUERY, torch.full((RANK, 16), 1e30), torch.full((16, RANK), 1e30)), "NaN or infinite: unet.down")])
 def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(sd, tmp_path, more, message):

@@ -120,7 +120,8 @@ def test_a_token_that_is_there_is_not_added_again():
 
 @pytest.mark.parametrize("files, message", [
     (dict(added_tokens={"<cat-toy>": 700}), "'<cat-toy>' has the id 700, which leaves a gap"),
-    (dict(added_tokens={"<cat-toy>": "x"}), "leaves a gap"), (dict(added_tokens=[5]), "holds no JSON object"),
+    (dict(added_tokens={"<cat-toy>": "x"}), "leaves a gap"),
+    (dict(added_tokens=[5]), "holds a list, not a JSON object"),
     (dict(tokenizer_config=dict(added_tokens_decoder={"650": 5})), "cannot be read"),
     (dict(tokenizer_config=dict(model_max_length=2)), "is not CLIP's")])
 def test_files_that_cannot_be_right_are_refused(tmp_path, files, message):

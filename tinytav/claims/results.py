@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinytav.claims import cost, pictures, tables
+from tinytav.claims import pictures, tables
 from tinytav.claims.studies import QUICK, SEED, STUDIES
 from tinytav.errors import InputError
 from tinytav.files import frames
@@ -139,7 +139,6 @@ def parse():
                    help="makes two clips, two edits and five variants, and fails if their order is not the known one")
     p.add_argument("--tables", action="store_true",
                    help="makes nothing, but writes TABLES.md and its charts from the project's own scores")
-    p.add_argument("--costs", action="store_true", help="makes nothing, but prints what attention between frames costs")
     args = p.parse_args()
     if args.quick and (args.known or args.studies or args.variants or args.clips):
         p.error("--quick makes edits of its own: leave out --known, --studies, --variants and --clips.")
@@ -185,9 +184,6 @@ def show(scores, file, folder, earlier=None):
 
 def main():
     args = parse()
-    if args.costs:
-        print(cost.table(load(args.weights)))
-        return 0
     if args.tables:
         show(read_json(HERE / "scores.json")["scores"], HERE / "TABLES.md", args.weights,
              read_json(HERE / "earlier.json"))

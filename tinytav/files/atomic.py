@@ -1,4 +1,5 @@
 """Writing a file whole or not at all."""
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -39,16 +40,12 @@ def clear(folder):
 
 def flush(path):
     """Waits until a file, or a folder's list of names, is on the disk. Some systems do not do this for folders."""
-    try:
+    with contextlib.suppress(OSError):
         number = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(number)
-    except OSError:
-        pass
-    finally:
-        os.close(number)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def umask():

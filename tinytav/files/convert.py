@@ -18,14 +18,12 @@ from safetensors.torch import save_file
 
 from tinytav.errors import InputError
 from tinytav.files.atomic import replace, replace_text
-from tinytav.stable_diffusion.checkpoint import read_json
+from tinytav.stable_diffusion.checkpoint import PICKLED, some, weight_map
+from tinytav.stable_diffusion.config import read_json
 
-PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 CONTAINERS = ("state_dict", "model")        # under these names trainers keep the weights, beside other things
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-
-
 LARGER = 4      # a file may give so many times its own size: names may share a tensor, and each gets one of its own
 
 
@@ -48,50 +46,40 @@ def convert_file(source, target):
     except safetensors.SafetensorError as error:
         raise InputError(f"{target} cannot be written: {error}") from None
     line = f"{source} -> {target.name}: {len(tensors)} tensors, {size / 1e6:,.1f} MB"
-    if left_out:
-        names = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
-        line += f"; left out, because they are no tensors: {names}"
-    return line
+    return line + (f"; left out, because they are no tensors: {some(left_out)}" if left_out else "")
 
 
 def unpickle(path):
     """What a pickled file holds. Raises InputError if that takes more than tensors and plain containers."""
     try:
         zipped = zipfile.is_zipfile(path)               # so since torch 1.6; an older file has no table to map
-        if zipped and unpacked_size(path) > path.stat().st_size:
-            raise InputError(f"{path} is compressed, which torch.save never does. It is refused.")
+        if zipped:
+            refuse_compressed(path)
         return torch.load(str(path), weights_only=True, mmap=zipped, map_location="cpu")
     except (InputError, MemoryError):
         raise
     except Exception as error:              # a damaged file can fail anywhere in torch's reader
-        asked = asks_for(path) or re.findall(r"GLOBAL (\S+)", str(error))
-        if asked:
+        if asked := asks_for(path, error):
             raise InputError(f"{path} asks for {', '.join(map(repr, asked))}. Opening it could run code, so it is "
                              "refused: look for the same model as .safetensors.") from None
-        raise InputError(f"{path} cannot be read as a checkpoint: {reason(error)}. It may be damaged: fetch it "
-                         "again.") from None
+        raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or holds more than weights. Fetch it "
+                         "again, or look for the same model as .safetensors.") from None
 
 
-def unpacked_size(path):
-    """The bytes of all that is in a zip file."""
+def refuse_compressed(path):
+    """Raises InputError for a zip file whose content is larger than itself."""
     with zipfile.ZipFile(path) as file:
-        return sum(entry.file_size for entry in file.infolist())
+        if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+            raise InputError(f"{path} is compressed, which torch.save never does. It is refused.")
 
 
-def asks_for(path):
+def asks_for(path, error):
     """The classes and functions a pickled file asks for beyond those allowed. Reads them; calls nothing."""
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:                       # a damaged file; the error of reading it says more
-        return []
-
-
-def reason(error):
-    """What torch says of a file that it cannot read, short; without its advice to trust the file."""
-    text = str(error).partition("\n")[0]
-    if "weights_only" in text:
-        return "its pickle is damaged, or holds more than weights"
-    return ascii(text[:200]) if text else type(error).__name__
+        asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:                       # of a damaged file; the error of reading it says more
+        asked = []
+    return asked or re.findall(r"GLOBAL (\S+)", str(error))
 
 
 def named_tensors(content, path):
@@ -125,13 +113,10 @@ def out_of_containers(content):
 
 
 def learned_word(content, path):
-    """The web UI's file of a learned word, {"string_to_param": {"*": vectors}, "name": word} -> {word: vectors}.
-
-    Anything else stays as it is.
-    """
+    """The web UI's file of a learned word, {"string_to_param": {"*": vectors}, "name": word} -> {word: vectors}."""
     vectors = content.get("string_to_param") if isinstance(content, dict) else None
     if not isinstance(vectors, dict) or len(vectors) != 1:
-        return content
+        return content                      # of another kind
     return {content.get("name") or path.stem: next(iter(vectors.values()))}
 
 
@@ -210,9 +195,7 @@ def safe_name(name):
 def rename_shards(file, new):
     """The index of a model in several files, with their new names."""
     index = read_json(file)
-    shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise InputError(f"{file} has no weight_map of file names.")
+    shards = weight_map(index, file)
     index["weight_map"] = {name: safe_name(shard) for name, shard in shards.items()}
     replace_text(new, json.dumps(index))
 

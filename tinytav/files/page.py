@@ -21,14 +21,14 @@ from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
 
-from tinytav.files import frames
+from tinytav.errors import InputError
 from tinytav.files.atomic import replace_text
+from tinytav.files.clips import FOLDER_FPS
 from tinytav.files.records import by_time, call, inner, read_losses, read_samples, record, tuning_command
-from tinytav.files.runs import FPS
+from tinytav.files.runs import Run
 
 TEMPLATE = Path(__file__).with_name("page.html")
-# What only a page of this project holds. Pages made before 27 November 2026 have the second alone.
-MARKS = ('<meta name="generator" content="tinytav">', "<!-- The one template of all pages. page.py fills in")
+MARK = '<meta name="generator" content="tinytav">'      # what only a page of this project holds
 NUMBERS = {                 # the measured numbers that a page shows, and their names there
     "consistency_all_pairs": "all pairs",
     "consistency_neighbours": "neighbours",
@@ -41,16 +41,24 @@ LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the m
 # Settings of a run that are said elsewhere on the page, or are long.
 NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "clip_fingerprint", "lora"}
 WORDS = {"ddim_steps": "DDIM steps", "fps": "frames a second", "lr": "learning rate", "total": "frames of the clip"}
-POINTS = 1000               # of the chart's line, at most
+POINTS = 25                 # of the chart's line, each a mean of several steps
 
 
 def write(folder):
     """Writes the page of a run's folder, or of a folder of samples without a run. Returns its path, as `save` does."""
     folder = Path(folder)
-    settings, losses = record(folder / "run.json"), read_losses(folder)
-    parts = [heading(folder, settings, len(losses)), clips(folder, settings), attention(folder),
-             loss_chart(settings, losses), previews(folder, settings), run_settings(folder, settings)]
-    return save(folder, shown(settings.get("prompt", folder.resolve().name)), parts)
+    try:
+        settings = Run.open(folder).settings
+    except InputError:
+        settings = None
+    losses = read_losses(folder)
+    parts = [clips(folder, settings), attention(folder)]
+    if settings is None:
+        title = folder.resolve().name
+        return save(folder, title, [element("p.kind", "samples"), element("h1", title), parts])
+    return save(folder, settings.prompt, [
+        heading(folder, settings, len(losses)), parts, loss_chart(losses, max(settings.steps, len(losses))),
+        previews(folder, settings), run_settings(folder, settings)])
 
 
 def save(folder, title, parts):
@@ -71,11 +79,10 @@ def is_foreign(path):
     if not path.is_file():
         return os.path.lexists(path)
     with open(path, encoding="utf-8", errors="replace") as file:
-        beginning = file.read(2 ** 16)
-    return not any(mark in beginning for mark in MARKS)
+        return MARK not in file.read(2 ** 16)
 
 
-# ---- elements ------------------------------------------------------------------------------------
+# ---- elements and texts --------------------------------------------------------------------------
 
 class Html(str):
     """A text that is markup already."""
@@ -112,25 +119,23 @@ def picture(file, alt, link, *text):
     return element("figure", element("a", image, href=address(link)), element("figcaption", text))
 
 
-def definitions(style, pairs):
-    """A list of terms and their texts, from (term, text) pairs; nothing where there are none."""
-    items = [element("div", element("dt", term), element("dd", text)) for term, text in pairs]
+def definitions(style, texts):
+    """A list of {term: text}; nothing where there are none."""
+    items = [element("div", element("dt", term), element("dd", text)) for term, text in texts.items()]
     return element(f"dl.{style}", items) if items else []
 
 
 def settings_list(settings):
-    return definitions("settings", [(WORDS.get(name, name.replace("_", " ")), shown(value))
-                                    for name, value in settings.items() if value is not None])
+    return definitions("settings", {WORDS.get(name, name.replace("_", " ")): shown(value)
+                                    for name, value in settings.items() if value is not None})
 
-
-# ---- values as text ------------------------------------------------------------------------------
 
 def shown(value):
-    """A setting as text: numbers as short as they are, lists with commas."""
+    """A value of a JSON file as text: numbers as short as they are, lists with commas."""
     try:
         if isinstance(value, float):
             return f"{value:g}"
-        return ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+        return ", ".join(map(shown, value)) if isinstance(value, (list, tuple)) else str(value)
     except RecursionError:
         return "(nested too deeply)"
 
@@ -143,8 +148,8 @@ def number(value):
 
 def measured(values):
     """The defined ones among a clip's numbers, as a list of names and texts."""
-    texts = {name: number(values.get(key)) for key, name in NUMBERS.items()}
-    return definitions("numbers", [(name, text) for name, text in texts.items() if text])
+    return definitions("numbers", {name: number(values[key]) for key, name in NUMBERS.items()
+                                   if number(values.get(key))})
 
 
 def mean_of(rows, key):
@@ -156,34 +161,31 @@ def mean_of(rows, key):
 # ---- the parts of a run's page -------------------------------------------------------------------
 
 def heading(folder, settings, steps):
-    """What the page is of, and whether the run is finished. steps: how many are done."""
-    if not settings:
-        return element("p.kind", "samples"), element("h1", folder.resolve().name)
-    finished = settings.get("finished")
-    if isinstance(finished, (int, float)) and 0 < finished < 2 ** 33:
-        date = time.strftime("%d %B %Y, %H:%M", time.localtime(finished))
+    """What the run is of, and whether it is finished. steps: how many are done."""
+    if settings.finished:
+        date = time.strftime("%d %B %Y, %H:%M", time.localtime(settings.finished))
         state = element("p.state.finished", "finished ", date)
     else:
-        state = [element("p.state.unfinished", f"unfinished: {steps} of {shown(settings.get('steps'))} steps"),
+        state = [element("p.state.unfinished", f"unfinished: {steps} of {settings.steps} steps"),
                  element("p.soft", "If no train.py is at work on it, go on with"),
                  element("pre", call("python train.py", [], dict(resume=folder)))]
-    return (element("p.kind", "tuned on ", element("b", shown(settings.get("clip"))), " with the caption"),
-            element("h1", prompt_text(shown(settings.get("prompt")))), state)
+    return (element("p.kind", "tuned on ", element("b", settings.clip), " with the caption"),
+            element("h1", prompt_text(settings.prompt)), state)
 
 
 def clips(folder, settings):
     """One player for all, a figure for the source and for each sample, and what their numbers mean."""
-    samples, metrics, fps = read_samples(folder), record(folder / "metrics.json"), settings.get("fps")
+    samples, metrics = read_samples(folder), record(folder / "metrics.json")
     if not samples:
         return []
     values = inner(metrics, "values")
-    rate = Fraction(fps) if isinstance(fps, str) and re.fullmatch(FPS, fps) else frames.FOLDER_FPS
+    figures = [clip(name, details, settings, inner(values, name)) for name, details in samples]
+    fps = Fraction(settings.fps) if settings else FOLDER_FPS
     scrubber = element("input", type="range", min=0, max=0, step=1, value=0, aria_label="frame")
     player = element("div.player", element("button", "Play", type="button"), scrubber, element("output"),
-                     data_fps=f"{float(rate):.6g}")
-    figures = [clip(name, details, settings, inner(values, name)) for name, details in samples]
+                     data_fps=f"{float(fps):.6g}")
     parts = [player if any(name.endswith(".mp4") for name, _ in samples) else [], element("div.clips", figures)]
-    if len(samples) == 1 and settings.get("finished"):
+    if len(samples) == 1 and settings and settings.finished:
         parts += [element("p.legend", "No edit yet; make one with"),
                   element("pre", call("python sample.py", [], dict(run=folder, prompt="...")))]
     if values:
@@ -194,12 +196,12 @@ def clips(folder, settings):
 def clip(name, details, settings, values):
     """The clip `name` with its prompt, its metrics, and what repeats it."""
     prompt, kind, tag = details["prompt"], "sample", []
+    if name == "source.mp4" and settings:
+        prompt, kind, tag = settings.prompt, "source", element("span.tag", "source")
     if name.endswith(".mp4"):
         media = element("video", src=address(name), aria_label=prompt, muted="", playsinline="", preload="auto")
     else:
         media = element("img", src=address(name), alt=prompt)
-    if name == "source.mp4":
-        prompt, kind, tag = shown(settings.get("prompt", prompt)), "source", element("span.tag", "source")
     caption = element("figcaption", tag, prompt_text(prompt), measured(values), repeat(details))
     return element(f"figure.{kind}", media, caption)
 
@@ -222,55 +224,38 @@ def attention(folder):
     return [element("h2", "Attention"), element("div.pictures", figures)] if figures else []
 
 
-def loss_chart(settings, losses):
-    """Losses and their running mean, as lines of an SVG of 1000 x 100 units, which the page stretches."""
+def loss_chart(losses, total):
+    """The losses' means as a line of an SVG of 1000 x 100 units, which the page stretches. total: steps to be made."""
     if not losses:
         return []
-    count, steps = len(losses), settings.get("steps")
-    total = max(steps, count) if isinstance(steps, int) else count
-    window, top = max(5, total // 10), nice_top(max(losses))
-    stride = math.ceil(count / POINTS)
-    dots, line = [], []
-    for step in range((count - 1) % stride, count, stride):                 # which ends with the last step
-        x = 1000 * step / max(1, total - 1)
-        dots.append(f"M{x:.1f} {100 - 100 * losses[step] / top:.2f}h0")
-        line.append(f"{x:.1f} {100 - 100 * fmean(losses[max(0, step - window + 1):step + 1]) / top:.2f}")
-    label = f"loss after {count} steps: a mean of {fmean(losses[-window:]):.4f} over the last {window}"
-    lines = dict(grid="M0 0h1000M0 25h1000M0 50h1000M0 75h1000", steps=" ".join(dots), mean="M" + " L".join(line))
+    window = max(5, math.ceil(total / POINTS))
+    means = [fmean(losses[i:i + window]) for i in range(0, len(losses), window)]
+    top = max(means) or 1
+    points = [f"{1000 * window * i / total:.1f} {100 - 100 * mean / top:.2f}" for i, mean in enumerate(means)]
+    lines = dict(grid="M0 0h1000M0 50h1000", mean="M" + " L".join(points))
     drawing = element("svg", [element(f"path.{name}", d=d) for name, d in lines.items()], viewBox="0 0 1000 100",
-                      preserveAspectRatio="none", role="img", aria_label=label)
-    each = "each step" if stride == 1 else f"one of {stride} steps"
-    legend = element("p.legend", element("span.key", element("span.swatch.dots"), each, ", at its random timestep"),
-                     element("span.key", element("span.swatch"), f"mean of the last {window} steps"))
-    up = [element("span", f"{top * part / 4:.3g}") for part in (4, 3, 2, 1, 0)]
-    along = [element("span", step) for step in (1, (1 + total) // 2, total)]
+                      preserveAspectRatio="none", role="img",
+                      aria_label=f"loss after {len(losses)} steps: {means[-1]:.4f}")
+    up, along = ([element("span", mark) for mark in marks]
+                 for marks in ([f"{top:.3g}", f"{top / 2:.3g}", 0], [0, total // 2, total]))
     chart = element("div.chart", element("div.up", up), drawing, element("div.along", along))
-    return element("h2", "Loss"), legend, chart
-
-
-def nice_top(value):
-    """The least of 1, 2, 4, 5, 8, 10 times a power of ten that is not below `value`: where the axis ends."""
-    power = 10. ** math.floor(math.log10(value)) if value > 1e-100 else 1.
-    return next(factor * power for factor in (1, 2, 4, 5, 8, 10) if factor * power >= value * (1 - 1e-9))
+    return element("h2", "Loss"), element("p.legend", f"Each point is a mean over {window} steps."), chart
 
 
 def previews(folder, settings):
     """What train.py --preview sampled while it tuned."""
-    files = sorted(folder.glob("preview-*.gif"), key=lambda file: (len(file.name), file.name))      # by their steps
     figures = []
-    for file in files:
+    for file in sorted(folder.glob("preview-*.gif"), key=lambda file: (len(file.name), file.name)):    # by their steps
         after = f"after {file.stem.removeprefix('preview-')} steps"
         figures.append(picture(file.name, f"preview {after}", file.name, after))
-    prompt = element("p.soft", prompt_text(shown(settings.get("preview"))))
+    prompt = element("p.soft", prompt_text(settings.preview))
     return (element("h2", "Previews"), prompt, element("div.previews", figures)) if figures else []
 
 
 def run_settings(folder, settings):
     """The run's settings, and the command that tunes as it did."""
-    if not settings:
-        return []
-    pairs = {name: value for name, value in settings.items() if name not in NOT_SHOWN}
-    pairs |= {f"{name} version": version for name, version in inner(settings, "versions").items()}
+    pairs = {name: value for name, value in vars(settings).items() if name not in NOT_SHOWN}
+    pairs |= {f"{name} version": version for name, version in settings.versions.items()}
     return element("section.run", element("h2", "Settings"), settings_list(pairs),
                    element("p.soft", "The command that tunes so again:"),
                    element("pre", tuning_command(folder, settings)))

@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 from tinytav.errors import InputError
-from tinytav.files import frames
 from tinytav.files.atomic import replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
 
@@ -36,15 +35,17 @@ def inner(details, name):
 
 
 def read_samples(folder):
-    """[(file name, record)], the source first, then from the oldest to the newest. Each has a prompt and settings."""
-    names = [file.name.removesuffix(".sample.json") for file in folder.glob("*.sample.json")]
-    stems = [folder / name for name in names]
-    pictures = [Path(f"{stem}.png") for stem in stems if not Path(f"{stem}.mp4").exists()]  # beside one it is a strip
+    """[(file name, record)], the source first, then from the oldest to the newest. Each has a prompt and settings.
+
+    Samples are videos, and pictures that have a record. A picture beside a video of its name is that video's strip.
+    """
     found = []
-    for path in by_time([*folder.glob("*.mp4"), *pictures]):
+    for path in by_time([*folder.glob("*.mp4"), *folder.glob("*.png")]):
         details = record(path.with_suffix(".sample.json"))
-        if not isinstance(details.get("prompt"), str):
-            details["prompt"] = title(path) or path.stem
+        if path.suffix == ".png" and (not details or path.with_suffix(".mp4").exists()):
+            continue
+        prompt = details.get("prompt")
+        details["prompt"] = prompt if isinstance(prompt, str) else path.stem
         details["settings"] = inner(details, "settings")
         found.append((path.name, details))
     return sorted(found, key=lambda sample: sample[0] != "source.mp4")      # a stable sort
@@ -53,14 +54,6 @@ def read_samples(folder):
 def by_time(paths):
     """Those of the paths that are files, the oldest first. A link that leads nowhere is no file."""
     return sorted(filter(Path.is_file, paths), key=lambda path: (path.stat().st_mtime, path.name))
-
-
-def title(path):
-    """The prompt that an mp4 keeps; "" where it keeps none, or cannot be read."""
-    try:
-        return frames.title(path)
-    except (OSError, ValueError):                           # PyAV's errors are both
-        return ""
 
 
 def read_losses(folder):
@@ -110,22 +103,9 @@ def flags(values):
 
 
 def tuning_command(folder, settings):
-    """The line that repeats the run in this folder, with every setting named, so that no default can change it.
-
-    settings: run.json's object, perhaps edited by hand. What is no text and no number is left out.
-    """
-    plain = {name: value for name, value in settings.items() if isinstance(value, (str, int, float))}
-    given = {name: plain.get(name) for name in TUNING_FLAGS}
-    words = settings.get("embedding") if isinstance(settings.get("embedding"), list) else []
-    given["embedding"] = [word for word in words if isinstance(word, str)] or None
-    given["window"] = given["window"] or given["frames"]
-    if given["steps"] == 0:                 # a net that was tuned before: train.py takes it as it is, without the flag
-        given["steps"] = None
-    loras, files = (settings[name] if isinstance(settings.get(name), list) else [] for name in ("lora", "embedding"))
-    given["lora"] = [f"{lora['file']}:{lora['scale']}" for lora in loras if is_lora(lora)] or None
-    given["embedding"] = [file for file in files if isinstance(file, str)] or None
-    return call("python train.py", [plain.get("clip"), plain.get("prompt")], given | dict(out=folder.parent))
-
-
-def is_lora(item):
-    return isinstance(item, dict) and isinstance(item.get("file"), str) and isinstance(item.get("scale"), (int, float))
+    """The line that repeats the run in this folder. It names every setting, so that no default can change it."""
+    given = {name: getattr(settings, name) for name in TUNING_FLAGS}
+    given["window"] = settings.window or settings.frames
+    given["steps"] = settings.steps or None     # without the flag a net that was tuned before stays as it is
+    given["lora"] = [f"{one.file}:{one.scale}" for one in settings.loras()] or None
+    return call("python train.py", [settings.clip, settings.prompt], given | dict(out=folder.parent))

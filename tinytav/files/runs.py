@@ -79,15 +79,11 @@ class Settings(Config):
 
     LIMITS = dict(guidance=(0, LARGE), seed=(0, LARGE), start=(0, LARGE), indices=(0, LARGE), total=(0, LARGE),
                   finished=(0, LARGE), lr=(0, LARGE), steps=(0, MOST_STEPS))
-    CHOICES = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
-                   norm=("clip", "frame"))
+    ONLY = dict(precision=tuple(PRECISIONS), prediction=(None, *PREDICTIONS), attention=tuple(ATTENTIONS),
+                norm=("clip", "frame"))
     LONGEST = LARGE                 # a clip may have any number of frames
 
     def __post_init__(self):
-        for name, values in self.CHOICES.items():
-            if getattr(self, name) not in values:
-                raise InputError(f"Settings: {name} = {getattr(self, name)!r} is none of "
-                                 f"{', '.join(map(str, values))}.")
         if self.window is not None and not LEAST <= self.window < self.frames:
             raise InputError(f"A window of {self.window} of {self.frames} frames is not possible: use one from {LEAST} "
                              "frames to the number of frames.")
@@ -162,9 +158,7 @@ class Run:
 
     @classmethod
     def locked(cls, path):
-        """The run in a folder, for this process alone until close(), without what a killed process left. Raises
-        InputError.
-        """
+        """The run in a folder, for this process alone until close(), cleared of what a killed one left."""
         run = cls.open(path)
         run.lock()
         run.settings = cls.open(path).settings      # another process may have finished it before the lock
@@ -209,9 +203,7 @@ class Run:
         return self.settings.finished > 0
 
     def check(self, sd):
-        """Raises InputError unless `sd` is the Stable Diffusion this run was made with. It may have learned further
-        words.
-        """
+        """Raises InputError unless `sd` is the Stable Diffusion of this run. It may have learned further words."""
         if self.settings.fingerprint not in (sd.fingerprint, *sd.before):
             raise InputError(f"{self.path} was made with other weights ({self.settings.weights}, fingerprint "
                              f"{self.settings.fingerprint}) than {sd.path} ({sd.fingerprint}): name those with "
@@ -220,11 +212,10 @@ class Run:
     def latents(self):
         """Mean and std of the clip's latents, (1, 4, f, h, w) each. Raises InputError if they are not this run's."""
         tensors = self.read("clip")
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        mean = shapes.get("mean", ())
-        if shapes.keys() != {"mean", "std"} or shapes["std"] != mean or len(mean) != 5 \
-                or mean[:3] != (1, 4, self.settings.frames):
-            raise InputError(f"{self.path / 'clip.safetensors'} does not hold the {self.settings.frames} frames of "
+        shape = tensors["mean"].shape if "mean" in tensors else ()
+        if {name: tensor.shape for name, tensor in tensors.items()} != dict(mean=shape, std=shape) \
+                or len(shape) != 5 or shape[:3] != (1, 4, self.settings.frames):
+            raise InputError(f"{self.file('clip')} does not hold the {self.settings.frames} frames of "
                              "run.json.")
         return tensors["mean"], tensors["std"]
 
@@ -238,27 +229,27 @@ class Run:
         """Marks the run as finished and removes what only resuming needs."""
         self.settings = changed(self.settings, finished=time.time())
         self.save()
-        self.remove("state")
+        self.file("state").unlink(missing_ok=True)
 
     def clear(self):
         """Removes what a killed process left in the folder. Only for who holds its lock."""
         clear(self.path)
         if self.finished:
-            self.remove("state")
+            self.file("state").unlink(missing_ok=True)
+
+    def file(self, name):
+        return self.path / f"{name}.safetensors"
 
     def has(self, name):
-        return (self.path / f"{name}.safetensors").is_file()
-
-    def remove(self, name):
-        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+        return self.file(name).is_file()
 
     def write(self, name, tensors):
         """A dict of tensors -> name.safetensors. Raises InputError if they cannot be written."""
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
-            replace(self.path / f"{name}.safetensors", lambda file: save_file(tensors, file))
+            replace(self.file(name), lambda file: save_file(tensors, file))
         except safetensors.SafetensorError as error:
-            raise InputError(f"{self.path / name}.safetensors cannot be written: {error}") from None
+            raise InputError(f"{self.file(name)} cannot be written: {error}") from None
 
     def require(self, name):
         """Raises InputError unless the run has name.safetensors."""
@@ -270,11 +261,10 @@ class Run:
     def read(self, name, shapes=None):
         """name.safetensors -> dict of tensors. Raises InputError if they are not finite or not of these shapes."""
         self.require(name)
-        tensors = read_tensors(self.path / f"{name}.safetensors")
+        tensors = read_tensors(self.file(name))
         fits = shapes is None or {key: tensor.shape for key, tensor in tensors.items()} == shapes
-        sound = all(is_sound(tensor) for tensor in tensors.values())
-        if not (fits and sound):
-            raise InputError(f"{self.path / name}.safetensors does not fit this run, or holds NaN or infinite values.")
+        if not fits or not all(is_sound(tensor) for tensor in tensors.values()):
+            raise InputError(f"{self.file(name)} does not fit this run, or holds NaN or infinite values.")
         return tensors
 
     def write_losses(self, losses):

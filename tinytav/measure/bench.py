@@ -3,13 +3,14 @@
     python -m tinytav bench                                             # the weights' own clip length and size
     python -m tinytav bench --random sd15 --frames 8 16 32 64 --size 128     # how time grows; needs no weights
 
+    python -m tinytav bench --parts sampling tuning --attention full         # what other attention costs
+
 Each part at each size runs in a fresh process: once to warm up, then some times, of which the median counts, and once
 more under torch's counter of floating-point operations. In the same process a large matrix product of this precision
 shows what the machine can do at most. Memory is the most that the process held on a CPU, or that tensors took on CUDA.
 """
 import argparse
 import itertools
-import json
 import math
 import platform
 import statistics
@@ -24,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinytav import cli, memory, pipeline
 from tinytav.errors import InputError
-from tinytav.files.atomic import replace_text
-from tinytav.inflation import inflate
+from tinytav.inflation import ATTENTIONS, inflate
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16, name_of
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
@@ -38,9 +38,9 @@ PARTS = {"loading": "loading", "encoding": "VAE, encoding a frame", "decoding": 
 ON_FRAMES = ("inverting", "sampling", "tuning")     # the others take one frame, or none
 RANDOM = {"sd15": (UNetConfig(), VAEConfig())}      # what --random knows
 GUIDANCE = 12.5
-# A row of the table: each column's name, the result's key, its unit and format.
-COLUMNS = (("seconds", "seconds", 1, ".3f"), ("a frame", "each", 1, ".3f"), ("peak GiB", "peak", 2 ** 30, ".2f"),
-           ("GFLOP", "flops", 1e9, ".0f"), ("GFLOP/s", "rate", 1e9, ".0f"), ("of matmul", "share", 1, ".0%"))
+# A row of the table: each column's name, its unit and format.
+COLUMNS = {"seconds": (1, ".3f"), "a frame": (1, ".3f"), "peak GiB": (2 ** 30, ".2f"), "GFLOP": (1e9, ".0f"),
+           "GFLOP/s": (1e9, ".0f"), "of matmul": (1, ".0%")}
 FORGET = Path("/proc/self/clear_refs")              # Linux: "5" written there makes a process forget its highest memory
 STATUS = Path("/proc/self/status")
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -57,9 +57,10 @@ def arguments():
     p.add_argument("--parts", choices=PARTS, nargs="+", help="measure only these parts (default: all)")
     p.add_argument("--repeats", type=cli.number(int, 1, 900), default=5, metavar="N",
                    help="take the median of N repeats (default: 5)")
+    p.add_argument("--attention", choices=ATTENTIONS, default="sparse-causal",
+                   help="choose which frames a frame looks at (default: sparse-causal)")
     p.add_argument("--checkpointing", choices=["auto", "on", "off"], default="auto",
                    help="compute blocks again for the gradient, as train.py does (default: auto)")
-    p.add_argument("--json", metavar="FILE", help="write the results into this file, too")
     args = p.parse_args()
     if args.random and cli.given(args) & set(cli.SOURCE):
         p.error("--random takes no weights, and no flag that belongs to weights")
@@ -91,7 +92,7 @@ def prepare(sd, case):
         return lambda: pipeline.encode(sd.vae, x), None
     if case.part == "decoding":
         return lambda: pipeline.decode(sd.vae, noise[:, :, :1]), None
-    net = inflate(sd.unet, case.frames)
+    net = inflate(sd.unet, case.frames, case.attention)
     context = pipeline.gaussian((1, 77, net.cfg.cross_attention_dim), 1).to(sd.device)
     if case.part == "inverting":
         return lambda: next(pipeline.invert(net, sd.schedule, noise, context)), net
@@ -104,34 +105,39 @@ def prepare(sd, case):
 
 
 def measure(case):
-    """Runs in a fresh process: a case -> its result, a dict. A number that nothing tells is None."""
+    """Runs in a fresh process: a case -> a line of the table. A dash stands where nothing tells the number."""
     sd = models(case)
     sd.text_encoder = None
     call, net = prepare(sd, case)
-    before = matrix_rate(sd.device, sd.dtype)
     forget_peak(sd.device)
-    taken = seconds(call, case.repeats, sd.device)
-    peak = peak_bytes(sd.device)
-    matrix = (before + matrix_rate(sd.device, sd.dtype)) / 2
+    taken, peak = seconds(call, case.repeats, sd.device), peak_bytes(sd.device)
     flops = operations(call)
     rate = flops and flops / taken
-    return dict(part=case.part, frames=case.frames, size=case.size, seconds=taken, peak=peak, flops=flops, rate=rate,
-                each=taken / case.frames if case.part in ON_FRAMES else None, matrix_rate=matrix,
-                share=rate and rate / matrix, recomputed=memory.recomputed(net) if net else 0)
+    each = taken / case.frames if case.part in ON_FRAMES else None
+    found = taken, each, peak, flops, rate, rate and rate / matrix_rate(sd.device, sd.dtype)
+    numbers = "".join(f"{'-' if value is None else format(value / unit, style):>11}"
+                      for value, (unit, style) in zip(found, COLUMNS.values()))
+    recomputed = memory.recomputed(net) if net else 0
+    return title(case) + numbers + (f"  {recomputed} blocks computed again" if recomputed else "")
+
+
+def title(case):
+    """The part, as a line of the table begins."""
+    return f"{PARTS[case.part]:32}"
 
 
 def measure_apart(case):
-    """measure(case) in a fresh process. A part for which the memory is too small gives a result that says so."""
+    """measure(case) in a fresh process -> the line, and whether the memory sufficed. If not, the line says so."""
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(measure, case).result()
+            return pool.submit(measure, case).result(), True
     except BrokenProcessPool:
         error = "the process was ended, probably because the memory is too small"
     except (MemoryError, RuntimeError) as problem:
         if not memory.is_out_of_memory(problem):
             raise
         error = "the memory is too small"
-    return dict(part=case.part, frames=case.frames, size=case.size, error=error)
+    return f"{title(case)}  {error}", False
 
 
 def seconds(call, repeats, device):
@@ -195,16 +201,6 @@ def peak_bytes(device):
 
 # ---- The command ---------------------------------------------------------------------------------
 
-def row(result):
-    """A line of the table. A dash stands where there is no number."""
-    title = f"{PARTS[result['part']]:32}"
-    if "error" in result:
-        return f"{title}  {result['error']}"
-    numbers = "".join(f"{'-' if result[key] is None else format(result[key] / unit, style):>11}"
-                      for _, key, unit, style in COLUMNS)
-    return title + numbers + (f"  {result['recomputed']} blocks computed again" if result["recomputed"] else "")
-
-
 def cases(args, sizes, counts):
     """All cases: args with one part, size and number of frames. What takes one frame is measured once for each size."""
     for size, frames, part in itertools.product(sizes, counts, args.parts or PARTS):
@@ -233,17 +229,12 @@ def main():
     if unfit := [size for size in sizes if size % multiple]:
         raise InputError(f"The size {unfit[0]} does not suit this model: use a multiple of {multiple}.")
     name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine()
-    machine = dict(device=args.device, name=name, precision=args.precision, threads=torch.get_num_threads(),
-                   torch=torch.__version__, python=platform.python_version(), date=time.strftime("%Y-%m-%d"))
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results, shown = [], None
-    for case in cases(args, sizes, counts):
-        title = f"{case.frames} frames of {case.size}x{case.size}"
-        if title != shown:
-            print(f"\n{title}\n{'':32}" + "".join(f"{name:>11}" for name, *_ in COLUMNS), flush=True)
-        shown = title
-        results.append(measure_apart(case))
-        print(row(results[-1]), flush=True)
-    if args.json:
-        replace_text(Path(args.json), json.dumps(dict(machine=machine, results=results), indent=2) + "\n")
-    return 1 if any("error" in result for result in results) else 0
+    print(f"{args.device} ({name}), {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    heads, all_fit = "".join(f"{column:>11}" for column in COLUMNS), True
+    for (frames, size), group in itertools.groupby(cases(args, sizes, counts), lambda case: (case.frames, case.size)):
+        print(f"\n{f'{frames} frames of {size}x{size}':32}{heads}", flush=True)
+        for case in group:
+            line, fits = measure_apart(case)
+            print(line, flush=True)
+            all_fit &= fits
+    return 0 if all_fit else 1

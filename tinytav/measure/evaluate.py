@@ -12,9 +12,9 @@ A set is a CSV in one of two layouts.
    folder 480p_frames/NAME, beside the CSV. Frames of such a set are squashed to 480 x 480 before they are measured,
    as in run_eval.py.
 
-Each clip's folder is a run like train.py's. A clip is finished once the metrics.json of its run holds the numbers of
-all its edits. The same command goes on where it was stopped. Under torchrun clips are dealt to ranks, and rank 0
-gathers their results. A rank is a process, on this machine or on another.
+Each clip's folder is a run like train.py's. The same command goes on where it was stopped: what is tuned and edited
+stays, and is measured anew. Under torchrun clips are dealt to ranks, and rank 0 gathers their results. A rank is a
+process, on this machine or on another.
 """
 import csv
 import io
@@ -41,10 +41,9 @@ from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.precision import name_of
 from tinytav.weights import StableDiffusion
 
-BLOCKS = {"davis": "DAVIS_480p", "youtube": "youtube_480p", "videvo": "videvo_480p"}    # heading's first word: folder
+BLOCKS = ("DAVIS_480p", "youtube_480p", "videvo_480p")      # LOVEU-TGVE's folders
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480
 COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.COLUMNS[:3])
-ADVICE = "remove this folder, or name another one with --out."
 SETTINGS = ("size", "frames", "window", "steps", "lr", "ddim_steps", "guidance", "seed")      # those of editing.begin
 
 
@@ -76,18 +75,16 @@ def read_set(path):
     else:
         raise InputError(f"{path} is no set: its first line is neither `clip,caption,...` nor LOVEU-TGVE's "
                          "`Video name,Our GT caption,...`.")
-    entries, blocks = [], list(BLOCKS.values())
+    entries = []
     for number, (name, caption, *prompts) in rows:
         if is_loveu and not caption:                        # a heading, or nothing
-            first_word = name.partition(" ")[0].lower()
-            blocks = [BLOCKS[first_word]] if first_word in BLOCKS else blocks
             continue
         if not name or not caption:
             raise InputError(f"{path}, line {number}: there is no video's name, or no caption.")
         edits = tuple((kind, prompt) for kind, prompt in zip(kinds, prompts) if kind and prompt)
         if not edits:
             raise InputError(f"{path}, line {number}: {name!r} has no edit.")
-        clip = loveu_path(path.parent, blocks, name) if is_loveu else path.parent / name
+        clip = loveu_path(path.parent, name) if is_loveu else path.parent / name
         folder = free_name(Path(name).stem, {entry.folder for entry in entries})
         entries.append(Entry(name, clip, caption, edits, folder))
     if not entries:
@@ -106,9 +103,9 @@ def read_rows(path):
     return rows or [(1, ["", ""])]
 
 
-def loveu_path(base, blocks, name):
-    """The clip's video or folder of pictures; where there is none, the video's path, which reading then reports."""
-    paths = [base / block / place for block in blocks for place in (f"480p_videos/{name}.mp4", f"480p_frames/{name}")]
+def loveu_path(base, name):
+    """The clip's video or folder of pictures; where there is none, a path that reading then reports."""
+    paths = [base / block / place for block in BLOCKS for place in (f"480p_videos/{name}.mp4", f"480p_frames/{name}")]
     return next((path for path in paths if path.exists()), paths[0])
 
 
@@ -146,24 +143,15 @@ def leave():
         distributed.destroy_process_group()
 
 
-def deal(entries, finished, rank, size):
-    """The unfinished clips that this rank works on: every size-th of them."""
-    return [entry for entry in entries if entry.folder not in finished][rank::size]
-
-
 # ---- measuring -----------------------------------------------------------------------------------
 
 class Judges:
-    """What measures: a CLIP, and perhaps PickScore's. side: frames are squashed to it first, or None.
-
-    `settings`: what it was made of; results of other judges do not count.
-    """
+    """What measures: folders of a CLIP, and perhaps of PickScore_v1. side: frames are squashed to it first, or None."""
 
     def __init__(self, clip, pick, side, device):
         self.name, self.side = str(clip), side
         self.clip = metrics.Features(clip, device)
         self.pick = metrics.Features(pick, device) if pick else None
-        self.settings = dict(clip=self.clip.fingerprint, pick=self.pick.fingerprint if pick else None, side=side)
 
     def measure(self, path, prompt):
         """A video's numbers: {name: value}, rounded to four decimals; without a value where it is not defined."""
@@ -172,17 +160,10 @@ class Judges:
             pictures = [picture.resize((self.side, self.side)) for picture in pictures]
         values = metrics.of_clip(self.clip, pictures, prompt)
         if self.pick:
-            values["pick_score"] = pick_score(self.pick, pictures, prompt)
+            # LOVEU-TGVE's run_eval.py, pick_score; Kirstain et al., arXiv 2305.01569
+            cosines = self.pick.images(pictures) @ self.pick.texts([prompt]).flatten()
+            values["pick_score"] = (self.pick.clip.logit_scale.exp().cpu() * cosines).mean().item()
         return {name: round(value, 4) for name, value in values.items() if value == value}
-
-
-def pick_score(judge, pictures, prompt):
-    """Mean over frames of PickScore: exp(logit scale) x cosine with the prompt. LOVEU-TGVE's run_eval.py, pick_score.
-
-    Kirstain et al., arXiv 2305.01569; judge: Features of the folder of PickScore_v1, a CLIP ViT-H/14.
-    """
-    cosines = judge.images(pictures) @ judge.texts([prompt]).flatten()
-    return (judge.clip.logit_scale.exp().cpu() * cosines).mean().item()
 
 
 # ---- one clip ------------------------------------------------------------------------------------
@@ -197,19 +178,20 @@ class Evaluation:
     progress: Callable      # as editing.py's functions take it
 
     def evaluate(self, entry):
-        """Tunes, edits and measures what is not done yet, and saves the numbers. Returns the clip's rows."""
+        """Tunes and edits, where that is not done yet, and measures. Saves the numbers, and returns the clip's rows."""
         session = self.tuned_session(entry)
         with closing(session.run):
             noise = session.make_noise(progress=self.progress)
-            files = {}
-            for _, prompt in entry.edits:
+            values, rows = {}, []
+            for kind, prompt in entry.edits:
                 made = made_edit(session, noise, prompt)
-                files[prompt] = made or session.edit(prompt, noise, progress=self.progress).file.name
-            values = {name: self.judges.measure(session.run.path / name, prompt)
-                      for prompt, name in self.progress(list(files.items()), len(files), "measuring")}
-            metrics.save(session.run.path, self.judges.name, values, self.conditions(entry))
+                name = made or session.edit(prompt, noise, progress=self.progress).file.name
+                values[name] = self.judges.measure(session.run.path / name, prompt)
+                rows.append(dict(clip=entry.name, caption=entry.caption, kind=kind, prompt=prompt, **values[name],
+                                 page=f"{entry.folder}/index.html", strip=f"{entry.folder}/{Path(name).stem}.png"))
+            metrics.save(session.run.path, self.judges.name, values)
             page.write(session.run.path)
-        return rows_of(entry, files, values)
+        return rows
 
     def tuned_session(self, entry):
         """The clip's run, tuned and locked -> editing.Session. It is begun, or gone on with, or taken as it is."""
@@ -218,8 +200,6 @@ class Evaluation:
             check_same(Run.open(path), entry)
             run = Run.locked(path)
             session = editing.open_run(self.sd, run) if run.finished else editing.resume(self.sd, run)
-        elif os.path.lexists(path):
-            raise InputError(f"{path} is there already, and is no run's folder: {ADVICE}")
         else:
             session = editing.begin(self.sd, entry.path, entry.caption, folder=path, **self.settings)
         if not session.run.finished:
@@ -229,27 +209,12 @@ class Evaluation:
             session.finish(self.progress)
         return session
 
-    def results(self, entry):
-        """A finished clip's rows. None where an edit is missing, or the clip, the caption or the judges were others."""
-        folder = self.out / entry.folder
-        saved = records.record(folder / "metrics.json")
-        if not saved or not entry.path.exists() or saved.get("conditions") != self.conditions(entry):
-            return None
-        values = saved["values"]
-        files = {details["prompt"]: name for name, details in records.read_samples(folder) if name in values}
-        return rows_of(entry, files, values) if all(prompt in files for _, prompt in entry.edits) else None
-
-    def conditions(self, entry):
-        """What a clip's numbers depend on, beside its edits and the folder's set.json."""
-        return self.judges.settings | dict(source=frames.fingerprint(entry.path), caption=entry.caption)
-
 
 def check_same(run, entry):
     """Raises InputError unless the run was tuned on this clip, as it is now, with this caption."""
-    if run.settings.prompt != entry.caption:
-        raise InputError(f"{run.path} was tuned with another caption, {run.settings.prompt!r}: {ADVICE}")
-    if run.settings.clip_fingerprint != frames.fingerprint(entry.path):
-        raise InputError(f"{entry.path} is not the clip any more that {run.path} was tuned on: {ADVICE}")
+    if (run.settings.prompt, run.settings.clip_fingerprint) != (entry.caption, frames.fingerprint(entry.path)):
+        raise InputError(f"{run.path} was tuned on another clip than {entry.path} is now, or with another caption: "
+                         "remove this folder, or name another one with --out.")
 
 
 def made_edit(session, noise, prompt):
@@ -259,15 +224,8 @@ def made_edit(session, noise, prompt):
     return next((name for name, details in found if (details["prompt"], details["settings"]) == wanted), None)
 
 
-def rows_of(entry, files, values):
-    """A dict for each edit, as page.write_set takes it. files: {prompt: file}. values: {file: numbers}."""
-    return [dict(clip=entry.name, caption=entry.caption, kind=kind, prompt=prompt, page=f"{entry.folder}/index.html",
-                 strip=f"{entry.folder}/{Path(files[prompt]).stem}.png", **values[files[prompt]])
-            for kind, prompt in entry.edits]
-
-
 def work(evaluation, mine, rank):
-    """Evaluates this rank's clips. Returns {clip's folder: rows} and {clip's name: why it has no results}."""
+    """Evaluates this rank's clips. Returns {a clip's folder: its rows} and {a clip's name: why it has no results}."""
     results, failures = {}, {}
     for number, entry in enumerate(mine, 1):
         began = time.monotonic()
@@ -365,13 +323,8 @@ def main():
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     hold_settings(out, asdict(sd.defaults) | given | dict(fingerprint=sd.fingerprint, precision=name_of(sd.dtype)))
     evaluation = Evaluation(out, sd, given, judges, cli.progress if rank == 0 else editing.no_progress)
-    found = {entry.folder: evaluation.results(entry) for entry in entries}
-    finished = exchange({folder: rows for folder, rows in found.items() if rows is not None})
-    mine = deal(entries, finished, rank, size)
-    cli.say(f"rank {rank} of {size}: {len(entries)} clips, {len(finished)} finished before, {len(mine)} to do")
-    results, failures = work(evaluation, mine, rank)
-    results, failures = finished | exchange(results), exchange(failures)
+    results, failures = map(exchange, work(evaluation, entries[rank::size], rank))
     if rank == 0:
-        report(args, out, [row for entry in entries for row in results.get(entry.folder, [])], failures)
+        report(args, out, [row for entry in entries for row in results.get(entry.folder, ())], failures)
     leave()
     return 1 if failures and rank == 0 else 0

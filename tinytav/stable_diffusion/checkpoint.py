@@ -4,7 +4,6 @@ Models are built on the meta device and take the memory-mapped tensors as they a
 copy. Nothing is ever unpickled.
 """
 import hashlib
-import json
 import re
 import shlex
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion import embedding, single_file
+from tinytav.stable_diffusion.config import read_json
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import END, Tokenizer
@@ -83,8 +83,8 @@ def build(Model, config, tensors, where, dtype=torch.float32):
         raise InputError(f"{where}: no {Model.__name__} can be built of its config.json: {error}.") from None
     wanted = model.state_dict()
     tensors = modern_names(tensors, wanted)
-    problems = _listed("missing", wanted.keys() - tensors.keys())
-    problems += _listed("unexpected", tensors.keys() - wanted.keys())
+    problems = [f"{what}: {some(sorted(names))}" for what, names in (
+        ("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())) if names]
     for name in wanted.keys() & tensors.keys():
         tensor, shape = tensors[name], wanted[name].shape
         if [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]:
@@ -97,8 +97,7 @@ def build(Model, config, tensors, where, dtype=torch.float32):
             problems.append(f"{name} holds NaN or infinite values")
         tensors[name] = tensor.to(dtype)
     if problems:
-        raise InputError(f"{where} does not fit this {Model.__name__}: {'; '.join(problems[:6])}"
-                         f"{f'; and {len(problems) - 6} problems more' if len(problems) > 6 else ''}.")
+        raise InputError(f"{where} does not fit this {Model.__name__}: {some(problems, '; ')}.")
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -118,21 +117,9 @@ def modern_names(tensors, wanted):
     return out
 
 
-def _listed(what, names):
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{what}: {', '.join(names[:3])}{more}"] if names else []
-
-
-def read_json(path):
-    """The JSON object in a file. Raises InputError."""
-    try:
-        d = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(d, dict):
-        raise InputError(f"{path} holds a {type(d).__name__}, not a JSON object.")
-    return d
+def some(names, comma=", "):
+    """The first three of many names."""
+    return comma.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def how_to_convert(path):
@@ -185,17 +172,24 @@ def _component_files(folder, half=False):
         fp16 = (f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors")
         for index, whole in (fp16, full) if half else (full, fp16):
             if (folder / index).is_file():
-                names = read_json(folder / index).get("weight_map")
-                if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                    raise InputError(f"{folder / index} has no weight_map of file names.")
+                names = weight_map(read_json(folder / index), folder / index)
                 return [folder / Path(name).name for name in sorted(set(names.values()))]
             if (folder / whole).is_file():
                 return [folder / whole]
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     pickles = sorted(file.name for file in folder.glob("*.bin"))
+    whole = folder.parent if (folder.parent / "unet").is_dir() else folder
     raise InputError(f"No {' or '.join(stem + '.safetensors' for stem in STEMS)} in {folder}"
                      + (f", only {others[0]}: rename it if that is what you want." if others else
-                        f", only {pickles[0]}. {how_to_convert(folder.parent)}" if pickles else "."))
+                        f", only {pickles[0]}. {how_to_convert(whole)}" if pickles else "."))
+
+
+def weight_map(index, where):
+    """The parsed index of a model in several files -> {a tensor's name: its file's}. Raises InputError."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{where} has no weight_map of file names.")
+    return names
 
 
 def read_component(folder, Config, half=False):

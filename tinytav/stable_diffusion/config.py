@@ -1,12 +1,25 @@
 """Reading a checkpoint's config.json."""
+import json
 import types
 import typing
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 from tinytav.errors import InputError
 
 LARGEST = 2 ** 20       # no size in a published model comes near it
 LONGEST = 32            # nor a list: of stages, of heads, of channels
+
+
+def read_json(path):
+    """The JSON object in a file. Raises InputError."""
+    try:
+        d = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(d, dict):
+        raise InputError(f"{path} holds a {type(d).__name__}, not a JSON object.")
+    return d
 
 
 class Config:
@@ -34,7 +47,7 @@ class Config:
                 value = False
             if value not in values:
                 raise InputError(f"{cls.__name__}: {name} = {value!r} is not implemented; only "
-                                 f"{' or '.join(map(repr, values))} is. Such a model cannot be used here.")
+                                 f"{' or '.join(map(repr, values))} is.")
         settings = {}
         for field in fields(cls):
             if field.name in d:

@@ -14,31 +14,19 @@ from torch.nn import functional as F
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion import checkpoint, single_file
-from tinytav.stable_diffusion.config import Config
 from tinytav.stable_diffusion.unet import Encoder, UNetConfig, check_types, set_heads
 
 
 @dataclass(frozen=True)
-class ControlNetConfig(Config):
-    """The keys of a ControlNet's config.json that change the network. The defaults fit Stable Diffusion 1.x."""
-    in_channels: int = 4
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int = 768
-    attention_head_dim: int | tuple[int, ...] = 8   # really the NUMBER of heads, one for all stages or one each
-    use_linear_projection: bool = False             # SD 2
-    upcast_attention: bool = False                  # SD 2.1
+class ControlNetConfig(UNetConfig):
+    """The keys of a ControlNet's config.json that change the network: the U-Net's, of which it has no way up."""
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
 
     ONLY = UNetConfig.ONLY | dict(
+        _class_name=("ControlNetModel",),                                   # not a T2I-Adapter
         conditioning_channels=(3,),
         controlnet_conditioning_channel_order=("rgb",),                     # "bgr": channels in the other order
         global_pool_conditions=(False, None))                               # True: the "shuffle" ControlNet
-
-    LIMITS = UNetConfig.LIMITS
 
     @property
     def hint_factor(self):
@@ -99,13 +87,9 @@ class ControlNet(Encoder):
 
 def check_fits(control, unet, vae_factor):
     """Raises InputError unless a ControlNet of this config gives residuals to a U-Net of that config."""
-    problems = []
-    if control.cross_attention_dim != unet.cross_attention_dim:
-        problems.append(f"its text context is {control.cross_attention_dim} wide, not {unet.cross_attention_dim}")
-    if control.block_out_channels != unet.block_out_channels:
-        problems.append(f"it has {control.block_out_channels} channels, not {unet.block_out_channels}")
-    if control.layers_per_block != unet.layers_per_block:
-        problems.append(f"it has {control.layers_per_block} layers in a stage, not {unet.layers_per_block}")
+    problems = [f"its {name} is {getattr(control, name)}, not {getattr(unet, name)}"
+                for name in ("cross_attention_dim", "block_out_channels", "layers_per_block")
+                if getattr(control, name) != getattr(unet, name)]
     if control.hint_factor != vae_factor:
         problems.append(f"its hints are {control.hint_factor} times as large as the latents, not {vae_factor} times")
     if problems:
@@ -115,11 +99,13 @@ def check_fits(control, unet, vae_factor):
 
 # ---- From disk -----------------------------------------------------------------------------------
 
-# upcast as 2.1's own config says
-SD2 = ControlNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,
-                       upcast_attention=True)
+SD2 = ControlNetConfig(**vars(single_file.SD2_UNET))
 CONTEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-WANTED = "A ControlNet for Stable Diffusion 1.x or 2.x is needed."
+# a part of a tensor's name -> the kind of file, which is no ControlNet for Stable Diffusion 1.x or 2.x
+OTHER_KINDS = {
+    "body": "a T2I-Adapter", "lora_controlnet": "a Control-LoRA, which is no network of its own",
+    "difference": "a difference between a ControlNet and a U-Net, which is no network of its own",
+    "label_emb": "a ControlNet for SDXL", "add_embedding": "a ControlNet for SDXL"}
 
 
 def load_controlnet(path, device="cpu", dtype=torch.float32):
@@ -130,68 +116,18 @@ def load_controlnet(path, device="cpu", dtype=torch.float32):
     """
     path = Path(path)
     if path.is_dir():
-        config, tensors, where = _read_folder(path)
-    elif path.is_file():
-        config, tensors, where = _read_single_file(path)
+        part = checkpoint.read_component(path, ControlNetConfig)
     else:
-        raise InputError(f"No ControlNet at {path}: name its folder or its .safetensors file.")
-    return checkpoint.build(ControlNet, config, tensors, where, dtype).to(device)
+        part = *read_single_file(checkpoint.read_file(path, "ControlNet"), path), str(path)
+    return checkpoint.build(ControlNet, *part, dtype).to(device)
 
 
-def _read_folder(path):
-    if (path / "config.json").is_file() and (kind := kind_by_config(checkpoint.read_json(path / "config.json"))):
-        raise InputError(f"{path} holds {kind}. {WANTED}")
-    pickles = sorted(file.name for file in path.glob("*.bin"))
-    if pickles and not any(path.glob("*.safetensors")):
-        raise InputError(f"{path} holds no .safetensors file, only {pickles[0]}. "
-                         f"{checkpoint.how_to_convert(path)}")
-    return checkpoint.read_component(path, ControlNetConfig)
-
-
-def _read_single_file(path):
-    tensors = checkpoint.read_file(path, "ControlNet")
-    if kind := kind_by_names(tensors):
-        raise InputError(f"{path} holds {kind}. {WANTED}")
-    tensors = single_file.controlnet_tensors(tensors)
-    return config_by_shapes(tensors, path), tensors, str(path)
-
-
-def kind_by_config(d):
-    """What another kind of model a config.json tells of, in words; None where it does not tell."""
-    name = d.get("_class_name", "ControlNetModel")
-    if name == "T2IAdapter" or "adapter_type" in d:
-        return "a T2I-Adapter"
-    if name != "ControlNetModel":
-        return f"a {name}"
-    if d.get("addition_embed_type") == "text_time" or d.get("cross_attention_dim") == 2048:
-        return "a ControlNet for SDXL"
-    return None
-
-
-def kind_by_names(tensors):
-    """What another kind of model a file's tensor names tell of, in words; None where they do not tell."""
+def read_single_file(tensors, where):
+    """All tensors of a single file, which holds no config -> (config, its tensors by the folder layout's names)."""
     parts = {part for name in tensors for part in name.split(".")}
-    if "body" in parts:
-        return "a T2I-Adapter"
-    if "lora_controlnet" in parts:
-        return "a Control-LoRA, which is no network of its own"
-    if "difference" in parts:
-        return "a difference between a ControlNet and a U-Net, which is no network of its own"
-    if parts & {"label_emb", "add_embedding"}:
-        return "a ControlNet for SDXL"
-    if not parts & {"zero_convs", "controlnet_down_blocks"}:
-        return "no ControlNet"
-    return None
-
-
-def config_by_shapes(tensors, where):
-    """The config of a single file, which holds none: that of SD 1.x or of SD 2.x. Raises InputError."""
-    if CONTEXT not in tensors or tensors[CONTEXT].ndim < 2:
-        raise InputError(f"{where} is not a ControlNet for Stable Diffusion: it has no {CONTEXT}.")
-    width = tensors[CONTEXT].shape[1]
-    if width == 2048:
-        raise InputError(f"{where} holds a ControlNet for SDXL. {WANTED}")
-    if width not in (768, 1024):
-        raise InputError(f"{where}: its text context is {width} wide; Stable Diffusion 1.x has 768, 2.x has 1024. If a "
-                         "config.json lies beside it, name the folder.")
-    return ControlNetConfig() if width == 768 else SD2
+    other = next((kind for mark, kind in OTHER_KINDS.items() if mark in parts), None)
+    if other or not parts & {"zero_convs", "controlnet_down_blocks"}:
+        raise InputError(f"{where} holds {other or 'no ControlNet'}. A ControlNet for Stable Diffusion 1.x or 2.x is "
+                         "needed.")
+    tensors = single_file.controlnet_tensors(tensors)
+    return SD2 if single_file.is_sd2(tensors, CONTEXT, where) else ControlNetConfig(), tensors

@@ -23,7 +23,7 @@ from torch import nn
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion import single_file
-from tinytav.stable_diffusion.checkpoint import read_file, read_header, read_json
+from tinytav.stable_diffusion.checkpoint import read_file, read_header, read_json, some
 from tinytav.stable_diffusion.config import LARGEST, Config
 
 # the end of a key -> what the tensor is
@@ -58,7 +58,7 @@ def merge_lora(sd, path, scale=1.0):
     if not math.isfinite(scale):
         raise InputError(f"A LoRA cannot be merged {scale} times: the scale is a finite number, 1 by default.")
     layers = changeable(sd)
-    pairs = pair_up(read_lora(path), spellings(layers, sd.unet.cfg), path)
+    pairs = pair_up(read_lora(path), spellings(layers), path)
     check_shapes(pairs, layers, path)
     alphas = read_alphas(path)
     merged = {}
@@ -84,13 +84,8 @@ class Lora(Config):
     @classmethod
     def from_text(cls, text):
         """FILE or FILE:SCALE -> Lora. Raises InputError if the file cannot be read."""
-        file, colon, scale = text.rpartition(":")
-        try:
-            scale = float(scale) if colon else 1.0
-        except ValueError:                          # the colon is a part of the name
-            colon = ""
-        if not colon:
-            file, scale = text, 1.0
+        told = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", text)       # any other colon is a part of the name
+        file, scale = (told[1], float(told[2])) if told else (text, 1.0)
         if not abs(scale) <= LARGEST:
             raise InputError(f"The scale of the LoRA {text} is not from -{LARGEST} to {LARGEST}.")
         return cls(file, scale, fingerprint(file))
@@ -126,53 +121,46 @@ def changeable(sd):
             for name, module in getattr(sd, part).named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
-def spellings(layers, cfg):
-    """{what a file may call a layer: its (part, name)} for all `layers`; cfg: the U-Net's."""
+def spellings(layers):
+    """{what a file may call a layer, without the key's end: its (part, name)} for all `layers`."""
     table = {}
     for part, name in layers:
-        names = unet_spellings(name, cfg) if part == "unet" else text_spellings(name)
-        table |= dict.fromkeys(names, (part, name))
+        spell = unet_spellings if part == "unet" else text_spellings
+        table |= dict.fromkeys(spell(name), (part, name))
+    for ldm, name in ldm_names({name for part, name in layers if part == "unet"}).items():
+        table |= dict.fromkeys(dotted_and_flat(ldm), ("unet", name))
     return table
 
 
-def unet_spellings(name, cfg):
-    """All that files call the U-Net's layer `name`, without the key's end."""
+def unet_spellings(name):
+    """All that files call the U-Net's layer `name`, but for the single-file layout's names."""
     processor = re.sub(r"(attn\d)\.(to_[qkv]|to_out)(\.0)?$", r"\1.processor.\2", name)
-    ldm = ldm_name(name, cfg)
-    return ["lora_unet_" + one.replace(".", "_") for one in (name, ldm)] \
-        + [prefix + one for prefix in PREFIXES["unet"] for one in (name, processor, ldm)]
+    return dotted_and_flat(name) + [prefix + processor for prefix in PREFIXES["unet"]]
+
+
+def dotted_and_flat(name):
+    """A name of a layer of the U-Net, with each prefix, and as kohya writes it."""
+    return ["lora_unet_" + name.replace(".", "_"), *(prefix + name for prefix in PREFIXES["unet"])]
 
 
 def text_spellings(name):
-    """All that files call the text encoder's layer `name`, without the key's end."""
+    """All that files call the text encoder's layer `name`."""
     processor = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", name)
     return [prefix + name.replace(".", "_") for prefix in ("lora_te_", "lora_te1_")] \
         + [prefix + one for prefix in PREFIXES["text_encoder"] for one in (name, processor)]
 
 
-def ldm_name(name, cfg):
-    """A U-Net layer's name in the single-file layout, such as input_blocks.1.1.proj_in: unet_key turned round."""
-    for ldm, ours in single_file.OUTER.items():
-        if name == ours or name.startswith(f"{ours}."):
-            return inner_ldm_name(ldm + name.removeprefix(ours))
-    side, stage, kind, layer, rest = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name).groups()
-    stage, layer = int(stage), int(layer)
-    first = stage * (cfg.layers_per_block + 1)          # as many blocks a stage, on the way down with the downsampler
-    if kind == "downsamplers":
-        return f"input_blocks.{first + cfg.layers_per_block + 1}.0.op"
-    if kind == "upsamplers":                            # in the stage's last block, behind resnet and transformer
-        part = 2 if cfg.up_block_types[stage].startswith("CrossAttn") else 1
-        return f"output_blocks.{first + cfg.layers_per_block}.{part}.{rest}"
-    part = 1 if kind == "attentions" else 0
-    block = f"input_blocks.{1 + first + layer}" if side == "down" else f"output_blocks.{first + layer}"
-    return inner_ldm_name(f"{block}.{part}.{rest}")
+def ldm_names(names):
+    """{the single-file layout's name, such as input_blocks.1.1.proj_in: ours} for the U-Net's layers `names`.
 
-
-def inner_ldm_name(name):
-    """The parts of a resnet by the single-file layout's names."""
-    for ldm, ours in single_file.RESNET.items():
-        name = re.sub(rf"\.{ours}$", f".{ldm}", name)
-    return name
+    Every name that could stand there is translated by unet_key.
+    """
+    inner = {name.split(".", 4)[-1] for name in names if ".attentions." in name}
+    places = [f"{way}_blocks.{i}.{j}" for way in ("input", "output") for i in range(12) for j in range(3)]
+    places += ["middle_block.0", "middle_block.1", "middle_block.2"]
+    ldm = [f"{place}.{rest}" for place in places for rest in (*inner, *single_file.RESNET, "op", "conv")]
+    found = {one: single_file.unet_key(f"{one}.weight").removesuffix(".weight") for one in (*ldm, *single_file.OUTER)}
+    return {one: name for one, name in found.items() if name in names}
 
 
 # ---- reading and checking ------------------------------------------------------------------------
@@ -217,24 +205,22 @@ def pair_up(tensors, table, path):
 
 def check_shapes(pairs, layers, path):
     """Raises InputError where a pair does not fit its layer, or is not of floating-point numbers."""
-    for place, pair in pairs.items():
-        for name, tensor in pair.items():
-            if tensor.dtype not in NUMBERS and name != "alpha":             # which some tools write as an integer
-                raise InputError(f"{path} holds {tensor.dtype} for {'.'.join(place)}: a LoRA holds floating-point "
-                                 "numbers.")
     wrong = []
     for place, pair in pairs.items():
-        if not fits(layers[place].weight, **pair):
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in pair.items())
-            wrong.append(f"{'.'.join(place)} has the shape {tuple(layers[place].weight.shape)}, the file {shapes}")
+        weight = layers[place].weight
+        if not fits(weight, **pair):
+            told = ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in pair.items())
+            wrong.append(f"{'.'.join(place)} has the shape {tuple(weight.shape)}, the file {told}")
     if wrong:
-        raise InputError(f"{path} does not fit this model: {some(wrong, '; ')}. A LoRA for Stable Diffusion 1.x does "
-                         "not fit 2.x, nor the other way round.")
+        raise InputError(f"{path} does not fit this model: {some(wrong, '; ')}. A LoRA holds floating-point numbers, "
+                         "and one for Stable Diffusion 1.x does not fit 2.x, nor the other way round.")
 
 
 def fits(weight, down, up, alpha=None):
     """Is up @ down of the shape of weight? A linear layer may stand in the file as a 1x1 convolution, or vice versa."""
     if min(down.ndim, up.ndim) < 2 or len(down) == 0 or alpha is not None and alpha.numel() != 1:
+        return False
+    if down.dtype not in NUMBERS or up.dtype not in NUMBERS:                # some tools write alpha as an integer
         return False
     sizes = [[n for n in z.shape[1:] if n != 1] for z in (down, weight)]
     return sizes[0] == sizes[1] and up.shape[:2] == (len(weight), len(down)) and up.numel() == len(weight) * len(down)
@@ -288,9 +274,3 @@ def merged_weight(weight, down, up, factor):
     """weight + factor * up @ down (equation 3, section 4.1), computed in float32, in weight's dtype."""
     down, up = (z.to(weight.device, torch.float32).flatten(1) for z in (down, up))
     return (weight.detach().float() + factor * (up @ down).view(weight.shape)).to(weight.dtype)
-
-
-def some(names, comma=", "):
-    """The first three of many names."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return comma.join(names[:3]) + more

@@ -8,10 +8,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def name_of(dtype):
     """torch.float32 -> "fp32"."""
-    for name, value in PRECISIONS.items():
-        if value is dtype:
-            return name
-    raise ValueError(f"{dtype} has no name here")
+    return {value: name for name, value in PRECISIONS.items()}[dtype]
 
 
 def cpu_has_bf16():

@@ -44,27 +44,34 @@ OPENCLIP = {"token_embedding.": "embeddings.token_embedding.",
 def components(tensors, where):
     """All tensors of a single file -> {component: (config, its tensors by the folder layout's names)}.
 
-    The VAE may be missing there: people publish U-Net and text encoder alone.
-    Raises InputError, naming the file `where`, for anything that is not SD 1.x or SD 2.x.
+    Some files have no VAE. Raises InputError, naming the file `where`, for anything that is not SD 1.x or SD 2.x.
     """
-    if not all(name in tensors and tensors[name].ndim > 1 for name in (CONTEXT, FIRST)):
-        raise InputError(f"{where} is not a Stable Diffusion 1.x or 2.x checkpoint: it has no {CONTEXT}. A LoRA, a VAE "
-                         "or an SDXL file cannot be used alone.")
-    if (channels := tensors[FIRST].shape[1]) != 4:
-        raise InputError(f"{where} is an inpainting or depth model: its U-Net takes {channels} channels, not 4.")
-    width = tensors[CONTEXT].shape[1]
-    if width not in (768, 1024):
-        raise InputError(f"{where}: its text context is {width} wide; Stable Diffusion 1.x has 768, 2.x has 1024.")
+    sd2 = is_sd2(tensors, CONTEXT, where)
+    if FIRST in tensors and tensors[FIRST].shape[1:2] != (4,):
+        raise InputError(f"{where} is an inpainting or depth model: {FIRST} has the shape "
+                         f"{tuple(tensors[FIRST].shape)}, which is not for 4 channels.")
     unet = {unet_key(key): tensor for key, tensor in _under(tensors, UNET).items()}
-    if width == 768:
-        text = _under(tensors, *(f"{place}.transformer." for place in TEXT_PLACES))
-        parts = dict(unet=(UNetConfig(), unet), text_encoder=(TextEncoderConfig(), text))
-    else:
+    if sd2:
         text = openclip_tensors(_under(tensors, *(f"{place}.model." for place in TEXT_PLACES)))
         parts = dict(unet=(SD2_UNET, unet), text_encoder=(SD2_TEXT, text))
+    else:
+        text = _under(tensors, *(f"{place}.transformer." for place in TEXT_PLACES))
+        parts = dict(unet=(UNetConfig(), unet), text_encoder=(TextEncoderConfig(), text))
     if _under(tensors, *VAE_PREFIXES):
         parts["vae"] = vae(tensors)
     return parts
+
+
+def is_sd2(tensors, context, where):
+    """Is it SD 2.x, not 1.x? The width of the text context tells, `context` names a tensor. Raises InputError."""
+    if context not in tensors or tensors[context].ndim < 2:
+        raise InputError(f"{where} is not for Stable Diffusion 1.x or 2.x: it has no {context}. A LoRA, a VAE or an "
+                         "SDXL file cannot be used alone.")
+    width = tensors[context].shape[1]
+    if width not in (768, 1024):
+        raise InputError(f"{where}: its text context is {width} wide; Stable Diffusion 1.x has 768, 2.x has 1024. If a "
+                         "config.json lies beside it, name the folder.")
+    return width == 1024
 
 
 def vae(tensors):
@@ -102,10 +109,7 @@ def unet_key(key):
 
 
 def controlnet_tensors(tensors):
-    """A ControlNet's single file -> its tensors by the folder layout's names.
-
-    The single file's names may have the prefix `control_model.`.
-    """
+    """A ControlNet's single file, perhaps with the prefix `control_model.` -> its tensors by the folder's names."""
     tensors = _under(tensors, "control_model.") or tensors
     return {controlnet_key(key): tensor for key, tensor in tensors.items()}
 

@@ -4,7 +4,6 @@ Byte-pair encoding of lower-cased text (Radford et al., arXiv 2103.00020, sectio
 does it; the merging itself is the `tokenizers` library's.
 """
 import itertools
-import json
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from tinytav.errors import InputError
+from tinytav.stable_diffusion.config import read_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -100,10 +100,7 @@ class Tokenizer:
 
 def read(path):
     """The JSON object in a file; of a file that is not there {}."""
-    d = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(d, dict):
-        raise InputError(f"{path} holds no JSON object.")
-    return d
+    return read_json(path) if path.is_file() else {}
 
 
 def vocabulary(folder, whole):

@@ -10,6 +10,7 @@ Diffusion is published, twenty times on its way. The networks' sizes and the tok
 of the --from folder. `--from my-toy` goes on with what a stage wrote, also if it was killed.
 """
 import argparse
+import itertools
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
@@ -83,17 +84,14 @@ def imagine(seed, count):
     return [(world.random_scene(rng), world.random_view(rng)) for rng in chances]
 
 
-def render(imagined):
-    return draw.render(*imagined)
-
-
 def draw_many(imagined):
     """The pictures of scenes and views, (count, SIZE, SIZE, 3) uint8, drawn by all cores."""
     picture = np.dtype((np.uint8, (draw.SIZE, draw.SIZE, 3)))
     if len(imagined) < FEW:
-        return torch.from_numpy(np.fromiter(map(render, imagined), picture, len(imagined)))
+        return torch.from_numpy(np.fromiter(itertools.starmap(draw.render, imagined), picture, len(imagined)))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:      # a fork of a process with threads may hang
-        return torch.from_numpy(np.fromiter(pool.map(render, imagined, chunksize=64), picture, len(imagined)))
+        drawn = pool.map(draw.render, *zip(*imagined), chunksize=64)
+        return torch.from_numpy(np.fromiter(drawn, picture, len(imagined)))
 
 
 def noise_like(x, generator):
