@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tinytav.errors import InputError
+from tinytav.errors import InputError, check_file
 from tinytav.stable_diffusion import embedding, single_file
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.text_encoder import TextEncoder, TextEncoderConfig
@@ -127,6 +127,7 @@ def _listed(what, names):
 def read_json(path):
     """The JSON object in a file. Raises InputError."""
     try:
+        check_file(path)
         d = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
@@ -171,6 +172,7 @@ def read_header(path):
 @contextmanager
 def _opened(path):
     try:
+        check_file(path)
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
