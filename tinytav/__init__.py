@@ -2,6 +2,12 @@
 
 The names below are the library. inflation.py, tuning.py and pipeline.py hold the paper.
 """
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"]:      # python -m tinytav: Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from tinytav.control import Control, load_control
 from tinytav.editing import Clip, Edit, Session, begin, new_net, open_run, resume, sample_clip, untuned
 from tinytav.errors import InputError

@@ -116,7 +116,8 @@ def load_weights(args, source=None, precision=None):
         own = [file for file in own if Path(file).is_file() or not more]            # else one of `more` is it, moved
         named["embedding"] = [*own, *(file for file in more if file not in own)]
     source |= named
-    path = source.pop("weights", None) or default_path()
+    path = source.pop("weights", None)
+    path = default_path() if path is None else path
     say(f"weights: {path}")
     precision = args.precision or precision or preferred_precision(path)
     dtype = choose_dtype(device, precision)

@@ -1,8 +1,11 @@
 """Broken and hostile prompts, flags, folders of runs, places for results, and streams."""
 import json
+import os
+import stat
 import struct
 
 from hardening.broken import EITHER, ERROR, MODULE, OK, Case, kind, sample, sample_run, train
+from hardening.broken_clips import pictures
 from hardening.broken_weights import (
     WRONG,
     header_and_data,
@@ -271,6 +274,44 @@ def set_that_is_none(rng, place):
         argv[2] = rng.choice(["none.csv", "w", "clip.mp4", "", "/dev/null", "a" * 300])
     elif way == 2:
         spoil_json(rng, rng.choice([place / "judge/config.json", place / "judge/preprocessor_config.json"]))
+    return argv
+
+
+# ---- what is no file -----------------------------------------------------------------------------
+
+def pipe_or_socket(rng, path):
+    os.mknod(path, rng.choice([stat.S_IFIFO, stat.S_IFSOCK]) | 0o600)
+
+
+@kind(ERROR)
+def path_that_names_no_file(rng, place):
+    """Nothing, a folder, a pipe, a device. Whoever opens a pipe waits for its writer."""
+    pipe_or_socket(rng, place / "pipe")
+    path = rng.choice([".", "..", "/", "", "runs", "runs/..", "none/..", *["pipe"] * 4, "/dev/zero", "/dev/tty",
+                       "/dev/stdin", "/dev/null"])
+    judged = evaluate(place, ROW)
+    return rng.choice([
+        *(train("clip.mp4", "a man", flag, path) for flag in ("--lora", "--vae", "--tokenizer", "--embedding")),
+        train(path), train("clip.mp4", "a man", "--weights", path), sample_run("--lora", path),
+        sample("--lora", f"{path}:1"), sample("--control", path, "--hint", "clip.mp4"),
+        ["sample.py", "--prompt", "a man", "--run", path], ["train.py", "--resume", path],
+        [MODULE, "metrics", path, "--clip", "judge"], [MODULE, "metrics", "runs/done", "--clip", path],
+        [MODULE, "attention", path, "--word", "man"], [MODULE, "convert", "pipe", "out"],
+        [MODULE, "bench", "--weights", "w", "--json", path], [*judged[:2], path, *judged[3:]],
+        [*judged, "--clip", path]])
+
+
+@kind(EITHER)
+def pipe_in_the_place_of_a_file(rng, place):
+    """A pipe, or a link to a device, where the project looks for files of its own."""
+    run, metrics = rng.choice(["half", "done"]), [MODULE, "metrics", "runs/done", "--clip", "judge"]
+    part, argv = rng.choice([("w", train("clip.mp4")), (f"runs/{run}", use_run(rng, run)), ("in", train("in")),
+                             ("judge", evaluate(place, ROW)), ("judge", metrics)])
+    pictures(place, [(32, 32)] * 3)
+    files = sorted(path for path in (place / part).rglob("*") if path.is_file() and path.name != "defaults.json")
+    file = rng.choice(files)
+    file.unlink()
+    rng.choice([lambda: pipe_or_socket(rng, file), lambda: file.symlink_to("/dev/zero")])()
     return argv
 
 

@@ -17,7 +17,7 @@ from PIL import Image, features
 sys.path.append(str(Path(__file__).resolve().parents[1]))       # where Warm runs it
 from hardening import broken, broken_clips
 
-SECONDS = 20                    # for one case
+SECONDS = 20                    # of computing, for one case
 EDGES = [0, 1, 0x7f, 0x80, 0xff, 0x7fff, 0xffff, 0x7fffffff, 0x80000000, 0xffffffff]
 PICTURES = ["png", "apng", "jpg", "webp", "animated-webp", "bmp", "gif", *["avif"] * features.check("avif")]
 FORMATS = [*PICTURES, "mp4", "mkv", "webm", "avi", "mov", "video-gif"]
@@ -34,7 +34,7 @@ def main():
     for number in range(first, last):
         file.write_bytes(mutated(random.Random(f"{name} {number}"), whole))
         print("at", number)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)       # ends the process, C code too
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)       # ends the process, C code too
         try:
             frames.read(file, 16, 4, 2, exact=False)
             counts["read"] += 1
@@ -44,7 +44,7 @@ def main():
             print(f"FAILURE {name} {number}: {type(error).__name__}: {error}")
         if (peak := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024) > broken.MEMORY:
             sys.exit(f"FAILURE {name} {number}: takes {peak} MB")
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     print(counts["read"], "read,", counts["refused"], "refused")
 
 

@@ -1,5 +1,6 @@
 """Broken input, the quick part: one case of each kind, and each kind of failure that the whole has found, by name."""
 import json
+import os
 import random
 import re
 import warnings
@@ -16,6 +17,7 @@ from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.stable_diffusion.ddim import Schedule
+from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.text_encoder import TextEncoderConfig
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNetConfig
@@ -55,6 +57,8 @@ def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(wa
         return trial.judge(answer, tmp_path, broken.Case(["train.py"], broken.EITHER), trial.ERROR)
     assert "ends with 1: KeyError" in verdict("{}['x']")
     assert "hangs" in verdict("while True: pass", limit=1)
+    assert "hangs" in verdict("import time; time.sleep(60)", limit=0.2)
+    assert "hangs" not in verdict("import time; time.sleep(1)", limit=0.2)          # a busy machine
     assert "without a sentence" in verdict("import sys; sys.exit(2)")
     sentence = "; import sys; print('error: x', file=sys.stderr); sys.exit(2)"
     assert "for writing" in verdict("open('out', 'w')" + sentence)
@@ -188,6 +192,58 @@ def test_a_runs_tensors_of_another_type_or_shape_are_refused(warm, place, name, 
     answer = warm(place, "sample.py", "--run", "runs/done", "--prompt", "a")
     assert answer.status == 2 and re.search("does not fit this run|does not hold", answer.err)
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", "", "./.", "w/", "a\0b", "pipe", "/dev/zero"])
+def test_a_path_without_a_name_or_of_no_regular_file_is_no_lora(place, monkeypatch, path):
+    monkeypatch.chdir(place)
+    os.mkfifo("pipe")
+    for text in (path, f"{path}:0.5"):
+        with pytest.raises(InputError, match="LoRA .* cannot be read: no regular file is there"):
+            Lora.from_text(text)
+
+
+READERS = """
+import sys
+from pathlib import Path
+from tinytav.files import frames, records
+from tinytav.measure import evaluate
+from tinytav.stable_diffusion import checkpoint, lora
+name = sys.argv[1]
+for read, path in ((checkpoint.read_json, name), (checkpoint.read_tensors, name), (lora.fingerprint, name),
+                   (evaluate.read_set, name), (frames.open_clip, name), (frames.fingerprint, name),
+                   (frames.fingerprint, "in"), (lambda path: frames.read(path, 16, 4, 1), "in")):
+    try:
+        read(path)
+    except (ValueError, OSError) as error:
+        print(error)
+print(records.read_losses(Path(".")))
+"""
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_no_reader_waits_for_a_pipe_or_reads_a_device_without_end(warm, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "in").mkdir()
+    for link in ("in/0.png", "loss.csv"):
+        (tmp_path / link).symlink_to(tmp_path / name)
+    (tmp_path / "readers.py").write_text(READERS)
+    answer = warm(tmp_path, str(tmp_path / "readers.py"), name, limit=5)
+    assert not answer.hang, answer.out
+    *sentences, losses = answer.out.splitlines()
+    assert len(sentences) == 8 and all("regular file" in sentence for sentence in sentences) and losses == "[]"
+
+
+def test_weights_of_an_empty_name_are_not_those_that_lie_in_weights(warm, place):
+    answer = warm(place, *broken.sample("--weights", ""))
+    assert answer.status == 2 and ". is not a Stable Diffusion folder" in answer.err
+
+
+@pytest.mark.parametrize("path", [".", "/", "..", "", "w", "none/a.json", "clip.mp4/a.json", "pipe"])
+def test_a_place_where_bench_can_write_no_file_is_refused_before_it_measures(warm, place, path):
+    os.mkfifo(place / "pipe")
+    answer = warm(place, broken.MODULE, "bench", "--weights", "w", "--json", path)
+    assert answer.status == 2 and "no file can be written there" in answer.err and "seconds" not in answer.out
 
 
 # ---- trust ---------------------------------------------------------------------------------------

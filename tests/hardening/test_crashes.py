@@ -58,9 +58,11 @@ def test_ended_at_random_moments_both_commands_leave_whole_files_and_go_on(warm,
     assert not failures
 
 
-def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(place):
-    command = [sys.executable, str(ROOT / "train.py"), "clip.mp4", "a man", "--weights", "w"]
-    process = subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("command", [[ROOT / "train.py", "clip.mp4", "a man"], [ROOT / "sample.py", "--prompt", "a"],
+                                     ["-m", "tinytav", "metrics", "runs/done"]])
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(place, command):
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=place, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)

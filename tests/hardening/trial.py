@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import tiny
 from hardening import broken, broken_clips, broken_runs, broken_weights  # noqa: F401
 from hardening.broken import EITHER, ERROR, OK
-from hardening.warm import ONE_THREAD, ROOT
+from hardening.warm import ONE_THREAD, PATIENCE, ROOT
 from safetensors.torch import load_file
 
 SECONDS = 60
@@ -75,10 +75,10 @@ def command(warm, place, case):
     words = ["bash", "-c", f'exec "$0" "$@"{closing}', sys.executable, str(ROOT / case.argv[0]), *case.argv[1:]]
     pipes = {f"std{name}": end_of(fault) for name, fault in streams.items()}
     try:
-        done = subprocess.run([os.fsencode(word) for word in words], cwd=place, timeout=3 * SECONDS, **pipes,
+        done = subprocess.run([os.fsencode(word) for word in words], cwd=place, timeout=PATIENCE * SECONDS, **pipes,
                               umask=case.job.get("umask", -1), env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)})
     except subprocess.TimeoutExpired:
-        return SimpleNamespace(status=1, hang=True, err="", out="", broken="", peak=0, seconds=3 * SECONDS)
+        return SimpleNamespace(status=1, hang=True, err="", out="", broken="", peak=0, seconds=PATIENCE * SECONDS)
     out, err = ((data or b"").decode(errors="replace") for data in (done.stdout, done.stderr))
     return SimpleNamespace(status=done.returncode, hang=False, out=out, err=err, broken="", peak=0, seconds=0)
 
@@ -100,7 +100,7 @@ def judge(answer, place, case, outcome):
     """What is wrong with an answer, in words; "" if nothing is."""
     last = (answer.err.strip().splitlines()[-1:] or [""])[0][:300]
     if answer.hang:
-        return f"hangs: no end within {SECONDS} seconds"
+        return f"hangs: no end within {SECONDS} seconds of computing, or {PATIENCE} times as many by the clock"
     if answer.status not in may_end_with(case) or "Traceback" in answer.err:
         return f"ends with {answer.status}: {last}"
     if answer.status in (1, 2) and "error: " not in answer.err and not case.job.get("streams"):

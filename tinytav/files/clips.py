@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tinytav.errors import InputError
+from tinytav.errors import InputError, check_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF")     # no other of Pillow's readers starts, whatever the suffix
@@ -114,6 +114,7 @@ def is_picture(path):
 def opened_picture(path):
     """The context in which a picture file is open. Whatever Pillow raises on broken data becomes an InputError."""
     try:
+        check_file(path)
         with Image.open(path, formats=FORMATS) as picture:
             check_pixels(*picture.size, path)
             yield picture

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from tinytav.errors import InputError
+from tinytav.errors import InputError, check_file
 from tinytav.files.clips import FOLDER_FPS, Animation, Folder, is_picture
 from tinytav.files.video import Video, opened
 from tinytav.files.writing import enlarged, strip_columns, to_uint8, write_gif, write_mp4, write_picture, write_strip
@@ -155,7 +155,7 @@ def open_clip(path):
     if path.is_dir():
         return Folder(path)
     if not path.is_file():
-        raise InputError(f"No such file: {path}.")
+        raise InputError(f"{'Not a regular file' if path.exists() else 'No such file'}: {path}.")
     return Animation(path) if is_picture(path) else Video(path)
 
 
@@ -165,6 +165,7 @@ def fingerprint(path):
     for file in Folder(path).files if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(f"{file.name}/{file.stat().st_size}/".encode(errors="surrogateescape"))
+        check_file(file)
         with open(file, "rb") as data:
             while block := data.read(2 ** 20):
                 digest.update(block)

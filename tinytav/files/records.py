@@ -4,7 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
-from tinytav.errors import InputError
+from tinytav.errors import InputError, check_file
 from tinytav.files.atomic import replace_text
 from tinytav.stable_diffusion.checkpoint import read_json
 
@@ -59,6 +59,7 @@ def by_time(paths):
 def read_losses(folder):
     """The numbers of loss.csv; an empty list where it is absent or broken."""
     try:
+        check_file(folder / "loss.csv")
         with open(folder / "loss.csv", encoding="utf-8", newline="") as file:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
     except (OSError, KeyError, TypeError, ValueError, csv.Error):

@@ -31,7 +31,7 @@ import torch
 from torch import distributed
 
 from tinytav import cli, editing
-from tinytav.errors import InputError
+from tinytav.errors import InputError, check_file
 from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run, slug
@@ -95,6 +95,7 @@ def read_set(path):
 def read_rows(path):
     """A CSV -> [(line's number, cells)] of the lines that are not empty, at least one. Each has two cells or more."""
     try:
+        check_file(path)
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tinytav.errors import InputError
+from tinytav.errors import InputError, check_file
 from tinytav.stable_diffusion import embedding, single_file
 from tinytav.stable_diffusion.config import read_json
 from tinytav.stable_diffusion.ddim import Schedule
@@ -158,6 +158,7 @@ def read_header(path):
 @contextmanager
 def _opened(path):
     try:
+        check_file(path)
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:

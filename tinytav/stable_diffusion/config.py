@@ -5,7 +5,7 @@ import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from tinytav.errors import InputError
+from tinytav.errors import InputError, check_file
 
 LARGEST = 2 ** 20       # no size in a published model comes near it
 LONGEST = 32            # nor a list: of stages, of heads, of channels
@@ -14,6 +14,7 @@ LONGEST = 32            # nor a list: of stages, of heads, of channels
 def read_json(path):
     """The JSON object in a file. Raises InputError."""
     try:
+        check_file(path)
         d = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tinytav.errors import InputError
+from tinytav.errors import InputError, check_file
 from tinytav.stable_diffusion import single_file
 from tinytav.stable_diffusion.checkpoint import read_file, read_header, read_json, some
 from tinytav.stable_diffusion.config import LARGEST, Config
@@ -104,6 +104,7 @@ def fingerprint(path):
     """A short hash of the file, and of PEFT's settings beside it. Raises InputError if they cannot be read."""
     sha = hashlib.sha256()
     try:
+        check_file(path)
         for part in [path, *adapter_configs(path)]:
             with open(part, "rb") as file:
                 while block := file.read(2 ** 20):
@@ -228,7 +229,7 @@ def fits(weight, down, up, alpha=None):
 
 def adapter_configs(path):
     """The file beside it in which PEFT keeps its settings: a list of one or none."""
-    file = Path(path).with_name("adapter_config.json")
+    file = Path(path).parent / "adapter_config.json"
     return [file] if file.is_file() else []
 
 
