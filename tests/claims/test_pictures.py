@@ -55,7 +55,7 @@ def test_each_row_and_panel_of_the_chart_has_its_own_name(tmp_path):
     assert ys.min() >= pictures.TOP + pictures.ROW and ys.max() < pictures.TOP + 2 * pictures.ROW
     assert xs.max() < pictures.LABELS
     ys, xs = np.nonzero(first != panel)
-    assert ys.max() < pictures.TOP - 24 and xs.min() >= pictures.position(1, 0)
+    assert ys.max() < pictures.TOP - 30 and xs.min() >= pictures.position(1, 0)
 
 
 def test_the_shipped_chart_is_that_of_the_shipped_scores():
@@ -67,7 +67,7 @@ def test_the_shipped_chart_is_that_of_the_shipped_scores():
         for i, (mean, _, _) in enumerate(shares.values()):
             assert at(picture, i, j, mean) == DOT
     successes = [shares["success"][0] for shares in found.values()]
-    assert successes == sorted(successes, reverse=True) and next(iter(found)) == "all tensors, own rate"
+    assert successes == sorted(successes, reverse=True) and next(iter(found)) == "full method"
 
 
 def test_the_frontier_has_a_numbered_dot_where_two_shares_meet(tmp_path):
@@ -82,8 +82,8 @@ def test_the_frontier_has_a_numbered_dot_where_two_shares_meet(tmp_path):
     assert len(blue) == 0                           # and nowhere else
     assert pictures.place(0.7, 0.7, 0.7) == (pictures.LEFT, pictures.TOP + pictures.SIDE)
     names = ink(picture, (pictures.LEFT + pictures.SIDE + 30, pictures.TOP, picture.width, picture.height))
-    assert names[:pictures.ROW].any() and names[pictures.ROW:2 * pictures.ROW].any()
-    assert not names[2 * pictures.ROW:].any()
+    assert names[:pictures.LINE].any() and names[pictures.LINE:2 * pictures.LINE].any()
+    assert not names[2 * pictures.LINE:].any()
 
 
 def test_a_picture_has_a_named_row_for_each_variant_in_order(tmp_path):

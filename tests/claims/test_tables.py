@@ -102,6 +102,13 @@ def test_a_claim_holds_where_the_difference_on_the_same_clips_is_significant():
     assert psnr.endswith("| PSNR | -0.2 (-0.2 to -0.2) | 0.001 | does not hold |")
 
 
+def test_a_small_p_is_not_called_zero(scores, monkeypatch):
+    claims = [("moving wins", "full method", "source", "psnr")]
+    for p, text in ((0.0009, "| below 0.001 |"), (0.001, "| 0.001 |")):
+        monkeypatch.setattr(tables, "p_value", lambda found: p)
+        assert text in tables.verdicts(rows_of(scores), claims)
+
+
 def test_two_clips_prove_nothing(scores):
     scores |= of_clips("full method", [[dict(psnr=0.75)]] * 2)
     line = tables.verdicts(rows_of(scores), [("moving wins", "full method", "source", "psnr")]).splitlines()[-1]

@@ -6,10 +6,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinytav.files import frames
 
-ROW, TOP = 30, 58                       # pixels: of the chart's rows, and above the first
-LABELS, PANEL, GAP = 320, 130, 44       # pixels: of the names, of a panel's width, between panels
+ROW, TOP = 40, 72                       # pixels: of the chart's rows, and above the first
+LABELS, PANEL, GAP = 220, 140, 56       # pixels: of the names, of a panel's width, between panels
 TICKS = (0, 50, 100)                    # per cent, the axis of every panel
-LEFT, SIDE = 60, 560                     # pixels: of the frontier, beside its square and of its side
+LEFT, SIDE, LINE = 60, 560, 26           # pixels of the frontier: beside its square, of its side, of a name's line
 GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"
 MARGIN, LETTERS, WRAP = 190, 24, 14     # of rows of frames: pixels for a name and of its letters, letters in a line
 
@@ -19,20 +19,20 @@ def chart(path, found):
     panels = list(next(iter(found.values())))
     size = LABELS + len(panels) * (PANEL + GAP), TOP + ROW * len(found) + 10
     image = Image.new("RGB", size, "white")
-    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(18), ImageFont.load_default(15)
+    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(25), ImageFont.load_default(19)
     for i, panel in enumerate(panels):
         draw.text((position(i, 0), 4), panel, "black", font)
         for tick in TICKS:
             x = position(i, tick / 100)
             draw.line([x, TOP - 4, x, TOP + len(found) * ROW], GRID)
-            draw.text((x, TOP - 24), f"{tick} %" if tick == TICKS[-1] else str(tick), "#666666", small, anchor="ma")
+            draw.text((x, TOP - 30), f"{tick} %" if tick == TICKS[-1] else str(tick), "#666666", small, anchor="ma")
     for j, (name, shares) in enumerate(found.items()):
         y = TOP + j * ROW + ROW // 2
         draw.text((8, y), name, "black", font, anchor="lm")
         for i, panel in enumerate(panels):
             mean, low, high = (position(i, share) for share in shares[panel])
-            draw.rectangle([low, y - 5, high, y + 5], BAR)
-            draw.ellipse([mean - 5, y - 5, mean + 5, y + 5], DOT)
+            draw.rectangle([low, y - 7, high, y + 7], BAR)
+            draw.ellipse([mean - 7, y - 7, mean + 7, y + 7], DOT)
     frames.write_picture(path, np.asarray(image))
 
 
@@ -46,7 +46,7 @@ def frontier(path, found):
     x, y = next(iter(found.values()))
     means = [tuple(share[0] for share in shares.values()) for shares in found.values()]
     low = int(20 * min(map(min, means))) / 20               # both axes go from here to 1
-    image = Image.new("RGB", (LEFT + SIDE + 620, TOP + max(SIDE + 70, ROW * len(found))), "white")
+    image = Image.new("RGB", (LEFT + SIDE + 620, TOP + max(SIDE + 70, LINE * len(found))), "white")
     draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(18), ImageFont.load_default(15)
     draw.text((8, 6), f"{y}, %", "black", font)
     draw.text((LEFT + SIDE / 2, TOP + SIDE + 34), f"{x}, %", "black", font, anchor="ma")
@@ -59,7 +59,7 @@ def frontier(path, found):
     for number, (name, mean) in enumerate(zip(found, means), 1):
         draw.circle(place(*mean, low), 11, BAR)
         draw.text(place(*mean, low), str(number), "black", small, anchor="mm")
-        draw.text((LEFT + SIDE + 40, TOP + ROW * (number - 1)), f"{number}  {name}", "black", font)
+        draw.text((LEFT + SIDE + 40, TOP + LINE * (number - 1)), f"{number}  {name}", "black", font)
     frames.write_picture(path, np.asarray(image))
 
 

@@ -98,7 +98,8 @@ def verdicts(rows, claims):
     lines = []
     for (claim, better, worse, key), differs, p in zip(made, found, p_values):
         says = "undecided" if p > LEVEL else "holds" if differs.mean() > 0 else "does not hold"
-        lines.append([claim, better, worse, NAMES[key], with_interval(differs, key), f"{p:.3f}", says])
+        shown = f"{p:.3f}" if p >= 0.001 else "below 0.001"
+        lines.append([claim, better, worse, NAMES[key], with_interval(differs, key), shown, says])
     return lines and grid(["claim", "better", "worse", "score", "difference", "p", ""], lines)
 
 
