@@ -5,6 +5,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C while torch is imported ends without a traceback
 
 from tinytav import cli, editing, memory
+from tinytav.attention_maps import word_positions
 from tinytav.control import load_control
 from tinytav.errors import InputError
 from tinytav.files.runs import Run
@@ -29,6 +30,14 @@ def arguments():
                    help="make N frames from random noise (default: the run's or the weights' number); 1 is a picture")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N",
                    help="make squares of N pixels from random noise (default: the size of the run or of the weights)")
+    mask = p.add_mutually_exclusive_group()
+    mask.add_argument("--mask", metavar="PATH",
+                      help="keep the clip where this is black: one picture for all frames, or a video or a folder of "
+                           "pictures, one a frame")
+    mask.add_argument("--mask-word", metavar="WORD",
+                      help="keep the clip where this word of the prompt draws no attention")
+    p.add_argument("--first-frame", metavar="PICTURE",
+                   help="begin the edit with this picture: the clip's first frame, edited by hand")
     p.add_argument("--control", metavar="PATH", help="follow a hint by this ControlNet: a folder or a .safetensors")
     p.add_argument("--hint", metavar="PATH",
                    help="skeletons, depth or edges for the ControlNet: a video or a folder of pictures, one a frame")
@@ -106,9 +115,14 @@ def main():
     if args.control is not None:
         scale = 1.0 if args.control_scale is None else args.control_scale
         control = load_control(session.sd, args.control, args.hint, session.shape, scale)
-    noise = session.make_noise(args.noise, args.steps, 33 if args.seed is None else args.seed, cli.progress)
+    keep = session.keep(args.mask, args.mask_word, args.first_frame)
+    for prompt in args.prompt if args.mask_word else ():
+        word_positions(session.sd.tokenizer, prompt, args.mask_word)        # raises before anything is written
+    seed = 33 if args.seed is None else args.seed
+    noise = session.make_noise(args.noise, args.steps, seed, cli.progress, way=bool(keep))
     for prompt in args.prompt:
-        edit = session.edit(prompt, noise, args.guidance, args.negative or "", control, args.out, cli.progress)
+        edit = session.edit(prompt, noise, args.guidance, args.negative or "", control, args.out, cli.progress,
+                            keep)
         cli.say(edit.file)
     cli.say(f"page: {edit.page}")
     return 0

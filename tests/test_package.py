@@ -14,7 +14,8 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 FLOORS = [
     ["tinytav.errors", "tinytav.stable_diffusion"],
     ["tinytav.weights", "tinytav.inflation", "tinytav.memory", "tinytav.tuning", "tinytav.pipeline", "tinytav.noise",
-     "tinytav.edit_friendly", "tinytav.windows", "tinytav.control", "tinytav.files"],
+     "tinytav.edit_friendly", "tinytav.windows", "tinytav.control", "tinytav.attention_maps", "tinytav.keep",
+     "tinytav.files"],
     ["tinytav.editing", "tinytav.cli"],
     ["train", "sample"],
     ["tinytav.measure"],

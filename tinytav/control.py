@@ -7,7 +7,7 @@ import torch
 
 from tinytav import pipeline
 from tinytav.errors import InputError
-from tinytav.files.frames import open_clip, read
+from tinytav.files.frames import open_clip, read_at
 from tinytav.stable_diffusion.controlnet import check_fits, load_controlnet
 from tinytav.stable_diffusion.precision import autocast
 
@@ -66,8 +66,4 @@ def read_hints(path, count, height, width, multiple):
     if total != count:
         raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one "
                          "hint for each frame. A run's own frames are in its source.mp4.")
-    x = read(path, min(height, width), multiple, count).x
-    if x.shape[2:] != (height, width):
-        raise InputError(f"The hint {path} is {x.shape[3]}x{x.shape[2]} pixels where the clip to be sampled is {width}x"
-                         f"{height}: crop it to the same shape.")
-    return (x + 1) / 2
+    return (read_at(path, range(count), height, width, multiple) + 1) / 2

@@ -52,17 +52,18 @@ def invert(net, schedule, latents, own, steps=50, seed=33):
 
 
 @torch.no_grad()
-def sample(net, schedule, inverted, context, empty, guidance=12.5, control=None):
+def sample(net, schedule, inverted, context, empty, guidance=12.5, control=None,
+           keep=pipeline.as_they_are):
     """DDPM sampling with the noise of `inverted`, a list of Steps: yields the latents (b, 4, f, h, w), cleaner each
     time.
 
     The other arguments are those of pipeline.sample.
     """
-    x = inverted[0].x.expand(len(context), -1, -1, -1, -1)
+    x = keep(inverted[0].x.expand(len(context), -1, -1, -1, -1), inverted[0].t)
     for t, t_next, _, noise in inverted:
         output = pipeline.guided(net, x, t, context, empty, guidance, control)
         mean, std = ddpm_step(schedule, x, output, t, t_next)
-        x = mean + std * noise
+        x = keep(mean + std * noise, t_next)
         yield x
 
 

@@ -33,6 +33,7 @@ from tinytav.files.frames import (
 )
 from tinytav.files.runs import Run, Settings, new_name, slug
 from tinytav.inflation import VideoUNet, inflate
+from tinytav.keep import FirstFrame, Keep, Mask, free_latents, read_first, read_mask
 from tinytav.noise import NOISES
 from tinytav.pipeline import decode, encode, last, no_progress
 from tinytav.stable_diffusion import lora
@@ -41,7 +42,8 @@ from tinytav.weights import StableDiffusion
 
 SUFFIXES = (".mp4", ".gif", ".png", ".sample.json")     # of an edit's files
 # Entries of an edit's record that are flags of sample.py.
-RECORDED = ("guidance", "noise", "seed", "strength", "negative", "precision", "control", "hint", "control_scale")
+RECORDED = ("guidance", "noise", "seed", "strength", "negative", "precision", "control", "hint", "control_scale",
+            "mask", "mask_word", "first_frame")
 SAVING = 20             # a twentieth of the time goes into saving what is tuned
 
 
@@ -99,15 +101,17 @@ def new_net(sd, count, attention="sparse-causal", norm="clip", seed=33):
     return net
 
 
-def sample_clip(sd, net, noise, prompt, guidance, negative="", control=None, progress=no_progress):
+def sample_clip(sd, net, noise, prompt, guidance, negative="", control=None, progress=no_progress, keep=Keep()):
     """Samples from a Noise under a prompt -> frames (f, 3, h, w) in [-1, 1].
 
-    negative: the prompt that guidance goes away from. control: a control.Control. Raises InputError if the result is
-    not finite.
+    negative: the prompt that guidance goes away from. control: a control.Control. keep: what Session.keep returned.
+    Raises InputError if the result is not finite.
     """
     context, away = sd.encode_prompts([prompt, negative]).split(1)
-    walk = noise.sample(net, sd.schedule, context, away, guidance, control)
-    x = decode(sd.vae, last(progress(walk, noise.count, prompt)))
+    with keep.during(net, sd.tokenizer, prompt) as keeps:
+        walk = noise.sample(net, sd.schedule, context, away, guidance, control, keeps)
+        latents = last(progress(walk, noise.count, prompt))
+    x = decode(sd.vae, latents)
     if not x.isfinite().all():
         raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
     return x
@@ -177,22 +181,26 @@ class Session:
 
     # ---- Editing
 
-    def make_noise(self, name=None, steps=None, seed=33, progress=no_progress):
+    def make_noise(self, name=None, steps=None, seed=33, progress=no_progress, way=False):
         """What edits start from: a Noise, made. name: a key of NOISES; else inverted where there is a clip, or random.
 
-        The run's saved inversion is used where it fits. Without steps the run's or the weights' own hold. Raises
-        InputError if the noise needs a clip of this size and there is none, or if it is not finite.
+        The run's saved inversion is used where it fits. Without steps the run's or the weights' own hold. way: what
+        `keep` returned needs the clip's way to the noise, so the clip is inverted anew. Raises InputError if the noise
+        needs a clip of this size and there is none, or if it is not finite.
         """
         kind = NOISES[name or ("inverted" if self.clip else "random")]
         if kind.needs_clip and (self.clip is None or self.clip.mean.shape != self.shape):
             raise InputError(f"The {kind.name} noise is made from a run's clip, and has its frames and its size: name "
                              "a run with --run and leave out --frames and --size, or begin with --noise random.")
-        noise = kind(chosen(steps, self.defaults.ddim_steps), seed)
+        begun = {0: self.clip.mean} if way and self.clip else None
+        noise = kind(chosen(steps, self.defaults.ddim_steps), seed, way=begun)
         saved = self.saved_inversion() if kind.name == "inverted" else {}
-        if saved and int(saved["steps"]) == noise.steps:
+        fits = saved and int(saved["steps"]) == noise.steps
+        if way or not fits:
+            noise.make(self.net, self.sd.schedule, self.shape, self.clip, progress)
+        if fits:
             noise.x = saved["noise"].to(self.sd.device)
-            return noise
-        return noise.make(self.net, self.sd.schedule, self.shape, self.clip, progress)
+        return noise
 
     def saved_inversion(self):
         """What `finish` saved of the inverted clip; empty where the net is not the one that inverted it."""
@@ -201,28 +209,57 @@ class Session:
             return {}
         return self.run.read("inversion", dict(noise=self.shape, steps=()))
 
-    def edit(self, prompt, noise=None, guidance=None, negative="", control=None, out=None, progress=no_progress):
+    def keep(self, mask=None, mask_word=None, first_frame=None):
+        """What edits keep -> a Keep, for `edit`. Without any of the three it keeps nothing.
+
+        mask: a file, as keep.read_mask reads it: black where the clip is kept. mask_word: a word of the prompts, whose
+        attention makes the mask. first_frame: a picture. Raises InputError if they do not fit the clip.
+        """
+        if (mask or mask_word) and (self.clip is None or self.clip.mean.shape != self.shape):
+            raise InputError("Outside a mask the run's clip is kept, with its frames and its size: name a run with "
+                             "--run, and leave out --frames and --size.")
+        if mask_word and self.net.frames < self.shape[2]:
+            raise InputError(f"The net sees the clip in windows of {self.net.frames} frames, which draw no mask of a "
+                             "word: give one with --mask.")
+        keep, cell = Keep(), self.sd.multiple
+        size = [cell * side for side in self.shape[3:]]
+        if mask_word:
+            keep.word, keep.clip = mask_word, self.clip.mean
+            keep.record |= dict(mask_word=mask_word)
+        if mask:
+            free = free_latents(read_mask(mask, self.run.settings, *size, cell), cell).to(self.sd.device)
+            keep.mask = Mask(self.clip.mean, free)
+            keep.record |= dict(mask=str(mask), mask_fingerprint=fingerprint(mask))
+        if first_frame:
+            latents, _ = encode(self.sd.vae, read_first(first_frame, *size, cell).to(self.sd.device))
+            keep.first = FirstFrame(latents)
+            keep.record |= dict(first_frame=str(first_frame), first_frame_fingerprint=fingerprint(first_frame))
+        return keep
+
+    def edit(self, prompt, noise=None, guidance=None, negative="", control=None, out=None, progress=no_progress,
+             keep=Keep()):
         """Makes an edit and writes its video, gif, strip and record -> Edit. The page shows it.
 
         noise: what `make_noise` returned; else the inverted clip, or random noise. Without guidance the run's or the
-        weights' own holds. out: a folder; else the run's, or samples/. Raises InputError as make_noise and
-        sample_clip do.
+        weights' own holds. out: a folder; else the run's, or samples/. keep: what `keep` returned. Raises InputError
+        as make_noise and sample_clip do.
         """
-        noise = noise or self.make_noise(progress=progress)
+        noise = noise or self.make_noise(progress=progress, way=bool(keep))
         guidance = chosen(guidance, self.defaults.guidance)
-        x = sample_clip(self.sd, self.net, noise, prompt, guidance, negative, control, progress)
+        x = sample_clip(self.sd, self.net, noise, prompt, guidance, negative, control, progress, keep)
         folder = Path(out or (self.run.path if self.run else "samples"))
         folder.mkdir(parents=True, exist_ok=True)
-        name = new_name(folder, self.file_name(prompt, noise, control), SUFFIXES)
+        name = new_name(folder, self.file_name(prompt, noise, control, keep), SUFFIXES)
         file = self.write(folder / name, x, self.rows_above(noise, control), prompt)
-        record = self.record(noise, guidance, negative, control)
+        record = self.record(noise, guidance, negative, control) | keep.record
         records.write_record(folder, name, prompt, record, self.command(prompt, record, out))   # last: all is there
         return Edit(x, file, page.write(folder))
 
-    def file_name(self, prompt, noise, control):
+    def file_name(self, prompt, noise, control, keep=Keep()):
         """A file name for an edit. It is for people: what made the edit stands in its record."""
         words = [] if noise.name == "inverted" or self.run is None else [noise.name]
-        return "-".join([slug(prompt), *words, *(["control"] if control else [])])
+        words += ["control"] * bool(control) + ["kept"] * bool(keep)
+        return "-".join([slug(prompt), *words])
 
     def record(self, noise, guidance, negative="", control=None):
         """The settings of an edit: all that decides the result, beside the run or the weights."""

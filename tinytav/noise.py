@@ -13,10 +13,15 @@ from tinytav.errors import InputError
 
 @dataclass
 class Noise:
-    """Base of the kinds. `steps`: of sampling. `x`: what `make` found or drew."""
+    """Base of the kinds. `steps`: of sampling. `x`: what `make` found or drew.
+
+    `way`: {timestep: the clip's latents there}; 0 is the clip itself. `make` fills it in. Inverted noise does so only
+    where it is given the beginning, {0: ...}, because all of it is as large as the noise times the steps.
+    """
     steps: int
     seed: int = 33
     x: object = None
+    way: dict | None = None
 
     name = ""                   # as --noise and a sample's record call it
     needs_clip = False          # made from a clip, so frames and size must be the clip's
@@ -31,25 +36,56 @@ class Noise:
         """Fills `x` for latents of `shape` (1, 4, f, h, w); clip: an editing.Clip, or None. Returns self."""
         raise NotImplementedError
 
-    def sample(self, net, schedule, context, empty, guidance, control=None):
-        """Yields latents (b, 4, f, h, w), cleaner after each step. The arguments are those of pipeline.sample."""
-        return pipeline.sample(net, schedule, self.x, context, empty, self.steps, guidance, control)
+    def sample(self, net, schedule, context, empty, guidance, control=None, keeps=()):
+        """Yields latents (b, 4, f, h, w), cleaner after each step. keeps: what is held, objects of keep.py.
+
+        The other arguments are those of pipeline.sample.
+        """
+        x = self.x.expand(len(context), -1, -1, -1, -1)
+        return pipeline.sample(net, schedule, x, context, empty, self.steps, guidance, control,
+                               self.holding(schedule, keeps))
+
+    def holding(self, schedule, keeps):
+        """`keeps`, one after the other, as the one function that pipeline.sample takes."""
+        def hold(x, t):
+            for keep in keeps:
+                x = keep(x, lambda latents: latents if t <= 0 else self.noised(schedule, latents, t))
+            return x
+        return hold
+
+    def noised(self, schedule, latents, t):
+        """Latents (b, 4, n, h, w) that stand for the clip's first n frames, at timestep t: with this noise."""
+        return schedule.add_noise(latents, self.x[:, :, :latents.shape[2]], t)
 
 
-class Inverted(Noise):
+class OfClip(Noise):
+    """Base of the kinds that are made from a clip. The noise that the clip has at t is added to other latents, too."""
+    needs_clip = True
+
+    def noised(self, schedule, latents, t):
+        if self.way is None:
+            raise InputError("This noise does not know its way from the clip: make it with make_noise(way=True).")
+        clean, noisy = (self.way[at][:, :, :latents.shape[2]] for at in (0, t))
+        return noisy + schedule.abar(t).sqrt() * (latents - clean)
+
+
+class Inverted(OfClip):
     """The noise that DDIM inversion finds for the clip without text (section 3.3). `x`: x_T (1, 4, f, h, w)."""
-    name, needs_clip, seeded = "inverted", True, False
+    name, seeded = "inverted", False
 
     def make(self, net, schedule, shape, clip=None, progress=pipeline.no_progress):
-        walk = pipeline.invert(net, schedule, clip.mean, clip.empty, self.steps)
-        self.x = pipeline.last(progress(walk, self.steps, "inverting"))
+        walk = progress(pipeline.invert(net, schedule, clip.mean, clip.empty, self.steps), self.steps, "inverting")
+        for (t, _), x in zip(reversed(schedule.pairs(self.steps)), walk, strict=True):
+            self.x = x
+            if self.way is not None:
+                self.way[t] = x
         refuse_what_is_not_finite(self.x)
         return self
 
 
-class EditFriendly(Noise):
+class EditFriendly(OfClip):
     """Noise of every step, which gives the clip back under its own caption (edit_friendly.py). `x`: a list of Steps."""
-    name, needs_clip = "edit-friendly", True
+    name = "edit-friendly"
 
     @property
     def count(self):
@@ -58,11 +94,13 @@ class EditFriendly(Noise):
     def make(self, net, schedule, shape, clip=None, progress=pipeline.no_progress):
         walk = edit_friendly.invert(net, schedule, clip.mean, clip.context, self.steps, self.seed)
         self.x = list(progress(walk, self.count, "inverting"))
+        self.way = {step.t: step.x for step in self.x} | {0: clip.mean}
         refuse_what_is_not_finite(*(step.noise for step in self.x))
         return self
 
-    def sample(self, net, schedule, context, empty, guidance, control=None):
-        return edit_friendly.sample(net, schedule, self.x, context, empty, guidance, control)
+    def sample(self, net, schedule, context, empty, guidance, control=None, keeps=()):
+        return edit_friendly.sample(net, schedule, self.x, context, empty, guidance, control,
+                                    self.holding(schedule, keeps))
 
 
 class Random(Noise):

@@ -58,18 +58,24 @@ def invert(net, schedule, latents, empty, steps=50):
         yield x
 
 
+def as_they_are(x, t):
+    """The `keep` that holds nothing."""
+    return x
+
+
 @torch.no_grad()
-def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, control=None):
+def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, control=None, keep=as_they_are):
     """DDIM sampling from x_T `noise`: yields the latents (b, 4, f, h, w), cleaner after each step.
 
     context, empty (b, m, d): of the prompts and of the empty prompt. control: a control.Control, which acts on both
-    halves of guidance.
+    halves of guidance. keep: a function of latents and their timestep that returns them with what is held in place.
     """
-    x = noise
-    for t, t_next in schedule.pairs(steps):
+    pairs = schedule.pairs(steps)
+    x = keep(noise, pairs[0][0])
+    for t, t_next in pairs:
         output = guided(net, x, t, context, empty, guidance, control)
         eps = schedule.epsilon(output, x, schedule.abar(t))
-        x = move(x, eps, schedule.abar(t), schedule.abar(t_next))
+        x = keep(move(x, eps, schedule.abar(t), schedule.abar(t_next)), t_next)
         yield x
 
 

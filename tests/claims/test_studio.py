@@ -1,4 +1,5 @@
 """One clip's way through a variant: an edit moves towards its prompt, and each setting does what it says."""
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,13 @@ import pytest
 import torch
 
 from tinytav import edit_friendly, pipeline, windows
+from tinytav.attention_maps import WordMaps, watched, word_positions
 from tinytav.claims import beyond, studies
 from tinytav.claims.clips import Edit, KnownClip, longer, make_clip, other_motion, pose_clip, said
 from tinytav.claims.judge import MOTIONS, Judge
-from tinytav.claims.studio import FRESH, TUNED, WANTED, Net, Posing, Studio, Variant, coarse
-from tinytav.inflation import VideoUNet
-from tinytav.measure.attention import word_positions
+from tinytav.claims.studio import FRESH, TUNED, WANTED, ForSteps, Net, Posing, Studio, Variant, coarse
+from tinytav.inflation import ClipCrossAttention, VideoUNet
+from tinytav.keep import FirstFrame, Mask, WordMask
 from tinytav.measure.metrics import psnr, textual_alignment
 from tinytav.stable_diffusion.unet import UNetConfig
 from tinytav.toy import world
@@ -170,16 +172,16 @@ def test_a_longer_clip_moves_as_fast_and_drifts_as_far():
 # ---- noise ---------------------------------------------------------------------------------------
 
 def test_each_kind_of_noise_is_what_its_name_says(quick, net):
-    inverted = quick.noise("inverted", net)
+    inverted = quick.noise("inverted", net).x
     walk = pipeline.invert(net, quick.sd.schedule, quick.mean, quick.empty, 2)
     torch.testing.assert_close(inverted, pipeline.last(walk))
-    torch.testing.assert_close(quick.noise("source caption", net), quick.invert(net, quick.mean, quick.own))
-    random, shared = (quick.noise(kind, net, 34) for kind in ("random", "shared"))
+    torch.testing.assert_close(quick.noise("source caption", net).x, quick.invert(net, quick.mean, quick.own))
+    random, shared = (quick.noise(kind, net, 34).x for kind in ("random", "shared"))
     torch.testing.assert_close(random, pipeline.gaussian(random.shape, 34))
     assert shared.shape == random.shape and (shared == shared[:, :, :1]).all() and shared.std() > 0.9
-    assert not torch.equal(shared, quick.noise("shared", net, 33))
+    assert not torch.equal(shared, quick.noise("shared", net, 33).x)
     fixed = beyond.fixed_point(net, quick.sd.schedule, quick.mean, quick.empty, 2)
-    torch.testing.assert_close(quick.noise("fixed point", net), pipeline.last(fixed))
+    torch.testing.assert_close(quick.noise("fixed point", net).x, pipeline.last(fixed))
 
 
 def test_the_coarse_part_is_the_mean_of_each_cell():
@@ -191,7 +193,7 @@ def test_the_coarse_part_is_the_mean_of_each_cell():
 
 def test_each_mixed_noise_has_the_parts_that_its_name_says(quick, net):
     kinds = "inverted", "true edit", "coarse of the true edit", "fine of the true edit"
-    source, true, a, b = (quick.noise(kind, net) for kind in kinds)
+    source, true, a, b = (quick.noise(kind, net).x for kind in kinds)
     latents, _ = pipeline.encode(quick.sd.vae, quick.judge.draw(EDITS[1].scene))
     torch.testing.assert_close(true, quick.invert(net, latents, quick.empty))
     torch.testing.assert_close(coarse(a), coarse(true))
@@ -214,18 +216,50 @@ def test_each_field_of_a_variant_changes_what_sampling_is_given(quick, net):
                            (Variant(guidance=2), (wanted, quick.empty, 2 * own)),
                            (Variant(guide_from="source"), (wanted, quick.own, own)),
                            (Variant(all_named=True), (full, quick.empty, own))):
-        torch.testing.assert_close(quick.sample(net, noise, variant), sampled(quick, net, noise, *given))
+        torch.testing.assert_close(quick.sample(net, noise, variant), sampled(quick, net, noise.x, *given))
 
 
-def test_edit_friendly_noise_and_blending_take_their_own_ways(quick, net):
+def test_edit_friendly_noise_takes_its_own_way(quick, net):
     inverted = list(edit_friendly.invert(net, quick.sd.schedule, quick.mean, quick.own, 2, 34))
     latents = pipeline.last(edit_friendly.sample(net, quick.sd.schedule, inverted, quick.wanted(), quick.empty, 3.))
     friendly = quick.edit(Variant(UNTUNED, "edit-friendly"), seed=34)
     torch.testing.assert_close(friendly, quick.decode(latents))
-    trajectory = [quick.mean, *pipeline.invert(net, quick.sd.schedule, quick.mean, quick.empty, 2)]
-    beach = word_positions(quick.sd.tokenizer, *quick.prompts, "beach")
-    latents = beyond.blended(net, quick.sd.schedule, trajectory, quick.wanted(), quick.empty, beach, 3.)
-    torch.testing.assert_close(quick.edit(Variant(UNTUNED, blend=True), seed=33), quick.decode(latents))
+
+
+def test_what_is_kept_is_the_drawn_mask_the_edited_words_own_or_the_true_first_frame(quick, net):
+    noise, drawn = quick.noise("inverted", net), quick.judge.draw(EDITS[1].scene)
+    pixels = (drawn != quick.source).any(1)
+    cells = pixels.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).any(4).any(2)            # a latent is 8 x 8 pixels
+    first = FirstFrame(quick.encode(drawn[:1]))
+
+    def kept(*keeps):
+        return pipeline.last(noise.sample(net, quick.sd.schedule, quick.wanted(), quick.empty, 3., keeps=keeps))
+    true = kept(Mask(quick.mean, cells))
+    maps = WordMaps(2, word_positions(quick.sd.tokenizer, *quick.prompts, "beach"), *quick.mean.shape[3:])
+    with watched(net, ClipCrossAttention, maps):
+        word = kept(WordMask(quick.mean, maps))
+    both = kept(Mask(quick.mean, cells), first)
+    for variant, wanted in ((Variant(mask="true"), true), (Variant(mask="word"), word), (Variant(first=1), kept(first)),
+                            (Variant(mask="true", first=1), both)):
+        torch.testing.assert_close(quick.sample(net, noise, variant), wanted, atol=1e-4, rtol=1e-4)
+    assert 0 < cells.float().mean() < 1 and not torch.equal(true, word)
+
+
+def test_a_first_frame_may_be_held_in_the_first_half_of_the_steps(quick, net):
+    noise, held = quick.noise("inverted", net), []
+    keep = ForSteps(lambda x, noised: held.append(len(held)) or x, 1)
+    pipeline.last(noise.sample(net, quick.sd.schedule, quick.wanted(), quick.empty, 3., keeps=[keep]))
+    assert held == [0, 1]                                       # before the first of two steps, and after it
+    always, half, never = (quick.sample(net, noise, Variant(first=share)) for share in (1, 0.5, 0))
+    assert not torch.equal(half, always) and not torch.equal(half, never)
+
+
+def test_outside_is_where_the_true_edit_is_the_source(quick):
+    [changed] = quick.changed()
+    x = quick.source + torch.where(changed[:, None], 0.2, 0.02)         # a tenth and a hundredth of the range
+    [score] = quick.score(x[None])
+    assert score["outside"] == pytest.approx(40, abs=1e-3) and 0.1 < changed.float().mean() < 0.9
+    assert math.isnan(quick.outside(x, torch.ones_like(changed)))
 
 
 def test_strength_is_a_share_of_what_tuning_changed(quick):
@@ -245,8 +279,8 @@ def test_fresh_noise_replaces_the_fine_part_outside_the_subject(quick, net, monk
     subject = torch.zeros(quick.mean.shape[2:], dtype=torch.bool)
     subject[:, :4] = True
     seen = []
-    monkeypatch.setattr(beyond, "mask", lambda maps: seen.append(maps) or subject)
-    inverted, half, all_ = (quick.noise(kind, net) for kind in ("inverted", *FRESH))
+    monkeypatch.setattr("tinytav.claims.studio.large", lambda maps: seen.append(maps) or subject)
+    inverted, half, all_ = (quick.noise(kind, net).x for kind in ("inverted", *FRESH))
     for made, share in ((half, 0.5), (all_, 1)):
         assert torch.equal(made[..., :4, :], inverted[..., :4, :])
         torch.testing.assert_close(coarse(made)[..., 4:, :], coarse(inverted)[..., 4:, :])
@@ -258,9 +292,10 @@ def test_fresh_noise_replaces_the_fine_part_outside_the_subject(quick, net, monk
 
 def test_each_row_of_the_studies_makes_something_of_its_own(quick):
     """By the untuned net, so that neither tuning nor attention differ: rows that differ in noise or sampling alone."""
-    rows = {name: row for name, row in (studies.BEYOND | studies.PLACE | studies.FRESHENED).items()
-            if name != "source's noise"}
-    rows |= {name: studies.VARIANTS[name] for name in ("full method", "no inversion")}
+    rows = studies.BEYOND | studies.PLACE | studies.FRESHENED | studies.KEPT
+    rows |= {"no inversion": studies.VARIANTS["no inversion"]}
+    for twin in ("source's noise", "mask by word, inverted"):      # of the full method, and of blended by attention
+        del rows[twin]
     rows |= {name: row._replace(ddim_steps=row.ddim_steps // 5) for name, row in studies.SPACED.items()
              if row.ddim_steps != 10}       # two steps in the leading spacing are the full method's here
     made = {name: quick.edit(row._replace(net=UNTUNED), seed=33) for name, row in rows.items()}

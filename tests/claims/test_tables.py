@@ -42,6 +42,11 @@ def test_a_mean_is_over_clips_and_its_interval_spans_them(scores):
     assert tables.interval(tables.means(clips, "psnr")) == (0.5, 0.5, 0.5)
 
 
+def test_a_mean_leaves_out_what_is_not_defined():
+    clips = [[dict(outside=20.), dict(outside=float("nan")), dict(outside=30.)], [dict(outside=float("nan"))]]
+    assert tables.means(clips, "outside")[0] == 25 and np.isnan(tables.means(clips, "outside")[1])
+
+
 def test_an_interval_ends_at_the_percentiles_of_the_exact_bootstrap():
     """Of four values all 4^4 samples with replacement are listed: 2.5 % of their means lie beyond each end."""
     values = np.array([0., 1., 2., 10.])
@@ -128,6 +133,8 @@ def test_other_rows_are_compared_with_the_full_method_on_the_same_clips(scores):
         scores |= of_clips(row, [[dict(hat=value + more) for value in pair] for pair in values])
     heads, _, line = tables.against_full_method(rows_of(scores), BEYOND).splitlines()
     assert heads.split(" | ")[3] == "unsaid kept"
+    heads, _, _ = tables.against_full_method(rows_of(scores), BEYOND, ("psnr", "outside")).splitlines()
+    assert heads.endswith("| PSNR | PSNR outside |")
     assert not tables.against_full_method(rows_of(scores), ["full attention"])                    # it is not made
     cells = line.split(" | ")
     assert cells[0] == "| edit-friendly noise" and cells[3] == "+5.0 (+5.0 to +5.0)"            # one attribute of four

@@ -76,6 +76,21 @@ NUMBERS = ["-1", "0", "1", "3", "8", "10000", "1000000", "1e9", "nan", "inf", "-
 
 
 @kind(EITHER)
+def what_is_kept(rng, place):
+    """Masks and first frames of any size and number, and files that are none of them."""
+    flag = rng.choice(["--mask", "--first-frame"])
+    sizes = [rng.choice([(32, 32), (40, 32), (1, 1), (3, 900)]) for _ in range(rng.choice([1, 2, 3, 4]))]
+    folder = pictures(place, sizes, mode=rng.choice(["RGB", "L", "RGBA", "1", "I;16"]))
+    found = rng.choice([folder, next(folder.iterdir()), place / "w/model_index.json", place / "none", place / "w"])
+    return sample_run(flag, found, "--noise", rng.choice(["inverted", "edit-friendly", "random"]))
+
+
+@kind(EITHER)
+def word_of_a_mask(rng, place):
+    return sample_run(f"--mask-word={some_prompt(rng)}")
+
+
+@kind(EITHER)
 def flags_out_of_bounds(rng, place):
     if rng.random() < 0.5:
         flag = rng.choice(["--size", "--frames", "--start", "--stride", "--lr", "--seed"])

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -107,12 +108,12 @@ def test_pick_score_is_the_scaled_cosine_and_loveu_squashes_first(tmp_path):
     x = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     frames.write_mp4(tmp_path / "x.mp4", x, fps=8)
     pictures, eye = frames.pictures(tmp_path / "x.mp4"), metrics.Features(folder)
-    told = evaluate.Judges(folder, folder, None, "cpu").measure(tmp_path / "x.mp4", "a man")
+    told = evaluate.Judges(folder, folder, None, "cpu").measure(tmp_path / "x.mp4", "a man", "a dog")
     scale = eye.clip.logit_scale.exp().item()
     assert told["pick_score"] == pytest.approx(scale * told["textual_alignment"] / 100, abs=1e-3)
     assert told["textual_alignment"] == pytest.approx(
         metrics.textual_alignment(eye.images(pictures), eye.texts(["a man"])), abs=1e-3)
-    squashed = evaluate.Judges(folder, None, 480, "cpu").measure(tmp_path / "x.mp4", "a man")
+    squashed = evaluate.Judges(folder, None, 480, "cpu").measure(tmp_path / "x.mp4", "a man", "a dog")
     features = eye.images([picture.resize((480, 480)) for picture in pictures])
     assert squashed["consistency_all_pairs"] == pytest.approx(metrics.consistency_all_pairs(features), abs=1e-3)
     assert squashed["consistency_all_pairs"] != told["consistency_all_pairs"] and "pick_score" not in squashed
@@ -205,6 +206,27 @@ def test_a_broken_clip_is_reported_and_does_not_stop_the_rest(place):
     shutil.copy(place / "a.mp4", place / "none.mp4")                        # mended, it is done in the next call
     done = call(place, "broken.csv", *FLAGS, status=1)
     assert "error: broken.mp4" in done.err and len(rows(place / "evaluated/broken/results.csv")) == 2
+
+
+def test_outside_a_clips_mask_psnr_is_measured(place):
+    pixels = np.zeros((40, 48), np.uint8)
+    pixels[:, 24:] = 255
+    Image.fromarray(pixels).save(place / "mask.png")
+    write_set(place / "masks.csv", ["clip,caption,mask,edit", "a.mp4,a man,mask.png,a dog", "b.mp4,a man,,a cat"])
+    call(place, "masks.csv", *FLAGS)
+    first, second = rows(place / "evaluated/masks/results.csv")
+    assert [first["kind"], first["prompt"]] == ["edit", "a dog"] and second["psnr_outside"] == ""
+    source, edit = (frames.read_all(place / f"evaluated/masks/a/{name}.mp4") for name in ("source", "a-dog"))
+    half = source.shape[3] // 2
+    assert float(first["psnr_outside"]) == pytest.approx(metrics.psnr(edit[..., :half], source[..., :half]), abs=0.1)
+    assert "PSNR outside the mask" in (place / "evaluated/masks/a/index.html").read_text()
+    Image.fromarray(255 - pixels).save(place / "mask.png")                  # another mask is measured anew
+    call(place, "masks.csv", *FLAGS)
+    assert float(rows(place / "evaluated/masks/results.csv")[0]["psnr_outside"]) == pytest.approx(
+        metrics.psnr(edit[..., half:], source[..., half:]), abs=0.1)
+    (place / "mask.png").unlink()
+    done = call(place, "masks.csv", *FLAGS, status=1)
+    assert "error: a.mp4: No such file" in done.err and "mask.png" in done.err
 
 
 LONG = "a man who is walking through the old town in the style of a painting by"

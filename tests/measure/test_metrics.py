@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -40,6 +41,25 @@ def test_the_three_of_clip_are_their_definitions(f):
     aligned = 100 * sum(cosine(a, text) for a in z) / f
     assert metrics.textual_alignment(unit(f), unit(1)) == pytest.approx(aligned, abs=1e-4)
     assert metrics.textual_alignment(unit(f), unit(1)[0]) == pytest.approx(aligned, abs=1e-4)
+
+
+def test_success_rate_is_the_share_of_frames_nearer_to_the_prompt_than_to_the_caption():
+    features = torch.tensor([[1., 0.], [0.8, 0.6], [0.6, 0.8], [0., 1.]])
+    prompt, caption = torch.eye(2)
+    assert metrics.success_rate(features[:3], prompt, caption) == pytest.approx(200 / 3)
+    assert metrics.success_rate(features, caption, prompt[None]) == 50
+    assert metrics.success_rate(features[1:], prompt, caption) == pytest.approx(100 / 3)
+    assert math.isnan(metrics.success_rate(features, prompt, prompt))
+
+
+def test_psnr_outside_leaves_out_what_the_mask_covers():
+    x, changed = torch.zeros(3, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.bool)
+    y = x + torch.tensor([0.2, 0.02, 0.5]).view(3, 1, 1, 1)
+    changed[:2, :, :2], changed[2] = True, True
+    y[:2, :, :, :2] = 1.
+    assert metrics.psnr_outside(x, y, changed) == pytest.approx((20 + 40) / 2)      # the third is covered
+    assert math.isnan(metrics.psnr_outside(x, y, torch.ones_like(changed)))
+    assert metrics.psnr_outside(x, y, ~changed) == pytest.approx((2 * 10 * math.log10(4) + 10 * math.log10(16)) / 3)
 
 
 def test_a_single_frame_has_no_consistency():
@@ -122,15 +142,36 @@ def test_every_clip_of_a_run_has_a_row(run, folder):
     eye = metrics.Features(folder[0])
     found = {name.removesuffix(".mp4"): values for name, *values in metrics.rows(run, eye)}
     assert list(found) == ["source", "same", "friendly", "random", "shared", "posed", "dog", "short", "untitled"]
-    assert [name for name, values in found.items() if not math.isnan(values[3])] == ["same", "friendly"]
-    assert found["same"][3] == pytest.approx(29.1, abs=1.5)                         # 10 log10(4 / 0.07^2)
+    assert [name for name, values in found.items() if not math.isnan(values[4])] == ["same", "friendly"]
+    assert found["same"][4] == pytest.approx(29.1, abs=1.5)                         # 10 log10(4 / 0.07^2)
+    assert all(math.isnan(values[5]) for values in found.values())
+    assert [name for name, values in found.items() if not math.isnan(values[3])] == ["dog"]     # of another prompt
     assert [name for name, values in found.items() if math.isnan(values[2])] == ["untitled"]
     for name, prompt in (("source", "a man"), ("dog", "a dog")):
         features = eye.images(frames.pictures(run.path / f"{name}.mp4"))
         wanted = (metrics.consistency_all_pairs(features), metrics.consistency_neighbours(features),
                   metrics.textual_alignment(features, eye.texts([prompt])))
+        if name == "dog":
+            assert found[name][3] == metrics.success_rate(features, eye.texts(["a dog"]), eye.texts(["a man"]))
         assert found[name][:3] == pytest.approx(wanted, abs=1e-4)
         assert abs(wanted[2] - metrics.textual_alignment(features, eye.texts(["a panda"]))) > 1e-3
+
+
+def test_with_a_mask_psnr_outside_it_is_that_of_all_samples_of_the_sources_size(run, folder, tmp_path):
+    """Latents of 16x16, so a latent is 16 x 16 pixels of the enlarged video."""
+    z = torch.zeros(1, 4, 3, 16, 16)
+    run.write("clip", dict(mean=z, std=z + 1))
+    pixels = np.zeros((64, 64), np.uint8)
+    pixels[:, 32:] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    eye, source = metrics.Features(folder[0]), frames.read_all(run.path / "source.mp4")
+    found = {name: values for name, *values in metrics.rows(run, eye, tmp_path / "mask.png")}
+    assert [name for name, values in found.items() if math.isnan(values[5])] == ["source.mp4", "short.mp4"]
+    dog = frames.read_all(run.path / "dog.mp4")
+    assert found["dog.mp4"][5] == pytest.approx(metrics.psnr(dog[..., :128], source[..., :128]), abs=0.1)
+    Image.fromarray(pixels[:32]).save(tmp_path / "flat.png")
+    with pytest.raises(InputError, match="flat.png is 64x32 pixels"):
+        list(metrics.rows(run, eye, tmp_path / "flat.png"))
 
 
 def test_features_have_the_fingerprint_of_what_decides_them(folder, tmp_path):
@@ -164,15 +205,20 @@ def test_a_file_that_is_no_video_is_passed_over(run, folder):
 
 
 def test_the_command_prints_the_rows_and_its_errors_are_sentences(run, folder, tmp_path):
-    done = call(run.path, "--clip", folder[0], "--device", "cpu")
+    z = torch.zeros(1, 4, 3, 16, 16)
+    run.write("clip", dict(mean=z, std=z + 1))
+    Image.new("L", (64, 64)).save(tmp_path / "mask.png")
+    done = call(run.path, "--clip", folder[0], "--device", "cpu", "--mask", tmp_path / "mask.png")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 12, done.stderr
     assert lines[-1] == f"page: {run.path / 'index.html'}"
-    values = next(values for name, *values in metrics.rows(run, metrics.Features(folder[0])) if name == "same.mp4")
-    assert lines[3].split() == ["same.mp4", *(f"{value:.2f}" for value in values)]
+    values = next(values for name, *values in metrics.rows(run, metrics.Features(folder[0]), tmp_path / "mask.png")
+                  if name == "same.mp4")
+    assert lines[3].split() == ["same.mp4", *("-" if math.isnan(value) else f"{value:.2f}" for value in values)]
     assert lines[2].split()[0] == "source.mp4" and lines[2].split()[-1] == "-"
     stored = read_json(run.path / "metrics.json")["values"]
-    assert stored["same.mp4"] == pytest.approx(dict(zip(metrics.COLUMNS, values)), abs=1e-3)
+    assert stored["same.mp4"] == pytest.approx(
+        {column: value for column, value in zip(metrics.COLUMNS, values) if column != "success_rate"}, abs=1e-3)
     assert "psnr" not in stored["source.mp4"] and f"{values[0]:.2f}" in (run.path / "index.html").read_text()
     for args, message in (([tmp_path], "is not a run"), ([run.path, "--clip", tmp_path], "No config.json"),
                           ([run.path, "--clip", folder[0], "--device", "toaster"], "toaster cannot be used")):

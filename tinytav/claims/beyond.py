@@ -5,15 +5,11 @@ They work on latents (1, 4, f, h, w) of one clip, and take contexts (b, m, d) as
 from dataclasses import asdict
 
 import torch
-from torch.nn import functional as F
 
 from tinytav import pipeline, windows
-from tinytav.inflation import ClipCrossAttention
-from tinytav.measure.attention import WordMaps, watched
 from tinytav.stable_diffusion.ddim import Schedule, move
 
 ROUNDS = 3              # of fixed-point inversion, for each step
-THRESHOLD = 0.3         # of blending, as a part of the largest attention (Prompt-to-Prompt's LocalBlend)
 
 
 class Trailing(Schedule):
@@ -71,28 +67,3 @@ def fixed_point(net, schedule, latents, context, steps):
             eps = schedule.epsilon(output, x, schedule.abar(t))
             x = move(start, eps, schedule.abar(t_next), schedule.abar(t))
         yield x
-
-
-@torch.no_grad()
-def blended(net, schedule, trajectory, context, empty, positions, guidance):
-    """One edit (1, 4, f, h, w) that keeps the inverted clip wherever the edited words draw no attention.
-
-    trajectory: the clip's latents and those of each step of its inversion. positions: of the edited words. After each
-    step the latents outside the words' mask are those of the trajectory. The mask is where their cross-attention,
-    averaged over the steps so far, exceeds a part of its maximum: LocalBlend of Hertz et al., arXiv 2208.01626.
-    """
-    *before, x = trajectory
-    maps = WordMaps(net.frames, positions, *x.shape[3:])
-    with watched(net, ClipCrossAttention, maps):
-        for t, t_next in schedule.pairs(len(before)):
-            output = pipeline.guided(net, x, t, context, empty, guidance)
-            eps = schedule.epsilon(output, x, schedule.abar(t))
-            x = move(x, eps, schedule.abar(t), schedule.abar(t_next))
-            x = torch.where(mask(maps.mean.value()), x, before.pop())
-    return x
-
-
-def mask(maps):
-    """Maps (f, h, w) -> where they are large, and one latent around: (f, h, w) bool."""
-    large = (maps / maps.amax((1, 2), keepdim=True) > THRESHOLD).float()
-    return F.max_pool2d(large, 3, stride=1, padding=1).bool()

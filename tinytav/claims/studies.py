@@ -32,7 +32,7 @@ BEYOND = {
     "guided from the source's caption": Variant(noise="source caption", guide_from="source"),
     "fixed-point inversion": Variant(noise="fixed point"),
     "edit-friendly noise": Variant(noise="edit-friendly"),
-    "blended by attention": Variant(blend=True),
+    "blended by attention": Variant(mask="word"),
 }
 FULLY_CAPTIONED = ("full method", "untuned", "spatial attention", "frame by frame", "no inversion")
 # Why the background often moves wrongly after a change of place: edits by the same net from noises that are mixed from
@@ -49,6 +49,17 @@ SWEEP = {f"{tuned} tensors, {rate:.2g} x the rate, {steps:g} x the steps, guidan
          Variant(Net(tuned, steps=steps, rate=rate), guidance=guidance / 3)
          for tuned, rates in (("the paper's", (1 / 3, 1, 10 / 3)), ("all", (0.1, OWN_RATE)))
          for rate in rates for steps in (0.25, 1) for guidance in (1, 3, 6, 12)}
+# What an edit keeps. The true masks and first frames are drawn.
+FRIENDLY = "edit-friendly"
+KEPT = {
+    "full method": Variant(),
+    "edit-friendly noise": Variant(noise=FRIENDLY),
+    **{f"true mask, {noise}": Variant(noise=noise, mask="true") for noise in ("inverted", FRIENDLY)},
+    **{f"mask by word, {noise}": Variant(noise=noise, mask="word") for noise in ("inverted", FRIENDLY)},
+    **{f"first frame, {noise}": Variant(noise=noise, first=1) for noise in ("inverted", FRIENDLY, "random")},
+    "first frame in half of the steps, inverted": Variant(first=0.5),
+    "first frame and true mask, inverted": Variant(mask="true", first=1),
+}
 NOISES = ("inverted", "random", "shared")
 # Ways to keep more of the clip, or less, and pairs of them: which one is the best recipe?
 LONGER, ALL = Net(steps=2), Net("all", rate=OWN_RATE)
@@ -116,8 +127,8 @@ CLAIMS = (
 NAMES = dict(success="success", edited="edit right", kept="rest kept", unsaid="unsaid kept", agreement="agreement",
              look="look agrees", phase="limbs", x="position", camera="camera", psnr="PSNR", all_pairs="all pairs",
              neighbours="neighbours", text="text", motion="motion", subject="subject", clothes="clothes",
-             rest="other words")
-POINTS = ("psnr", "all_pairs", "neighbours", "text")
+             rest="other words", outside="PSNR outside")
+POINTS = ("psnr", "outside", "all_pairs", "neighbours", "text")
 SEED = 33                   # one, because the clips carry the variance
 
 
@@ -146,7 +157,8 @@ class Study(NamedTuple):
 
 # What bounds the variants: no edit, the right one, one frame of it, and the right one in the next clip's motion.
 BOUNDS = ("source", "true edit", "still", "other motion")
-SCORES = ("success", "edited", "kept", "unsaid", "agreement", "look", "phase", "x", "camera", *POINTS)
+SCORES = ("success", "edited", "kept", "unsaid", "agreement", "look", "phase", "x", "camera", "psnr", "all_pairs",
+          "neighbours", "text")
 POSED = ("phase", "x", "subject", "clothes", "rest", "agreement", "camera", "success", "psnr")
 WINDOWED = ("success", "edited", "unsaid", "agreement", "motion", "phase", "x", "camera", "psnr")
 STUDIES = {
@@ -158,6 +170,8 @@ STUDIES = {
         "full method", "untuned", "spatial attention", "frame by frame", "no inversion", "all tensors")}, SCORES,
         kind="trial", clips=24, claims=CLAIMS),
     "place": Study("Changes of place", PLACE, ("camera", "edited", "phase", "x", "success", "psnr"), edits=("place",)),
+    "keep": Study("What an edit keeps", KEPT, ("success", "edited", "unsaid", "agreement", "motion", "psnr", "outside"),
+                  kind="keep", clips=8, compared=tuple(KEPT)[1:]),
     "sweep": Study("Steps, learning rate, guidance", SWEEP, ("success", "edited", "agreement", "psnr"), kind="choice",
                    clips=4),
     "recipes": Study("Recipes", RECIPES, SCORES, kind="choice", clips=8, compared=tuple(RECIPES)[1:]),

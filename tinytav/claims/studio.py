@@ -1,4 +1,5 @@
 """One clip's way through a variant of the method to its score."""
+import math
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -7,15 +8,18 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from tinytav import edit_friendly, pipeline
+from tinytav import pipeline
+from tinytav.attention_maps import WordMaps, watched, word_positions
 from tinytav.claims import beyond
 from tinytav.claims.clips import FRAMES, said
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.control import Control
+from tinytav.editing import Clip
 from tinytav.files.frames import to_uint8
 from tinytav.inflation import ClipCrossAttention, inflate
+from tinytav.keep import FirstFrame, Keep, Mask, free_latents, large
 from tinytav.measure import metrics
-from tinytav.measure.attention import WordMaps, watched, word_positions
+from tinytav.noise import NOISES, Inverted
 from tinytav.stable_diffusion.controlnet import load_controlnet
 from tinytav.toy import skeleton, world
 from tinytav.toy.world import ATTRIBUTES
@@ -25,6 +29,7 @@ from tinytav.weights import load
 SPACINGS = {"leading": lambda schedule: schedule, "trailing": beyond.trailing}
 COARSE = 4          # the coarse part of a frame's noise: means over a grid of 4x4 cells
 FRESH = {f"{share:.0%} of the fine part fresh": share for share in (0.5, 1)}     # see Studio.freshened
+ALL_CHANGED = 0.95  # of the pixels: an edit that changes more, as a time or a style does, has no outside
 APPEARANCE = ("subject", "clothes")
 WANTED = ("phase", "x", *APPEARANCE)    # of pose control: what must be right in most frames for a success
 TUNED = {"the paper's": lambda net: net.tuned(),
@@ -46,13 +51,14 @@ class Net(NamedTuple):
 class Variant(NamedTuple):
     """One way to edit: a net, the noise to begin with, and how to sample."""
     net: Net = Net()
-    noise: str = "inverted"                 # a kind that Studio.noise knows, or edit-friendly
+    noise: str = "inverted"                 # a kind that Studio.noise knows
     guide_from: str = "empty"               # the prompt that guidance goes away from: empty, or the source's
     guidance: float = 1                     # times the weights' own
     strength: float = 1                     # of the tuning
     spacing: str = "leading"                # of the timesteps, a key of SPACINGS
     ddim_steps: int | None = None           # None: the weights' own
-    blend: bool = False                     # outside the edited word's attention keep the inverted clip
+    mask: str | None = None                 # outside it the clip is kept: "true", or "word", the edited word's own
+    first: float = 0                        # the share of the steps during which the true first frame is held
     all_named: bool = False                 # the edit's prompt names everything, whatever the clip's own names
     control: float = 0                      # the scale of a ControlNet's residuals; 0: none
 
@@ -62,6 +68,17 @@ def coarse(noise):
     pictures = noise.flatten(0, 1)                                                          # (b 4) f h w
     means = F.adaptive_avg_pool2d(pictures, COARSE)
     return F.interpolate(means, size=noise.shape[3:], mode="nearest").view(noise.shape)
+
+
+class ForSteps:
+    """Holds what a keep holds, but only at the beginning and after the first `steps` steps."""
+
+    def __init__(self, keep, steps):
+        self.keep, self.left = keep, 1 + steps
+
+    def __call__(self, x, noised):
+        self.left -= 1
+        return self.keep(x, noised) if self.left >= 0 else x
 
 
 class Studio:
@@ -99,10 +116,6 @@ class Studio:
         self.schedule = SPACINGS[variant.spacing](self.sd.schedule)
         self.steps = variant.ddim_steps or self.settings["ddim_steps"]
         net = self.strong(variant.net, seed, variant.strength)
-        if variant.noise == "edit-friendly":
-            return self.decode(self.edit_friendly(net, seed, variant))
-        if variant.blend:
-            return self.decode(self.blended(net))
         return self.decode(self.sample(net, self.noise(variant.noise, net, seed), variant))
 
     def tuned_net(self, kind, seed):
@@ -132,24 +145,28 @@ class Studio:
         return net
 
     def noise(self, kind, net, seed=33):
-        """What sampling begins with: (1, 4, f, h, w), or one for each edit."""
-        if kind == "random":                    # another one in every frame
-            return pipeline.gaussian(self.mean.shape, seed)
-        if kind == "shared":                    # by all frames
-            return pipeline.gaussian((1, 4, 1, *self.mean.shape[3:]), seed).expand_as(self.mean)
+        """What sampling begins with: a Noise, made. Its x is (1, 4, f, h, w), or one for each edit."""
+        if kind not in NOISES:
+            return Inverted(self.steps, x=self.tried(kind, net, seed))
+        clip = Clip(self.mean, self.std, self.own, self.empty)
+        return NOISES[kind](self.steps, seed, way={0: self.mean}).make(net, self.schedule, self.mean.shape, clip)
+
+    def tried(self, kind, net, seed):
+        """Noise of a kind that is no option of sample.py, (1, 4, f, h, w), or one for each edit."""
         if kind == "source caption":
             return self.invert(net, self.mean, self.own)
         if kind == "fixed point":
             return pipeline.last(beyond.fixed_point(net, self.schedule, self.mean, self.empty, self.steps))
         source = self.invert(net, self.mean, self.empty)
-        if kind == "inverted":
-            return source
         if kind in FRESH:
             return self.freshened(net, source, FRESH[kind], seed)
-        drawn = [self.encode(self.asked.draw(edit.scene)) for edit in self.clip.edits]
-        true = torch.cat([self.invert(net, latents, self.empty) for latents in drawn])
+        true = torch.cat([self.invert(net, self.encode(x), self.empty) for x in self.true_edits()])
         return {"true edit": true, "coarse of the true edit": coarse(true) + source - coarse(source),
                 "fine of the true edit": true - coarse(true) + coarse(source)}[kind]
+
+    def true_edits(self):
+        """Drawings of the true edits, (edits, f, 3, h, w)."""
+        return torch.stack([self.asked.draw(edit.scene) for edit in self.clip.edits])
 
     def freshened(self, net, noise, share, seed):
         """The noise with white noise in a share of its fine part, but not where the subject is."""
@@ -159,7 +176,7 @@ class Studio:
             self.invert(net, self.mean, self.own)
         white = pipeline.gaussian(noise.shape, seed)
         fine = (1 - share) ** 0.5 * (noise - coarse(noise)) + share ** 0.5 * (white - coarse(white))
-        return torch.where(beyond.mask(maps.mean.value()), noise, coarse(noise) + fine)
+        return torch.where(large(maps.mean.value()), noise, coarse(noise) + fine)
 
     def invert(self, net, latents, context):
         return pipeline.last(pipeline.invert(net, self.schedule, latents, context, self.steps))
@@ -170,33 +187,38 @@ class Studio:
         return self.sd.encode_prompts(full if all_named else self.prompts)
 
     def sample(self, net, noise, variant=Variant()):
-        """The edits from one noise, or from one each: latents (edits, 4, f, h, w)."""
-        wanted, away, guidance = self.asked_by(variant)
+        """The edits from a Noise: latents (edits, 4, f, h, w)."""
+        wanted = self.wanted(variant.all_named)
+        away = (self.own if variant.guide_from == "source" else self.empty).expand_as(wanted)
+        guidance = variant.guidance * self.settings["guidance"]
         if variant.control:
             self.control.scale = variant.control
-        noise = noise.expand(len(wanted), -1, -1, -1, -1)
-        return pipeline.last(pipeline.sample(net, self.schedule, noise, wanted, away, self.steps, guidance,
-                                             self.control if variant.control else None))
+        control = self.control if variant.control else None
 
-    def asked_by(self, variant):
-        """The contexts of the edits' prompts, the context that guidance goes away from, and the guidance."""
-        wanted = self.wanted(variant.all_named)
-        away = self.own if variant.guide_from == "source" else self.empty
-        return wanted, away.expand_as(wanted), variant.guidance * self.settings["guidance"]
+        def sampled(some, keeps):
+            return pipeline.last(noise.sample(net, self.schedule, wanted[some], away[some], guidance, control, keeps))
+        if variant.mask != "word":
+            return sampled(slice(None), self.keeps(variant, noise.count))
+        parts = []
+        for i, (edit, prompt) in enumerate(zip(self.clip.edits, self.prompts)):     # one at a time: each has its word
+            keep = Keep(word=getattr(edit.scene, edit.name), clip=self.mean)
+            with keep.during(net, self.sd.tokenizer, prompt) as keeps:
+                parts.append(sampled(slice(i, i + 1), keeps))
+        return torch.cat(parts)
 
-    def edit_friendly(self, net, seed, variant=Variant()):
-        """The edits by edit-friendly noise: latents (edits, 4, f, h, w)."""
-        inverted = list(edit_friendly.invert(net, self.schedule, self.mean, self.own, self.steps, seed))
-        return pipeline.last(edit_friendly.sample(net, self.schedule, inverted, *self.asked_by(variant)))
+    def keeps(self, variant, steps):
+        """What is held while all edits are sampled: outside the true masks the clip, and the true first frames."""
+        keeps = []
+        if variant.mask == "true":
+            keeps.append(Mask(self.mean, free_latents(self.changed(), self.sd.multiple)[:, None]))
+        if variant.first:
+            first = torch.cat([self.encode(x[:1]) for x in self.true_edits()])
+            keeps.append(ForSteps(FirstFrame(first), round(variant.first * steps)))
+        return keeps
 
-    def blended(self, net):
-        """The edits, blended with the inverted clip: latents (edits, 4, f, h, w)."""
-        trajectory = [self.mean, *pipeline.invert(net, self.schedule, self.mean, self.empty, self.steps)]
-        words = [word_positions(self.sd.tokenizer, prompt, getattr(edit.scene, edit.name))
-                 for edit, prompt in zip(self.clip.edits, self.prompts)]
-        guidance = self.settings["guidance"]
-        return torch.cat([beyond.blended(net, self.schedule, trajectory, context, self.empty, each, guidance)
-                          for context, each in zip(self.wanted().split(1), words)])
+    def changed(self):
+        """Where the true edits differ from the source: (edits, f, h, w) bool."""
+        return (self.true_edits() != self.source).any(2)
 
     def encode(self, x):
         return pipeline.encode(self.sd.vae, x)[0]
@@ -206,7 +228,13 @@ class Studio:
 
     def score(self, results):
         """What judge and CLIP say of the clip's edits (edits, f, 3, h, w): a dict of numbers for each."""
-        return [self.score_one(*each) for each in zip(results, self.clip.edits, self.texts)]
+        scores = [self.score_one(*each) for each in zip(results, self.clip.edits, self.texts)]
+        return [score | dict(outside=self.outside(x, changed))
+                for score, x, changed in zip(scores, results, self.changed())]
+
+    def outside(self, x, changed):
+        """PSNR where the true edit is the source; NaN where the edit changes nearly everything."""
+        return metrics.psnr_outside(x, self.source, changed) if changed.float().mean() < ALL_CHANGED else math.nan
 
     def score_one(self, x, edit, text):
         shares = self.asked.answers(x, edit.scene, said(self.captions, (edit.name,)))

@@ -23,7 +23,7 @@ def text(scores, earlier=None):
         rows = finished(scores, name)
         if rows:
             parts += [f"## {study.title}", table(rows, study), by_attribute(rows), verdicts(rows, study.claims),
-                      against_full_method(rows, study.compared)]
+                      against_full_method(rows, study.compared, study.columns)]
     for title, each in (earlier or {}).items():
         parts += [f"## {title}", each["note"], grid(each["heads"], each["rows"])]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -103,14 +103,15 @@ def verdicts(rows, claims):
     return lines and grid(["claim", "better", "worse", "score", "difference", "p", ""], lines)
 
 
-def against_full_method(rows, names):
+def against_full_method(rows, names, columns=()):
     """Those of these rows that are made less the full method, on the same clips; "" without any.
 
-    The intervals are not corrected for their number.
+    columns: of the study; only some have PSNR outside. The intervals are not corrected for their number.
     """
-    lines = [[name, *(with_interval(differences(rows, name, "full method", key), key) for key in COMPARED)]
+    keys = [*COMPARED, *(key for key in columns if key == "outside")]
+    lines = [[name, *(with_interval(differences(rows, name, "full method", key), key) for key in keys)]
              for name in names if {name, "full method"} <= rows.keys()]
-    return lines and grid(["less the full method", *(NAMES[key] for key in COMPARED)], lines)
+    return lines and grid(["less the full method", *(NAMES[key] for key in keys)], lines)
 
 
 def by_attribute(rows):
@@ -143,8 +144,9 @@ def broken_orderings(scores):
 # ---- statistics ----------------------------------------------------------------------------------
 
 def means(clips, key):
-    """The mean over a clip's edits, for each clip."""
-    return np.array([np.mean([scores[key] for scores in clip]) for clip in clips])
+    """The mean over a clip's edits for which the score is defined, for each clip."""
+    found = [[scores[key] for scores in clip if not np.isnan(scores[key])] for clip in clips]
+    return np.array([np.mean(values) if values else np.nan for values in found])
 
 
 def interval(values):

@@ -122,6 +122,28 @@ def fit(picture, size, multiple):
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
+def read_at(path, indices, height, width, cell):
+    """The frames of a clip at these indices, cropped to height x width pixels -> (n, 3, height, width) in [-1, 1].
+
+    This is for what belongs to a clip that `read` has cropped: its mask, its hints. `read` cuts off less than `cell`
+    pixels. Raises InputError for another shape, and where a frame cannot be decoded.
+    """
+    clip, wanted = open_clip(path), sorted(set(indices))
+    found = dict(zip(wanted, (fit_to(picture, height, width, cell, path) for picture in clip.pictures(wanted))))
+    if clip.damaged or len(found) < len(wanted):
+        raise InputError(f"{path} is damaged: some of its frames cannot be decoded.")
+    return stacked([found[i] for i in indices], path)
+
+
+def fit_to(picture, height, width, cell, path):
+    """A PIL picture -> centre-cropped to height x width pixels. Raises InputError unless the crop is below a cell."""
+    scale = max(width / picture.width, height / picture.height)
+    if max(scale * picture.width - width, scale * picture.height - height) >= cell:
+        raise InputError(f"{path} is {picture.width}x{picture.height} pixels where the clip to be sampled is "
+                         f"{width}x{height}: crop it to the same shape.")
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
 def read_all(path):
     """Every frame of a clip as it is, (f, 3, h, w) in [-1, 1]. Raises InputError if there is none."""
     return stacked(pictures(path), path)

@@ -33,11 +33,14 @@ NUMBERS = {                 # the measured numbers that a page shows, and their 
     "consistency_all_pairs": "all pairs",
     "consistency_neighbours": "neighbours",
     "textual_alignment": "text",
+    "success_rate": "success (%)",
     "psnr": "PSNR (dB)",
+    "psnr_outside": "PSNR outside the mask (dB)",
     "pick_score": "PickScore",
 }
 LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the mean cosine between CLIP's features of "
-          "frames. Text is 100 x the mean cosine of frames and prompt. Values of two CLIPs cannot be compared")
+          "frames. Text is 100 x the mean cosine of frames and prompt. Success is the share of frames that CLIP finds "
+          "nearer to the prompt than to the source's caption. Values of two CLIPs cannot be compared")
 # Settings of a run that are said elsewhere on the page, or are long.
 NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "clip_fingerprint", "lora"}
 WORDS = {"ddim_steps": "DDIM steps", "fps": "frames a second", "lr": "learning rate", "total": "frames of the clip"}

@@ -6,7 +6,8 @@
 A set is a CSV in one of two layouts.
 
 1. Ours. The columns are `clip` (a video or a folder of pictures, beside the CSV), `caption`, and one column for each
-   kind of edit, whose heading names the kind. An empty cell is no edit.
+   kind of edit, whose heading names the kind. An empty cell is no edit. A column `mask` names files, too: white where
+   the edits may change the clip. Outside it PSNR is measured.
 2. LOVEU-TGVE-2023's (showlab/loveu-tgve-2023): `Video name`, `Our GT caption`, `Style Change Caption`, ..., with rows
    of headings ("DAVIS Videos:") between blocks. Clips are {DAVIS,youtube,videvo}_480p/480p_videos/NAME.mp4, or the
    folder 480p_frames/NAME, beside the CSV. Frames of such a set are squashed to 480 x 480 before they are measured,
@@ -43,18 +44,21 @@ from tinytav.weights import StableDiffusion
 
 BLOCKS = ("DAVIS_480p", "youtube_480p", "videvo_480p")      # LOVEU-TGVE's folders
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480
-COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.COLUMNS[:3])
+COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.OF_CLIP)
 SETTINGS = ("size", "frames", "window", "steps", "lr", "ddim_steps", "guidance", "seed")      # those of editing.begin
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One clip of a set. `folder`: the name of its folder among the results. `edits`: (kind, prompt) pairs."""
+    """One clip of a set. `folder`: the name of its folder among the results. `edits`: (kind, prompt) pairs. `mask`: a
+    file, or None.
+    """
     name: str
     path: Path
     caption: str
     edits: tuple
     folder: str
+    mask: Path | None = None
 
 
 # ---- the set -------------------------------------------------------------------------------------
@@ -71,7 +75,7 @@ def read_set(path):
     if is_loveu:
         kinds = [name.split()[0] if name.endswith("caption") else "" for name in names[2:]]
     elif names[:2] == ["clip", "caption"]:
-        kinds = head[2:]
+        kinds = ["" if name == "mask" else kind for name, kind in zip(names[2:], head[2:])]
     else:
         raise InputError(f"{path} is no set: its first line is neither `clip,caption,...` nor LOVEU-TGVE's "
                          "`Video name,Our GT caption,...`.")
@@ -86,7 +90,8 @@ def read_set(path):
             raise InputError(f"{path}, line {number}: {name!r} has no edit.")
         clip = loveu_path(path.parent, name) if is_loveu else path.parent / name
         folder = free_name(Path(name).stem, {entry.folder for entry in entries})
-        entries.append(Entry(name, clip, caption, edits, folder))
+        mask = None if is_loveu else dict(zip(names[2:], prompts)).get("mask")
+        entries.append(Entry(name, clip, caption, edits, folder, path.parent / mask if mask else None))
     if not entries:
         raise InputError(f"{path} holds no clip.")
     return entries, LOVEU_SIDE if is_loveu else None
@@ -154,12 +159,15 @@ class Judges:
         self.clip = metrics.Features(clip, device)
         self.pick = metrics.Features(pick, device) if pick else None
 
-    def measure(self, path, prompt):
-        """A video's numbers: {name: value}, rounded to four decimals; without a value where it is not defined."""
+    def measure(self, path, prompt, caption):
+        """An edited video's numbers: {name: value}, rounded to four decimals; without a value where it is not defined.
+
+        caption: the source's.
+        """
         pictures = frames.pictures(path)
         if self.side:
             pictures = [picture.resize((self.side, self.side)) for picture in pictures]
-        values = metrics.of_clip(self.clip, pictures, prompt)
+        values = metrics.of_clip(self.clip, pictures, prompt, caption)
         if self.pick:
             # LOVEU-TGVE's run_eval.py, pick_score; Kirstain et al., arXiv 2305.01569
             cosines = self.pick.images(pictures) @ self.pick.texts([prompt]).flatten()
@@ -180,6 +188,8 @@ class Evaluation:
 
     def evaluate(self, entry):
         """Tunes and edits, where that is not done yet, and measures. Saves the numbers, and returns the clip's rows."""
+        if entry.mask:
+            frames.open_clip(entry.mask)            # raises before the tuning if there is none
         session = self.tuned_session(entry)
         with closing(session.run):
             noise = session.make_noise(progress=self.progress)
@@ -187,7 +197,9 @@ class Evaluation:
             for kind, prompt in entry.edits:
                 made = made_edit(session, noise, prompt)
                 name = made or session.edit(prompt, noise, progress=self.progress).file.name
-                values[name] = self.judges.measure(session.run.path / name, prompt)
+                values[name] = self.judges.measure(session.run.path / name, prompt, entry.caption)
+                if entry.mask:
+                    values[name] |= outside(session.run, name, entry.mask)
                 rows.append(dict(clip=entry.name, caption=entry.caption, kind=kind, prompt=prompt, **values[name],
                                  page=f"{entry.folder}/index.html", strip=f"{entry.folder}/{Path(name).stem}.png"))
             metrics.save(session.run.path, self.judges.name, values)
@@ -209,6 +221,13 @@ class Evaluation:
                 pass
             session.finish(self.progress)
         return session
+
+
+def outside(run, name, mask):
+    """{"psnr_outside": value} of a run's video outside a mask's file; empty where the mask covers all."""
+    source, x = (frames.read_all(run.path / file) for file in ("source.mp4", name))
+    value = metrics.psnr_outside(x, source, metrics.mask_of(run, mask, source))
+    return dict(psnr_outside=round(value, 4)) if value == value else {}
 
 
 def check_same(run, entry):
@@ -277,7 +296,8 @@ def no_formula(value):
 
 def report(args, out, rows, failures):
     """Writes results.csv and the page. Prints the means over all edits, what failed, and where both files are."""
-    write_csv(out / "results.csv", (*COLUMNS, "pick_score") if args.pick else COLUMNS, rows)
+    more = ["psnr_outside"] * any("psnr_outside" in row for row in rows) + ["pick_score"] * bool(args.pick)
+    write_csv(out / "results.csv", (*COLUMNS, *more), rows)
     shown = page.write_set(out, Path(args.set).name, rows, failures, f"CLIP: {args.clip}.")
     for key in page.NUMBERS:
         mean = page.mean_of(rows, key)

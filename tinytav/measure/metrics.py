@@ -1,13 +1,14 @@
-"""Metrics of an edited clip: frame consistency in its two definitions, textual alignment, reconstruction PSNR.
+"""Metrics of an edited clip: frame consistency in two definitions, textual alignment, success rate, two PSNRs.
 
     python -m tinytav metrics runs/skiing
+    python -m tinytav metrics runs/skiing --mask mask.png
 
-All but PSNR use CLIP's features: LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14, FateZero through
+All but the PSNRs use CLIP's features: LOVEU-TGVE and V2VBench through openai/clip-vit-large-patch14, FateZero through
 ViT-B/32. Values of two CLIPs cannot be compared, nor of two preparations: LOVEU-TGVE squashes frames to a square first,
 V2VBench cuts negative cosines to 0 and does not multiply by 100. A run's clips are measured as their mp4 files show
 them, in H.264 and, where small, enlarged: whoever has the files finds the same. Sources: the paper, section 4;
 LOVEU-TGVE, showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero frame_acc_tem_con.py; V2VBench,
-wenhao728/awesome-diffusion-v2v v2vbench/.
+wenhao728/awesome-diffusion-v2v v2vbench/; EditBoard, arXiv 2409.09668; FiVE, arXiv 2503.13684.
 """
 import argparse
 import hashlib
@@ -24,12 +25,15 @@ from tinytav.errors import InputError
 from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace_text
 from tinytav.files.runs import Run
+from tinytav.keep import read_mask
 from tinytav.noise import NOISES
 from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 
-COLUMNS = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment", "psnr")      # of rows, by name
+OF_CLIP = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment", "success_rate")
+COLUMNS = (*OF_CLIP, "psnr", "psnr_outside")            # of rows, by name
+ELSE = {"control", "lora", "negative", "mask", "mask_word", "first_frame"}      # with it there is no reconstruction
 
 
 def consistency_all_pairs(features):
@@ -58,9 +62,30 @@ def textual_alignment(features, text):
     return 100 * (features @ text.flatten()).mean().item()
 
 
+def success_rate(features, text, own):
+    """The share of frames, in %, that are nearer to the edit's prompt than to the source's caption. EditBoard.
+
+    features (f, d), text and own (d,) or (1, d): unit features of frames, prompt and caption. nan for equal texts.
+    """
+    if torch.equal(text, own):
+        return math.nan
+    return 100 * (features @ text.flatten() > features @ own.flatten()).float().mean().item()
+
+
 def psnr(x, y):
     """Mean over pictures (n, 3, h, w) in [-1, 1] of 10 log10(4 / mean squared error), in dB."""
     return (10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)))).mean().item()
+
+
+def psnr_outside(x, y, changed):
+    """As `psnr`, but only of the pixels outside a mask: changed (n, h, w) bool. FiVE's background preservation.
+
+    Pictures that the mask covers do not count; nan if it covers all.
+    """
+    outside = ~changed
+    counts = outside.sum((1, 2))
+    errors = ((x - y).square().mean(1) * outside).sum((1, 2))[counts > 0] / counts[counts > 0]
+    return (10 * torch.log10(4 / errors)).mean().item()
 
 
 class Features:
@@ -103,20 +128,25 @@ class Features:
         return self.clip.encode_text(self.tokenizer(prompts).to(self.device)).cpu()
 
 
-def of_clip(eye, pictures, prompt):
-    """Frames, as Features.images takes them -> {name: value} of the first three COLUMNS; nan where undefined."""
-    features = eye.images(pictures)
-    alignment = textual_alignment(features, eye.texts([prompt])) if prompt else math.nan
-    return dict(zip(COLUMNS, (consistency_all_pairs(features), consistency_neighbours(features), alignment)))
+def of_clip(eye, pictures, prompt, own):
+    """Frames, as Features.images takes them -> {name: value} of OF_CLIP; nan where undefined.
+
+    prompt, own: the edit's prompt, perhaps an empty one, and the source's caption.
+    """
+    features, (text, caption) = eye.images(pictures), eye.texts([prompt, own])
+    by_text = (textual_alignment(features, text), success_rate(features, text, caption)) if prompt else (math.nan,) * 2
+    return dict(zip(OF_CLIP, (consistency_all_pairs(features), consistency_neighbours(features), *by_text)))
 
 
-def rows(run, eye):
-    """Yields (file, both consistencies, alignment, PSNR) of source.mp4, then of a run's samples; nan where undefined.
+def rows(run, eye, mask=None):
+    """Yields (file, COLUMNS) of source.mp4, then of a run's samples; nan where undefined.
 
     PSNR is that of a sample which should be the source: begun from the clip's own noise, under the run's own prompt.
-    What the VAE loses counts too. A file that cannot be read is passed over with a warning.
+    PSNR outside is that of all samples, outside the mask of this file. What the VAE loses counts too. A file that
+    cannot be read is passed over with a warning. Raises InputError for a mask that does not fit the run.
     """
     source, own = frames.read_all(run.path / "source.mp4"), run.settings.prompt
+    changed = None if mask is None else mask_of(run, mask, source)
     for name, details in records.read_samples(run.path):
         if not name.endswith(".mp4"):
             continue
@@ -126,16 +156,26 @@ def rows(run, eye):
             warnings.warn(f"passed over: {error}")
             continue
         title = details["prompt"] if details["settings"] else frames.title(run.path / name)
-        values = of_clip(eye, x, own if name == "source.mp4" else title)
-        like_source = is_reconstruction(details, own) and x.shape == source.shape
-        yield name, *values.values(), psnr(x, source) if like_source else math.nan
+        is_source, same = name == "source.mp4", x.shape == source.shape
+        values = of_clip(eye, x, own if is_source else title, own)
+        reconstruction = psnr(x, source) if same and is_reconstruction(details, own) else math.nan
+        outside = math.nan if is_source or not same or changed is None else psnr_outside(x, source, changed)
+        yield name, *values.values(), reconstruction, outside
+
+
+def mask_of(run, path, source):
+    """A mask's pixels for the frames of source.mp4, source (f, 3, h, w): (f, h, w) bool, True where an edit may
+    change. Raises InputError for a mask that does not fit the run.
+    """
+    mean, _ = run.latents()
+    return read_mask(path, run.settings, *source.shape[2:], cell=source.shape[2] // mean.shape[3])
 
 
 def is_reconstruction(details, own):
     """Does a sample's record say that it should be the source: from the clip's noise, its own prompt, nothing else?"""
     settings = details["settings"]
     kind = NOISES.get(settings.get("noise"))
-    if details["prompt"] != own or settings.keys() & {"control", "lora", "negative"}:
+    if details["prompt"] != own or settings.keys() & ELSE:
         return False
     return kind is not None and kind.needs_clip
 
@@ -155,18 +195,21 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("run", help="a folder that train.py made")
     p.add_argument("--clip", default="weights/toy/clip", metavar="PATH", help="a CLIP folder; else weights/toy/clip")
+    p.add_argument("--mask", metavar="PATH",
+                   help="measure PSNR where this is black, too: a picture, or a video or a folder with one a frame")
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; else the best there is")
     args = p.parse_args()
     run = Run.open(args.run)
     eye = Features(args.clip, cli.choose_device(args.device))
-    found = list(rows(run, eye))
+    found = list(rows(run, eye, args.mask))
     longest = max(len(name) for name, *_ in found)
-    cli.say(f"clip: {args.clip}\n{'':{longest}}{'all pairs':>12}{'neighbours':>12}{'text':>8}{'PSNR':>8}")
+    heads = "all pairs", "neighbours", "text", "success", "PSNR", "outside"
+    cli.say(f"clip: {args.clip}\n{'':{longest}}" + "".join(f"{head:>12}" for head in heads))
     measured = {}
     for name, *values in found:
         measured[name] = dict(zip(COLUMNS, values))
         values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)
-        cli.say(f"{name:{longest}}" + "".join(f"{value:>{width}}" for value, width in zip(values, (12, 12, 8, 8))))
+        cli.say(f"{name:{longest}}" + "".join(f"{value:>12}" for value in values))
     save(run.path, args.clip, measured)
     cli.say(f"page: {page.write(run.path)}")
     return 0
