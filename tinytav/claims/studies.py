@@ -72,7 +72,10 @@ RECIPES = {
     "edit-friendly noise, guided from the source's caption": EDIT_FRIENDLY._replace(guide_from="source"),
     **{f"strength {strength:g}": Variant(strength=strength) for strength in (0.5, 0.75, 1.5, 2)},
     **{f"edit-friendly noise, strength {strength:g}": EDIT_FRIENDLY._replace(strength=strength)
-       for strength in (0.5, 0.75)},
+       for strength in (0.25, 0.5, 0.75)},
+    "edit-friendly noise, strength 0.5, full attention":
+        EDIT_FRIENDLY._replace(net=Net(attention="full"), strength=0.5),
+    "all tensors, own rate, edit-friendly noise, strength 0.5": EDIT_FRIENDLY._replace(net=ALL, strength=0.5),
     "the source's caption, strength 0.5": FROM_CAPTION._replace(strength=0.5),
     **{f"{factor:g} x the guidance": Variant(guidance=factor) for factor in (1.5, 2)},
     **{f"edit-friendly noise, {factor:g} x the guidance": EDIT_FRIENDLY._replace(guidance=factor)
