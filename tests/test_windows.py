@@ -1,5 +1,6 @@
 """Clips of more frames than the net sees at once: what the windows are, and that nothing ever holds two of them."""
 import json
+from dataclasses import replace
 
 import pytest
 import test_control
@@ -164,6 +165,8 @@ def test_more_frames_than_the_weights_own_are_seen_in_windows_of_so_many(sd, pla
         assert Run.open(session.run.path).settings.window == window and session.shape[2] == frames, settings
         assert session.net.frames == (window or frames), settings
     assert editing.untuned(sd, 6).net.frames == 3 and editing.untuned(sd, 2).net.frames == 2
+    of_one_frame = replace(sd, defaults=replace(sd.defaults, frames=1))
+    assert editing.untuned(of_one_frame).net.frames == 1 and editing.untuned(of_one_frame, 6).net.frames == 3
 
 
 def test_a_window_that_holds_the_clip_changes_no_bit(sd, place, tmp_path):
