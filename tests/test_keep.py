@@ -131,6 +131,20 @@ def test_the_first_frame_comes_after_the_mask(session, tmp_path):
     assert edit.file.name == "a-dog-kept.mp4"
 
 
+def test_outside_a_mask_each_pixel_is_the_clips(session, tmp_path):
+    odd = slice(3, 8)               # a latent is 2 pixels wide, so the mask ends within one
+    frames.write_picture(tmp_path / "first.png", np.full((32, 38, 3), 200, np.uint8))
+    source = pipeline.decode(session.sd.vae, session.clip.mean)
+    path = write_mask(tmp_path / "mask.png", odd)
+    edit = session.edit("a dog", keep=session.keep(path), out=tmp_path).frames
+    outside = torch.ones(38, dtype=torch.bool)
+    outside[odd] = False
+    assert torch.equal(edit[..., outside], source[..., outside]) and (edit != source)[..., odd].float().mean() > 0.9
+    edit = session.edit("a dog", keep=session.keep(path, first_frame=tmp_path / "first.png"), out=tmp_path).frames
+    assert torch.equal(edit[1:, ..., outside], source[1:, ..., outside])
+    assert not torch.equal(edit[0, ..., outside], source[0, ..., outside])      # it is the given one, whole
+
+
 def test_a_noise_that_does_not_know_its_way_is_refused(session, tmp_path):
     kept = session.keep(write_mask(tmp_path / "mask.png", LEFT))
     with pytest.raises(InputError, match="way=True"):

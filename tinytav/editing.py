@@ -111,7 +111,7 @@ def sample_clip(sd, net, noise, prompt, guidance, negative="", control=None, pro
     with keep.during(net, sd.tokenizer, prompt) as keeps:
         walk = noise.sample(net, sd.schedule, context, away, guidance, control, keeps)
         latents = last(progress(walk, noise.count, prompt))
-    x = decode(sd.vae, latents)
+    x = keep.paste(decode(sd.vae, latents), sd.vae)
     if not x.isfinite().all():
         raise InputError(f"{prompt!r} gave values that are not finite: use a smaller --guidance or --precision fp32.")
     return x
@@ -227,12 +227,14 @@ class Session:
             keep.word, keep.clip = mask_word, self.clip.mean
             keep.record |= dict(mask_word=mask_word)
         if mask:
-            free = free_latents(read_mask(mask, self.run.settings, *size, cell), cell).to(self.sd.device)
-            keep.mask = Mask(self.clip.mean, free)
+            keep.pixels = read_mask(mask, self.run.settings, *size, cell).to(self.sd.device)
+            keep.mask = Mask(self.clip.mean, free_latents(keep.pixels, cell))
             keep.record |= dict(mask=str(mask), mask_fingerprint=fingerprint(mask))
         if first_frame:
             latents, _ = encode(self.sd.vae, read_first(first_frame, *size, cell).to(self.sd.device))
             keep.first = FirstFrame(latents)
+            if mask:
+                keep.pixels[0] = True               # the first frame is the given one, whole
             keep.record |= dict(first_frame=str(first_frame), first_frame_fingerprint=fingerprint(first_frame))
         return keep
 

@@ -2,7 +2,8 @@
 
 After each step of sampling, what is kept is put in place, at the step's noise: Avrahami et al., arXiv 2111.14818, for
 pictures. Which noise that is, the kind of noise knows (noise.py, `noised`): the clip follows its own way, and what
-stands in its place gets the clip's noise. At the end the latents that are kept are exactly those of clip and picture.
+stands in its place gets the clip's noise. At the end the latents that are kept are exactly those of clip and picture,
+and outside a mask the pixels are the clip's.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from tinytav.attention_maps import WordMaps, watched, word_positions
 from tinytav.errors import InputError
 from tinytav.files.frames import open_clip, read_at
 from tinytav.inflation import ClipCrossAttention
+from tinytav.pipeline import decode
 
 THRESHOLD = 0.3         # of a word's mask, as a part of the largest attention (Prompt-to-Prompt's LocalBlend)
 
@@ -63,6 +65,7 @@ def large(maps):
 class Keep:
     """What edits of a session keep, as editing.Session.keep makes it. The empty one keeps nothing."""
     mask: Mask | None = None
+    pixels: torch.Tensor | None = None      # of the mask, where frames may change: (f, H, W) bool
     word: str | None = None                 # whose attention makes a mask
     clip: torch.Tensor | None = None        # what is kept outside it
     first: FirstFrame | None = None
@@ -85,6 +88,15 @@ class Keep:
         word = WordMask(self.clip, WordMaps(net.frames, positions, *self.clip.shape[3:]))
         with watched(net, ClipCrossAttention, word.maps):
             yield [word, *frames]
+
+    def paste(self, x, vae):
+        """Frames x (f, 3, H, W) with the clip's own outside the mask, as the VAE gives them back.
+
+        A latent stands for a cell of pixels, and the VAE mixes neighbours. So latents alone keep no pixel exactly.
+        """
+        if self.pixels is None:
+            return x
+        return torch.where(self.pixels[:, None], x, decode(vae, self.mask.clip))
 
 
 # ---- Files ---------------------------------------------------------------------------------------

@@ -243,6 +243,8 @@ def test_what_is_kept_is_the_drawn_mask_the_edited_words_own_or_the_true_first_f
                             (Variant(mask="true", first=1), both)):
         torch.testing.assert_close(quick.sample(net, noise, variant), wanted, atol=1e-4, rtol=1e-4)
     assert 0 < cells.float().mean() < 1 and not torch.equal(true, word)
+    pasted = torch.where(pixels[:, None], quick.decode(true)[0], quick.decode(quick.mean)[0])
+    torch.testing.assert_close(quick.edit(Variant(UNTUNED, mask="true"), 33)[0], pasted, atol=1e-3, rtol=1e-3)
 
 
 def test_a_first_frame_may_be_held_in_the_first_half_of_the_steps(quick, net):

@@ -116,7 +116,8 @@ class Studio:
         self.schedule = SPACINGS[variant.spacing](self.sd.schedule)
         self.steps = variant.ddim_steps or self.settings["ddim_steps"]
         net = self.strong(variant.net, seed, variant.strength)
-        return self.decode(self.sample(net, self.noise(variant.noise, net, seed), variant))
+        made = self.decode(self.sample(net, self.noise(variant.noise, net, seed), variant))
+        return self.pasted(made, variant.first) if variant.mask == "true" else made
 
     def tuned_net(self, kind, seed):
         """A Net of this clip."""
@@ -215,6 +216,12 @@ class Studio:
             first = torch.cat([self.encode(x[:1]) for x in self.true_edits()])
             keeps.append(ForSteps(FirstFrame(first), round(variant.first * steps)))
         return keeps
+
+    def pasted(self, made, first):
+        """Edits with the clip's own pixels outside the true masks, as keep.Keep.paste. first: is frame 1 given?"""
+        pixels = self.changed()
+        pixels[:, 0] |= first > 0
+        return torch.where(pixels[:, :, None], made, self.decode(self.mean))
 
     def changed(self):
         """Where the true edits differ from the source: (edits, f, h, w) bool."""
