@@ -180,15 +180,18 @@ def test_an_ordering_that_is_broken_is_named():
 
 def test_each_study_names_rows_and_scores_that_there_are():
     for study in STUDIES.values():
-        named = {name for _, *pair, _ in study.claims for name in pair} | set(study.compared)
+        claims = (*study.claims, *study.separate)
+        named = {name for _, *pair, _ in claims for name in pair} | set(study.compared)
         assert named <= study.rows.keys() and "full method" in (study.rows if study.compared else ("full method",))
-        assert {*study.columns, *(key for *_, key in study.claims)} <= set(NAMES)
+        assert {*study.columns, *(key for *_, key in claims)} <= set(NAMES)
 
 
 def test_the_trial_is_the_one_that_was_planned():
     plan, trial = (CLAIMS_FOLDER / "PLAN.md").read_text(), STUDIES["trial"]
     planned = [line.strip("| ").split(" | ") for line in plan.splitlines() if line.startswith("| ")][1:]
     assert planned == [[*words, NAMES[key]] for *words, key in CLAIMS] and trial.claims == CLAIMS
+    (_, recipe, *rest), = trial.separate
+    assert rest == ["full method", "success"] and "on success, on the same 24 clips" in plan and recipe in trial.rows
     assert trial.clips == 24 and trial.kind == "trial" and trial.captions == "user" and trial.edits is None
 
 

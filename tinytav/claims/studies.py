@@ -125,6 +125,9 @@ CLAIMS = (
     ("tuning holds what the caption leaves open", "full method", "untuned", "unsaid"),
     ("tuning all tensors at the same rate destroys knowledge", "full method", "all tensors", "edited"),
     ("better than frame by frame", "full method", "frame by frame", "agreement"))
+# The sixth test, by itself: the recipe that the choice clips chose.
+RECIPE = "edit-friendly noise, strength 0.5"
+SIXTH = ("the recipe succeeds more often", RECIPE, "full method", "success"),
 
 # What a score is called in tables. All but POINTS are shares of frames or of edits.
 NAMES = dict(success="success", edited="edit right", kept="rest kept", unsaid="unsaid kept", agreement="agreement",
@@ -147,6 +150,7 @@ class Study(NamedTuple):
     edits: tuple[str, ...] | None = None        # only those of these attributes
     frames: int = FRAMES                        # of a clip
     claims: tuple = ()                          # corrected for their number together
+    separate: tuple = ()                        # claims that were planned apart from them
     compared: tuple[str, ...] = ()              # rows that a table compares with the full method
 
     def studio(self, weights, i, settings):
@@ -170,8 +174,8 @@ STUDIES = {
     "full": Study("Captions that name everything", {name: VARIANTS[name] for name in FULLY_CAPTIONED}, SCORES, BOUNDS,
                   captions="full"),
     "trial": Study("The trial: fresh clips, one question each", {name: VARIANTS[name] for name in (
-        "full method", "untuned", "spatial attention", "frame by frame", "no inversion", "all tensors")}, SCORES,
-        kind="trial", clips=24, claims=CLAIMS),
+        "full method", "untuned", "spatial attention", "frame by frame", "no inversion", "all tensors")}
+        | {RECIPE: RECIPES[RECIPE]}, SCORES, kind="trial", clips=24, claims=CLAIMS, separate=SIXTH, compared=(RECIPE,)),
     "place": Study("Changes of place", PLACE, ("camera", "edited", "phase", "x", "success", "psnr"), edits=("place",)),
     "keep": Study("What an edit keeps", KEPT, ("success", "edited", "unsaid", "agreement", "motion", "psnr", "outside"),
                   kind="keep", clips=8, compared=tuple(KEPT)[1:]),

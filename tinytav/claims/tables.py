@@ -23,7 +23,7 @@ def text(scores, earlier=None):
         rows = finished(scores, name)
         if rows:
             parts += [f"## {study.title}", table(rows, study), by_attribute(rows), verdicts(rows, study.claims),
-                      against_full_method(rows, study.compared, study.columns)]
+                      verdicts(rows, study.separate), against_full_method(rows, study.compared, study.columns)]
     for title, each in (earlier or {}).items():
         parts += [f"## {title}", each["note"], grid(each["heads"], each["rows"])]
     return "\n\n".join(filter(None, parts)) + "\n"
