@@ -225,8 +225,9 @@ def test_outside_a_clips_mask_psnr_is_measured(place):
     assert float(rows(place / "evaluated/masks/results.csv")[0]["psnr_outside"]) == pytest.approx(
         metrics.psnr(edit[..., half:], source[..., half:]), abs=0.1)
     (place / "mask.png").unlink()
-    done = call(place, "masks.csv", *FLAGS, status=1)
+    done = call(place, "masks.csv", *FLAGS, "--out", "unmasked", status=1)
     assert "error: a.mp4: No such file" in done.err and "mask.png" in done.err
+    assert not (place / "unmasked/a").exists() and (place / "unmasked/b").exists()      # nothing is tuned in vain
 
 
 LONG = "a man who is walking through the old town in the style of a painting by"

@@ -127,7 +127,9 @@ def run(tmp_path_factory):
     samples = dict(same=("a man", dict(noise="inverted")), friendly=("a man", dict(noise="edit-friendly")),
                    random=("a man", dict(noise="random")), shared=("a man", dict(noise="shared")),
                    posed=("a man", dict(noise="inverted", control="pose")), dog=("a dog", dict(noise="inverted")),
-                   short=("a man", dict(noise="inverted")))
+                   short=("a man", dict(noise="inverted")), kept=("a man", dict(noise="inverted", mask="m.png")),
+                   word=("a man", dict(noise="inverted", mask_word="man")),
+                   begun=("a man", dict(noise="inverted", first_frame="f.png")))
     for number, (name, (prompt, settings)) in enumerate(samples.items(), 1):
         sample = (1 - 0.1 * number) * x[:2 if name == "short" else 3]
         frames.write_mp4(run.path / f"{name}.mp4", sample, 8, title=prompt)
@@ -141,7 +143,8 @@ def run(tmp_path_factory):
 def test_every_clip_of_a_run_has_a_row(run, folder):
     eye = metrics.Features(folder[0])
     found = {name.removesuffix(".mp4"): values for name, *values in metrics.rows(run, eye)}
-    assert list(found) == ["source", "same", "friendly", "random", "shared", "posed", "dog", "short", "untitled"]
+    assert list(found) == ["source", "same", "friendly", "random", "shared", "posed", "dog", "short", "kept", "word",
+                           "begun", "untitled"]
     assert [name for name, values in found.items() if not math.isnan(values[4])] == ["same", "friendly"]
     assert found["same"][4] == pytest.approx(29.1, abs=1.5)                         # 10 log10(4 / 0.07^2)
     assert all(math.isnan(values[5]) for values in found.values())
@@ -210,7 +213,7 @@ def test_the_command_prints_the_rows_and_its_errors_are_sentences(run, folder, t
     Image.new("L", (64, 64)).save(tmp_path / "mask.png")
     done = call(run.path, "--clip", folder[0], "--device", "cpu", "--mask", tmp_path / "mask.png")
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 12, done.stderr
+    assert done.returncode == 0 and len(lines) == 15, done.stderr
     assert lines[-1] == f"page: {run.path / 'index.html'}"
     values = next(values for name, *values in metrics.rows(run, metrics.Features(folder[0]), tmp_path / "mask.png")
                   if name == "same.mp4")
