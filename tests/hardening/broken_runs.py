@@ -93,9 +93,9 @@ def word_of_a_mask(rng, place):
 @kind(EITHER)
 def flags_out_of_bounds(rng, place):
     if rng.random() < 0.5:
-        flag = rng.choice(["--size", "--frames", "--start", "--stride", "--lr", "--seed"])
+        flag = rng.choice(["--size", "--frames", "--window", "--start", "--stride", "--lr", "--seed"])
         return train("clip.mp4", "a man", f"{flag}={rng.choice(NUMBERS)}", "--steps", "1")
-    flag = rng.choice(["--size", "--frames", "--steps", "--guidance", "--seed"])
+    flag = rng.choice(["--size", "--frames", "--steps", "--guidance", "--seed", "--strength"])
     return sample(f"{flag}={rng.choice(NUMBERS)}")          # the last of two values counts
 
 
