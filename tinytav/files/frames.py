@@ -187,6 +187,7 @@ def fingerprint(path):
     for file in Folder(path).files if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(f"{file.name}/{file.stat().st_size}/".encode(errors="surrogateescape"))
+        check_file(file)
         with open(file, "rb") as data:
             while block := data.read(2 ** 20):
                 digest.update(block)
