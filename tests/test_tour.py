@@ -48,7 +48,7 @@ def test_the_first_cell_is_readmes_block():
     blocks = re.findall(r"```python\n(.*?)```", (tour.ROOT / "README.md").read_text(), flags=re.DOTALL)
     wanted = next(block for block in blocks if "tinytav.begin" in block)
     code = re.sub(r",\s+steps=STEPS, ddim_steps=DDIM\)", ")", tour.text(CODE[0]))
-    assert wanted.replace("\n\n", "\n") in code.replace("\n\n", "\n")
+    assert wanted.strip().replace("\n\n", "\n") in code.replace("\n\n", "\n")
 
 
 def test_the_notebook_is_small_and_holds_pictures_but_no_answer():

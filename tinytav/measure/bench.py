@@ -64,8 +64,6 @@ def arguments():
     args = p.parse_args()
     if args.random and cli.given(args) & set(cli.SOURCE):
         p.error("--random takes no weights, and no flag that belongs to weights")
-    if args.json is not None and not is_free(Path(args.json)):
-        p.error(f"--json {args.json}: no file can be written there")
     return args
 
 
@@ -199,11 +197,6 @@ def peak_bytes(device):
         return torch.cuda.max_memory_allocated(device)
     lines = STATUS.read_text().splitlines() if STATUS.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
-
-
-def is_free(path):
-    """Can a file be written at `path`, in place of an older one perhaps, but of nothing else?"""
-    return path.is_file() or path.parent.is_dir() and not path.exists()
 
 
 # ---- The command ---------------------------------------------------------------------------------

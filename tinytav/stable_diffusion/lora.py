@@ -84,7 +84,8 @@ class Lora(Config):
     @classmethod
     def from_text(cls, text):
         """FILE or FILE:SCALE -> Lora. Raises InputError if the file cannot be read."""
-        told = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", text)       # any other colon is a part of the name
+        # any other colon is a part of the name
+        told = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:e[-+]?\d+)?|nan|inf)", text)
         file, scale = (told[1], float(told[2])) if told else (text, 1.0)
         if not abs(scale) <= LARGEST:
             raise InputError(f"The scale of the LoRA {text} is not from -{LARGEST} to {LARGEST}.")
