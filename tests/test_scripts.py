@@ -306,7 +306,7 @@ def test_ctrl_c_stops_the_inversion_after_tuning_too(place):
 
 def test_a_preview_comes_after_its_step_is_saved_and_ctrl_c_ends_it(place):
     """900 DDIM steps make the preview long. The signal comes while it runs: it ends at once, and no step is lost."""
-    shutil.copytree(place / "w", place / "inverting")
+    shutil.copytree(place / "w", place / "slow")
     tiny.save_json(place / "slow/defaults.json", tiny.DEFAULTS | {"ddim_steps": 900, "steps": 8})
     train = command("train.py", "clip.mp4", "a man", "--weights", "slow", "--out", "seen", "--preview", "x")
     process = subprocess.Popen(train, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
