@@ -143,6 +143,10 @@ def a_name_that_safetensors_keeps(path):
     torch.save({"__metadata__": torch.ones(2)}, path)
 
 
+def a_name_that_is_no_utf8(path):
+    torch.save({"\udcff": torch.ones(2)}, path)
+
+
 def torn(path):
     torch.save(weights(), path)
     path.write_bytes(path.read_bytes()[:-100])
@@ -203,6 +207,7 @@ def an_optimiser(path):
     (compressed, "is compressed, which torch.save never does"),
     (many_views_of_one, "would give .* more than 4 times its size"),
     (a_name_that_safetensors_keeps, "a name that safetensors keeps for itself"),
+    (a_name_that_is_no_utf8, "no text that UTF-8 can hold"),
     (torn, "cannot be read as a checkpoint"), (torn_within, "cannot be read as a checkpoint"),
     (a_program, "it is damaged, or holds more than weights"), (sparse, "'a' is a tensor of a kind"),
     (repeated, "'a' is a tensor of a kind"), (numbered, "the name of a tensor is a int"),

@@ -95,6 +95,8 @@ def named_tensors(content, path):
             raise InputError(f"{path}: a tensor is called __metadata__, a name that safetensors keeps for itself.")
         elif not isinstance(name, str):
             raise InputError(f"{path}: the name of a tensor is a {type(name).__name__}, not a text.")
+        elif name.encode(errors="replace").decode() != name:
+            raise InputError(f"{path}: the name {name!r} of a tensor is no text that UTF-8 can hold.")
         elif not is_plain(value):
             raise InputError(f"{path}: {name!r} is a tensor of a kind that safetensors cannot hold ({value.dtype}, "
                              f"{value.layout}).")
