@@ -67,7 +67,9 @@ def test_the_harness_sees_a_traceback_a_hang_a_touched_file_and_an_unpickling(wa
     assert "control character" in verdict("print('\\x1b[31m')" + sentence)
     for name in ("a; touch b", "in b", "'in"):              # "in" is there
         assert "suggests" in verdict(f'print("go on with python train.py --resume {name}")' + sentence)
-    assert verdict("print('go on with python train.py --resume in.')" + sentence) == ""
+    (tmp_path / "in/a\nb").mkdir()
+    for name in ("in", "\\'in/a\\nb\\' --prompt x"):
+        assert verdict(f"print('go on with python train.py --resume {name}.')" + sentence) == ""
     assert verdict("open('in/out', 'w')" + sentence) == ""
 
 
@@ -85,6 +87,12 @@ def test_the_harness_sees_touched_files_and_permissions(tmp_path):
     assert "beside" in trial.touched(before, tmp_path, place, case)
     (place / "beside").unlink(), (out / "index.html").write_text("ours")
     assert "index.html" in trial.touched(before, tmp_path, place, case)
+    (place / "linked").mkdir(), out.rename(tmp_path / "old"), out.symlink_to("linked")
+    before = {path: trial.state(path) for path in tmp_path.rglob("*")}
+    (place / "linked/new").touch()
+    assert trial.touched(before, tmp_path, place, case) == ""
+    (tmp_path / "beside").touch()
+    assert "beside" in trial.touched(before, tmp_path, place, case)
 
 
 # ---- found by the whole --------------------------------------------------------------------------

@@ -125,23 +125,36 @@ def may_end_with(case):
 
 def suggested(answer):
     """The runs that suggested commands name, as a shell would read them."""
-    for text in re.findall(r"python (?:train|sample)\.py --(?:run|resume) (.*?)(?: --prompt.*)?[.)]*$",
-                           answer.out + answer.err, re.MULTILINE):
-        try:
-            words = shlex.split(text, comments=True)
-        except ValueError:
-            words = []
+    _, *found = re.split(r"python (?:train|sample)\.py --(?:run|resume) ", answer.out + answer.err)
+    for text in map(command_of, found):
+        words = shell_words(text) or []
         if not re.search(r"\\[xnu]", text):             # it is shown with an escape for a control character
             yield words[0] if len(words) == 1 else text
+
+
+def command_of(text):
+    """The beginning of a text up to the end of the line, or of the line in which a quotation that it opens ends."""
+    lines = text.split("\n")
+    ends = [re.sub(r"(?: --prompt.*)?[.)]*$", "", "\n".join(lines[:i + 1])) for i in range(len(lines))]
+    return next((end for end in ends if shell_words(end) is not None), ends[0])
+
+
+def shell_words(text):
+    """A line's words, as a shell would read them; None where a quotation does not end."""
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError:
+        return None
 
 
 def touched(before, above, place, case):
     """Names the files that were made or changed where the command may not; "" if there is none."""
     mine = [place / f"runs/{run}" for run in ("half", "done") if f"runs/{run}" in case.argv]
+    out = place / "out", Path(os.path.realpath(place / "out"))           # a link to a folder, which may get new files
     changed = [path for path, old in before.items() if not os.path.lexists(path) or state(path) != old]
     changed = [path for path in changed if not any(path.is_relative_to(run) for run in mine)]
     made = [path for path in above.rglob("*") if path not in before
-            and not any(path.is_relative_to(folder) for folder in [*mine, place / "out"])]
+            and not any(path.is_relative_to(folder) for folder in [*mine, *out])]
     return f"touched {sorted(map(str, changed + made))[:3]}" if changed + made else ""
 
 
