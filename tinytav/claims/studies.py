@@ -177,6 +177,9 @@ STUDIES = {
         "full method", "untuned", "spatial attention", "frame by frame", "no inversion", "all tensors")}
         | {RECIPE: FINALISTS[RECIPE]}, SCORES, kind="trial", clips=24, claims=CLAIMS, separate=SIXTH,
         compared=(RECIPE,)),
+    "trial-full": Study("The trial's clips, captions that name everything", {
+        "full method": Variant(), RECIPE: FINALISTS[RECIPE]}, SCORES, kind="trial", clips=24, captions="full",
+        compared=(RECIPE,)),
     "place": Study("Changes of place", PLACE, ("camera", "edited", "phase", "x", "success", "psnr"), edits=("place",)),
     "keep": Study("What an edit keeps", KEPT, ("success", "edited", "unsaid", "agreement", "motion", "psnr", "outside"),
                   kind="keep", clips=8, compared=tuple(KEPT)[1:]),
