@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def keep(place):
     notebook = json.loads(TOUR.read_text())
     answers = exercises(notebook["cells"])
     for count, (cell, printed, picture) in enumerate(run(notebook["cells"], place), start=1):
-        print(f"{cell['id']}\n{printed}", file=sys.stderr)
+        print(f"{cell['id']} [{time.process_time():.0f} s of CPU]\n{printed}", file=sys.stderr)
         cell["execution_count"], cell["outputs"] = count, []
         if cell["id"] in answers:
             below = answers[cell["id"]]
