@@ -13,7 +13,7 @@ from tinytav.attention_maps import WordMaps, watched, word_positions
 from tinytav.claims import beyond, studies
 from tinytav.claims.clips import Edit, KnownClip, longer, make_clip, other_motion, pose_clip, said
 from tinytav.claims.judge import MOTIONS, Judge
-from tinytav.claims.studio import FRESH, TUNED, WANTED, ForSteps, Net, Posing, Studio, Variant, coarse
+from tinytav.claims.studio import TUNED, WANTED, ForSteps, Net, Posing, Studio, Variant, coarse
 from tinytav.inflation import ClipCrossAttention, VideoUNet
 from tinytav.keep import FirstFrame, Mask, WordMask
 from tinytav.measure import metrics
@@ -280,24 +280,9 @@ def test_guidance_leaves_the_source_s_caption_from_edit_friendly_noise_too(quick
     assert not torch.equal(empty, source)
 
 
-def test_fresh_noise_replaces_the_fine_part_outside_the_subject(quick, net, monkeypatch):
-    subject = torch.zeros(quick.mean.shape[2:], dtype=torch.bool)
-    subject[:, :4] = True
-    seen = []
-    monkeypatch.setattr("tinytav.claims.studio.large", lambda maps: seen.append(maps) or subject)
-    inverted, half, all_ = (quick.noise(kind, net).x for kind in ("inverted", *FRESH))
-    for made, share in ((half, 0.5), (all_, 1)):
-        assert torch.equal(made[..., :4, :], inverted[..., :4, :])
-        torch.testing.assert_close(coarse(made)[..., 4:, :], coarse(inverted)[..., 4:, :])
-        fine, old = ((x - coarse(x))[..., 4:, :].flatten() for x in (made, inverted))
-        likeness = torch.corrcoef(torch.stack([fine, old]))[0, 1].item()
-        assert likeness == pytest.approx((1 - share) ** 0.5 if share == 0.5 else 0, abs=0.12)
-    assert len(seen) == 2 and seen[0].shape == subject.shape and torch.equal(*seen)
-
-
 def test_each_row_of_the_studies_makes_something_of_its_own(quick):
     """By the untuned net, so that neither tuning nor attention differ: rows that differ in noise or sampling alone."""
-    rows = studies.BEYOND | studies.PLACE | studies.FRESHENED | studies.KEPT
+    rows = studies.BEYOND | studies.PLACE | studies.KEPT
     rows |= {"no inversion": studies.VARIANTS["no inversion"]}
     for twin in ("source's noise", "mask by word, inverted"):      # of the full method, and of blended by attention
         del rows[twin]

@@ -2,7 +2,7 @@
 from typing import NamedTuple
 
 from tinytav.claims.clips import FRAMES, longer, make_clip, pose_clip
-from tinytav.claims.studio import FRESH, Net, Posing, Studio, Variant
+from tinytav.claims.studio import Net, Posing, Studio, Variant
 
 # The learning rate for all tensors, times the weights' own. Chosen on the choice clips: with the toy's defaults it is
 # 1e-4 (README.md).
@@ -100,8 +100,6 @@ STRENGTHS = {f"{rate:.2g} x the rate, strength {strength:g}": Variant(Net(rate=r
 # Few steps begin with too little noise. Do other timesteps help?
 SPACED = {f"{steps} {spacing} steps": Variant(spacing=spacing, ddim_steps=steps)
           for steps in (10, 15, 25, 50) for spacing in ("leading", "trailing")}
-# The inverted noise holds the old place's outlines in its fine part. Does fresh noise there help?
-FRESHENED = {"full method": Variant(), **{name: Variant(noise=name) for name in FRESH}}
 SCALE = 1.5         # the toy's ControlNet follows limbs better than at 1: chosen on two clips of the kind "choice"
 POSE = {
     "tuned, inverted noise, scale 1": Variant(control=1),
@@ -190,8 +188,6 @@ STUDIES = {
                        compared=tuple(FINALISTS)[1:]),
     "strength": Study("Strength of the tuning", STRENGTHS, SCORES, kind="strength", clips=8),
     "spacing": Study("Timesteps", SPACED, SCORES, kind="choice", clips=8),
-    "fresh": Study("Fresh noise in the fine part", FRESHENED, SCORES, kind="choice", clips=8,
-                   compared=tuple(FRESH)),
     "long": Study("Clips of 32 frames", LONG, WINDOWED, kind="long", clips=8, edits=("subject", "place"), frames=32,
                   compared=tuple(LONG)[1:]),
     "short": Study("The same scenes in 8 frames", {"full method": Variant()}, WINDOWED, kind="long", clips=8,

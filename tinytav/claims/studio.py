@@ -9,15 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from tinytav import pipeline
-from tinytav.attention_maps import WordMaps, watched, word_positions
 from tinytav.claims import beyond
 from tinytav.claims.clips import FRAMES, said
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.control import Control
 from tinytav.editing import Clip
 from tinytav.files.frames import to_uint8
-from tinytav.inflation import ClipCrossAttention, inflate
-from tinytav.keep import FirstFrame, Keep, Mask, free_latents, large
+from tinytav.inflation import inflate
+from tinytav.keep import FirstFrame, Keep, Mask, free_latents
 from tinytav.measure import metrics
 from tinytav.noise import NOISES, Inverted
 from tinytav.stable_diffusion.controlnet import load_controlnet
@@ -28,7 +27,6 @@ from tinytav.weights import load
 
 SPACINGS = {"leading": lambda schedule: schedule, "trailing": beyond.trailing}
 COARSE = 4          # the coarse part of a frame's noise: means over a grid of 4x4 cells
-FRESH = {f"{share:.0%} of the fine part fresh": share for share in (0.5, 1)}     # see Studio.freshened
 ALL_CHANGED = 0.95  # of the pixels: an edit that changes more, as a time or a style does, has no outside
 APPEARANCE = ("subject", "clothes")
 WANTED = ("phase", "x", *APPEARANCE)    # of pose control: what must be right in most frames for a success
@@ -159,8 +157,6 @@ class Studio:
         if kind == "fixed point":
             return pipeline.last(beyond.fixed_point(net, self.schedule, self.mean, self.empty, self.steps))
         source = self.invert(net, self.mean, self.empty)
-        if kind in FRESH:
-            return self.freshened(net, source, FRESH[kind], seed)
         true = torch.cat([self.invert(net, self.encode(x), self.empty) for x in self.true_edits()])
         return {"true edit": true, "coarse of the true edit": coarse(true) + source - coarse(source),
                 "fine of the true edit": true - coarse(true) + coarse(source)}[kind]
@@ -168,16 +164,6 @@ class Studio:
     def true_edits(self):
         """Drawings of the true edits, (edits, f, 3, h, w)."""
         return torch.stack([self.asked.draw(edit.scene) for edit in self.clip.edits])
-
-    def freshened(self, net, noise, share, seed):
-        """The noise with white noise in a share of its fine part, but not where the subject is."""
-        maps = WordMaps(net.frames, word_positions(self.sd.tokenizer, self.caption, self.clip.scene.subject),
-                        *noise.shape[3:])
-        with watched(net, ClipCrossAttention, maps):
-            self.invert(net, self.mean, self.own)
-        white = pipeline.gaussian(noise.shape, seed)
-        fine = (1 - share) ** 0.5 * (noise - coarse(noise)) + share ** 0.5 * (white - coarse(white))
-        return torch.where(large(maps.mean.value()), noise, coarse(noise) + fine)
 
     def invert(self, net, latents, context):
         return pipeline.last(pipeline.invert(net, self.schedule, latents, context, self.steps))
