@@ -24,14 +24,6 @@ def distance(x, y):
     return (x - y).square().mean().sqrt().item()
 
 
-def test_trailing_timesteps_begin_at_the_noisiest_and_end_at_the_clip():
-    schedule = beyond.trailing(Schedule(beta_end=0.02, prediction_type="v_prediction"))
-    assert schedule.pairs(10) == [(t, t - 100) for t in range(999, 0, -100)]
-    assert schedule.pairs(3) == [(999, 666), (666, 332), (332, -1)]         # diffusers' "trailing"
-    assert torch.equal(schedule.abar_table, Schedule(beta_end=0.02).abar_table)
-    assert schedule.prediction_type == "v_prediction"
-
-
 def test_fixed_point_inversion_is_taken_back_more_exactly_than_plain_inversion(parts):
     net, schedule, latents, own, _ = parts
     errors, steps = {}, 50               # in small steps the iteration converges

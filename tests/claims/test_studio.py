@@ -286,8 +286,6 @@ def test_each_row_of_the_studies_makes_something_of_its_own(quick):
     rows |= {"no inversion": studies.VARIANTS["no inversion"]}
     for twin in ("source's noise", "mask by word, inverted"):      # of the full method, and of blended by attention
         del rows[twin]
-    rows |= {name: row._replace(ddim_steps=row.ddim_steps // 5) for name, row in studies.SPACED.items()
-             if row.ddim_steps != 10}       # two steps in the leading spacing are the full method's here
     made = {name: quick.edit(row._replace(net=UNTUNED), seed=33) for name, row in rows.items()}
     names = list(made)
     for i, name in enumerate(names):

@@ -2,27 +2,12 @@
 
 They work on latents (1, 4, f, h, w) of one clip, and take contexts (b, m, d) as pipeline.py does.
 """
-from dataclasses import asdict
-
 import torch
 
 from tinytav import pipeline, windows
-from tinytav.stable_diffusion.ddim import Schedule, move
+from tinytav.stable_diffusion.ddim import move
 
 ROUNDS = 3              # of fixed-point inversion, for each step
-
-
-class Trailing(Schedule):
-    """Timesteps from the noisiest one on: (999, 899), ..., (99, -1) for 10 steps. Lin et al., arXiv 2305.08891."""
-
-    def pairs(self, steps):
-        ends = [round(self.num_train_timesteps * i / steps) - 1 for i in reversed(range(steps + 1))]
-        return list(zip(ends, ends[1:]))
-
-
-def trailing(schedule):
-    """The same diffusion process, walked at trailing timesteps in both directions."""
-    return Trailing(**asdict(schedule))
 
 
 class Windows:

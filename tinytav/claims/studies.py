@@ -97,9 +97,6 @@ FINALISTS = {
 STRENGTHS = {f"{rate:.2g} x the rate, strength {strength:g}": Variant(Net(rate=rate), strength=strength)
              for rate, strengths in ((1 / 3, (1, 1.5, 2, 3)), (1, (0, 0.5, 0.75, 1, 1.5, 2)), (10 / 3, (0.25, 0.5, 1)))
              for strength in strengths}
-# Few steps begin with too little noise. Do other timesteps help?
-SPACED = {f"{steps} {spacing} steps": Variant(spacing=spacing, ddim_steps=steps)
-          for steps in (10, 15, 25, 50) for spacing in ("leading", "trailing")}
 SCALE = 1.5         # the toy's ControlNet follows limbs better than at 1: chosen on two clips of the kind "choice"
 POSE = {
     "tuned, inverted noise, scale 1": Variant(control=1),
@@ -187,7 +184,6 @@ STUDIES = {
     "finalists": Study("Recipes, on eight clips", FINALISTS, SCORES, kind="choice", clips=8,
                        compared=tuple(FINALISTS)[1:]),
     "strength": Study("Strength of the tuning", STRENGTHS, SCORES, kind="strength", clips=8),
-    "spacing": Study("Timesteps", SPACED, SCORES, kind="choice", clips=8),
     "long": Study("Clips of 32 frames", LONG, WINDOWED, kind="long", clips=8, edits=("subject", "place"), frames=32,
                   compared=tuple(LONG)[1:]),
     "short": Study("The same scenes in 8 frames", {"full method": Variant()}, WINDOWED, kind="long", clips=8,

@@ -25,7 +25,6 @@ from tinytav.toy.world import ATTRIBUTES
 from tinytav.tuning import Tuner, blend
 from tinytav.weights import load
 
-SPACINGS = {"leading": lambda schedule: schedule, "trailing": beyond.trailing}
 COARSE = 4          # the coarse part of a frame's noise: means over a grid of 4x4 cells
 ALL_CHANGED = 0.95  # of the pixels: an edit that changes more, as a time or a style does, has no outside
 APPEARANCE = ("subject", "clothes")
@@ -53,8 +52,6 @@ class Variant(NamedTuple):
     guide_from: str = "empty"               # the prompt that guidance goes away from: empty, or the source's
     guidance: float = 1                     # times the weights' own
     strength: float = 1                     # of the tuning
-    spacing: str = "leading"                # of the timesteps, a key of SPACINGS
-    ddim_steps: int | None = None           # None: the weights' own
     mask: str | None = None                 # outside it the clip is kept: "true", or "word", the edited word's own
     first: float = 0                        # the share of the steps during which the true first frame is held
     all_named: bool = False                 # the edit's prompt names everything, whatever the clip's own names
@@ -111,8 +108,6 @@ class Studio:
 
     def edit(self, variant, seed):
         """All edits by a variant -> frames (edits, f, 3, h, w)."""
-        self.schedule = SPACINGS[variant.spacing](self.sd.schedule)
-        self.steps = variant.ddim_steps or self.settings["ddim_steps"]
         net = self.strong(variant.net, seed, variant.strength)
         made = self.decode(self.sample(net, self.noise(variant.noise, net, seed), variant))
         return self.pasted(made, variant.first) if variant.mask == "true" else made
