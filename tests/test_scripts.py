@@ -57,7 +57,6 @@ def test_sampling_several_prompts_writes_a_clip_a_gif_and_a_strip_each(place):
     ends = (".mp4", ".gif", ".png", ".sample.json")
     expected = {f"{stem}{end}" for stem in stems for end in ends} | {"index.html"}
     assert {p.name for p in (place / "out").iterdir()} == expected
-    assert frames.title(place / "out/etc-x.mp4") == "../../etc/x" and frames.title(place / "out/empty.mp4") == ""
     call(place, "sample.py", "--prompt", "a panda is skiing", "--out", "out")
     assert (place / "out/a-panda-is-skiing-2.mp4").exists()                 # nothing is overwritten
     assert (place / "out/a-panda-is-skiing-2.mp4").read_bytes() == (place / "out/a-panda-is-skiing.mp4").read_bytes()

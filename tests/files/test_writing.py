@@ -25,6 +25,13 @@ def smooth(size, count=3):
     return torch.nn.functional.interpolate(noise, size=(size, size), mode="bicubic").clamp(-1, 1)
 
 
+@pytest.mark.parametrize("prompt", ["a man", "naïve 日本語 “q” = ; # \\ x", "two\nlines", "long " * 200, ""])
+def test_a_clip_has_its_prompt_as_its_title(tmp_path, prompt):
+    frames.write_mp4(tmp_path / "x.mp4", torch.zeros(2, 3, 16, 16), fps=8, title=prompt)
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        assert container.metadata.get("title", "") == prompt
+
+
 def test_what_is_written_can_be_read_again_enlarged_by_a_whole_factor(tmp_path):
     ramp = torch.linspace(-1, 1, 16)[None, None, None].expand(4, 3, 16, 16)
     x = ramp * torch.tensor([1, 0.5, 0, -1]).view(4, 1, 1, 1)

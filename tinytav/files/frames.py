@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from tinytav.errors import InputError, check_file
 from tinytav.files.clips import FOLDER_FPS, Animation, Folder, is_picture
-from tinytav.files.video import Video, opened
+from tinytav.files.video import Video
 from tinytav.files.writing import enlarged, strip_columns, to_uint8, write_gif, write_mp4, write_picture, write_strip
 
 LARGEST = 4096                  # pixels of the short side
@@ -163,12 +163,6 @@ def pictures(path):
     if clip.damaged:
         clip.recount()
     return found
-
-
-def title(path):
-    """The title in a video's metadata; write_mp4 puts the prompt there. "" if there is none. Raises InputError."""
-    with opened(path) as (container, _):
-        return container.metadata.get("title", "")
 
 
 def open_clip(path):

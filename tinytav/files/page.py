@@ -1,31 +1,32 @@
-"""The HTML page of a run's folder, and of an evaluated set: videos that play in step, prompts, settings, metrics, loss.
+"""The HTML page of a run's folder, and of an evaluated set: videos that play in step, prompts, commands, metrics, loss.
 
 A page is one file that opens from disk. It loads nothing but the pictures and videos beside it. All markup is built by
 `element`, which escapes texts and attributes, so that no prompt and no file name can become markup. A page shows what
 its folder holds:
 
-run.json, loss.csv          the settings and the loss
+run.json, loss.csv          the caption, the loss, and the command that repeats the tuning with each of its settings
 *.mp4                       the source and the samples
-NAME.sample.json            of sample NAME: prompt, settings, and the command that repeats it
+NAME.sample.json            of sample NAME: prompt, and the command that repeats it with each of its settings
 NAME.attention.json         of picture NAME.attention.png: caption, and the command that repeats it
 metrics.json                what `python -m tinytav metrics` measured
 """
 import html
-import itertools
 import math
 import os
 import re
 import time
 from fractions import Fraction
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
 
 from tinytav.errors import InputError
 from tinytav.files.atomic import replace_text
-from tinytav.files.clips import FOLDER_FPS
+from tinytav.files.clips import FOLDER_FPS, natural_order
 from tinytav.files.records import by_time, call, inner, read_losses, read_samples, record, tuning_command
-from tinytav.files.runs import Run
+from tinytav.files.runs import Run, free_name
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MARK = '<meta name="generator" content="tinytav">'      # what only a page of this project holds
@@ -41,9 +42,6 @@ NUMBERS = {                 # the measured numbers that a page shows, and their 
 LEGEND = ("All pairs and neighbours are the two frame consistencies, 100 x the mean cosine between CLIP's features of "
           "frames. Text is 100 x the mean cosine of frames and prompt. Success is the share of frames that CLIP finds "
           "nearer to the prompt than to the source's caption. Values of two CLIPs cannot be compared")
-# Settings of a run that are said elsewhere on the page, or are long.
-NOT_SHOWN = {"clip", "prompt", "finished", "indices", "versions", "fingerprint", "clip_fingerprint", "lora"}
-WORDS = {"ddim_steps": "DDIM steps", "fps": "frames a second", "lr": "learning rate", "total": "frames of the clip"}
 POINTS = 25                 # of the chart's line, each a mean of several steps
 
 
@@ -61,7 +59,8 @@ def write(folder):
         return save(folder, title, [element("p.kind", "samples"), element("h1", title), parts])
     return save(folder, settings.prompt, [
         heading(folder, settings, len(losses)), parts, loss_chart(losses, max(settings.steps, len(losses))),
-        previews(folder, settings), run_settings(folder, settings)])
+        previews(folder, settings), element("h2", "The command that tunes so again"),
+        element("pre", tuning_command(folder, settings))])
 
 
 def save(folder, title, parts):
@@ -69,8 +68,8 @@ def save(folder, title, parts):
 
     An index.html that this project did not write stays as it is. The page is then index-2.html, or -3, ...
     """
-    names = itertools.chain(["index.html"], (f"index-{number}.html" for number in itertools.count(2)))
-    path = next(path for name in names if not is_foreign(path := Path(folder) / name))
+    name = free_name("index", lambda name: is_foreign(folder / f"{name}.html"))
+    path = folder / f"{name}.html"
     start, middle, end = re.split("<!--title-->|<!--page-->", TEMPLATE.read_text(encoding="utf-8"))
     text = "".join([start, markup(title), middle, "\n".join(map(markup, parts)), end])
     replace_text(path, text.encode(errors="replace").decode())      # file names may hold bytes that are no text
@@ -122,27 +121,6 @@ def picture(file, alt, link, *text):
     return element("figure", element("a", image, href=address(link)), element("figcaption", text))
 
 
-def definitions(style, texts):
-    """A list of {term: text}; nothing where there are none."""
-    items = [element("div", element("dt", term), element("dd", text)) for term, text in texts.items()]
-    return element(f"dl.{style}", items) if items else []
-
-
-def settings_list(settings):
-    return definitions("settings", {WORDS.get(name, name.replace("_", " ")): shown(value)
-                                    for name, value in settings.items() if value is not None})
-
-
-def shown(value):
-    """A value of a JSON file as text: numbers as short as they are, lists with commas."""
-    try:
-        if isinstance(value, float):
-            return f"{value:g}"
-        return ", ".join(map(shown, value)) if isinstance(value, (list, tuple)) else str(value)
-    except RecursionError:
-        return "(nested too deeply)"
-
-
 def number(value):
     """A measured number as text; "" where it is not defined."""
     defined = isinstance(value, (int, float)) and abs(value) < 1e100        # neither NaN nor a huge integer
@@ -151,14 +129,9 @@ def number(value):
 
 def measured(values):
     """The defined ones among a clip's numbers, as a list of names and texts."""
-    return definitions("numbers", {name: number(values[key]) for key, name in NUMBERS.items()
-                                   if number(values.get(key))})
-
-
-def mean_of(rows, key):
-    """Mean of the defined numbers; nan where there is none."""
-    values = [row[key] for row in rows if number(row.get(key))]
-    return fmean(values) if values else math.nan
+    items = [element("div", element("dt", name), element("dd", number(values[key]))) for key, name in NUMBERS.items()
+             if number(values.get(key))]
+    return element("dl.numbers", items) if items else []
 
 
 # ---- the parts of a run's page -------------------------------------------------------------------
@@ -177,22 +150,19 @@ def heading(folder, settings, steps):
 
 
 def clips(folder, settings):
-    """One player for all, a figure for the source and for each sample, and what their numbers mean."""
+    """A figure for the source and for each sample, and what their numbers mean. The template's script plays them."""
     samples, metrics = read_samples(folder), record(folder / "metrics.json")
     if not samples:
         return []
     values = inner(metrics, "values")
     figures = [clip(name, details, settings, inner(values, name)) for name, details in samples]
     fps = Fraction(settings.fps) if settings else FOLDER_FPS
-    scrubber = element("input", type="range", min=0, max=0, step=1, value=0, aria_label="frame")
-    player = element("div.player", element("button", "Play", type="button"), scrubber, element("output"),
-                     data_fps=f"{float(fps):.6g}")
-    parts = [player if any(name.endswith(".mp4") for name, _ in samples) else [], element("div.clips", figures)]
+    parts = [element("div.clips", figures, data_fps=f"{float(fps):.6g}")]
     if len(samples) == 1 and settings and settings.finished:
         parts += [element("p.legend", "No edit yet; make one with"),
                   element("pre", call("python sample.py", [], dict(run=folder, prompt="...")))]
     if values:
-        parts.append(element("p.legend", LEGEND, "; these are by ", shown(metrics.get("clip")), "."))
+        parts.append(element("p.legend", LEGEND, "; these are by ", inner(metrics, "clip", str), "."))
     return parts
 
 
@@ -210,11 +180,9 @@ def clip(name, details, settings, values):
 
 
 def repeat(details):
-    """Settings and command of a sample or a picture, folded away; nothing where the record has none."""
-    parts = [settings_list(inner(details, "settings"))]
-    if details.get("command"):
-        parts.append(element("pre", shown(details["command"])))
-    return element("details", element("summary", "how to repeat it"), parts) if any(parts) else []
+    """The command of a sample or a picture, folded away; nothing where the record has none."""
+    command = inner(details, "command", str)
+    return element("details", element("summary", "how to repeat it"), element("pre", command)) if command else []
 
 
 def attention(folder):
@@ -222,7 +190,7 @@ def attention(folder):
     figures = []
     for file in by_time(folder.glob("*.attention.png")):
         details = record(file.with_suffix(".json"))
-        caption = shown(details.get("caption", file.name))
+        caption = inner(details, "caption", str) or file.name
         figures.append(picture(file.name, caption, file.name, prompt_text(caption), repeat(details)))
     return [element("h2", "Attention"), element("div.pictures", figures)] if figures else []
 
@@ -248,38 +216,28 @@ def loss_chart(losses, total):
 def previews(folder, settings):
     """What train.py --preview sampled while it tuned."""
     figures = []
-    for file in sorted(folder.glob("preview-*.gif"), key=lambda file: (len(file.name), file.name)):    # by their steps
+    for file in sorted(folder.glob("preview-*.gif"), key=natural_order):
         after = f"after {file.stem.removeprefix('preview-')} steps"
         figures.append(picture(file.name, f"preview {after}", file.name, after))
     prompt = element("p.soft", prompt_text(settings.preview))
     return (element("h2", "Previews"), prompt, element("div.previews", figures)) if figures else []
 
 
-def run_settings(folder, settings):
-    """The run's settings, and the command that tunes as it did."""
-    pairs = {name: value for name, value in vars(settings).items() if name not in NOT_SHOWN}
-    pairs |= {f"{name} version": version for name, version in settings.versions.items()}
-    return element("section.run", element("h2", "Settings"), settings_list(pairs),
-                   element("p.soft", "The command that tunes so again:"),
-                   element("pre", tuning_command(folder, settings)))
-
-
 # ---- the page of a set ---------------------------------------------------------------------------
 
-def write_set(folder, title, results, failures, note=""):
+def write_set(folder, title, note, results, failures):
     """Writes the page of a set of clips. Returns its path, as `save` does.
 
-    results: one dict an edit, with clip, caption, kind, prompt, page and strip (paths below folder), and NUMBERS' keys.
-    failures: {clip: why it has no results}.
+    note: a sentence. results: one dict an edit, with clip, caption, kind, prompt, page and strip (paths below folder),
+    and NUMBERS' keys. failures: {clip: why it has no results}.
     """
-    names = dict.fromkeys(row["clip"] for row in results)
+    sections = [clip_section(list(rows)) for _, rows in groupby(results, itemgetter("page"))]
     parts = [element("p.kind", "an evaluated set"), element("h1", title),
-             element("p.soft", f"{counted(results, 'edit')} of {counted(names, 'clip')}. {note}"),
+             element("p.soft", f"{counted(results, 'edit')} of {counted(sections, 'clip')}. {note}"),
              element("p.legend", LEGEND, ".")]
     if failures:
         parts += [element("p.state.unfinished", f"without results: {counted(failures, 'clip')}"),
                   element("ul", [element("li", element("b", name), ": ", why) for name, why in failures.items()])]
-    sections = [clip_section([row for row in results if row["clip"] == name]) for name in names]
     return save(folder, title, [parts, means_table(results), sections])
 
 
@@ -287,16 +245,22 @@ def counted(things, name):
     return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
+def means(rows):
+    """{key of NUMBERS: its mean over the rows that have it}."""
+    values = {key: [row[key] for row in rows if key in row] for key in NUMBERS}
+    return {key: fmean(found) for key, found in values.items() if found}
+
+
 def means_table(results):
     """The mean of each number over the edits of each kind, and over all."""
-    used = [key for key in NUMBERS if any(number(row.get(key)) for row in results)]
-    names = [element("th.number", name) for name in ("edits", *(NUMBERS[key] for key in used))]
-    lines = [element("tr", element("th", "mean over"), names)]
+    used = means(results)
+    lines = [element("tr", [element("th", name) for name in ("mean over", "edits", *map(NUMBERS.get, used))])]
     kinds = dict.fromkeys(row["kind"] for row in results)
     groups = [(kind, [row for row in results if row["kind"] == kind]) for kind in kinds]
     for kind, rows in [*groups, ("all", results)]:
-        texts = [len(rows), *(number(mean_of(rows, key)) or "-" for key in used)]
-        lines.append(element("tr", element("td", kind), [element("td.number", text) for text in texts]))
+        found = means(rows)
+        cells = kind, len(rows), *(number(found.get(key)) or "-" for key in used)
+        lines.append(element("tr", [element("td", cell) for cell in cells]))
     return element("div.scroll", element("table", lines))
 
 
@@ -304,6 +268,6 @@ def clip_section(rows):
     """One clip: its caption, and each edit's strip, source above and edit below."""
     first = rows[0]
     link = element("a", first["clip"], href=address(first["page"]))
-    figures = [picture(row["strip"], row["prompt"], first["page"], element("span.tag", row["kind"]),
+    figures = [picture(row["strip"], row["prompt"], row["page"], element("span.tag", row["kind"]),
                        prompt_text(row["prompt"]), measured(row)) for row in rows]
     return element("h3", link, ": ", prompt_text(first["caption"])), element("div.pictures", figures)

@@ -29,9 +29,10 @@ def record(file):
         return {}
 
 
-def inner(details, name):
-    """The object that a record holds under this name; an empty one where it holds none."""
-    return details[name] if isinstance(details.get(name), dict) else {}
+def inner(details, name, kind=dict):
+    """What a record holds under this name, if it is of this kind; else an empty one."""
+    value = details.get(name)
+    return value if isinstance(value, kind) else kind()
 
 
 def read_samples(folder):

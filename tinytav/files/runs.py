@@ -301,7 +301,12 @@ def slug(text):
     return name.encode()[:100].decode(errors="ignore").strip("-") or "empty"
 
 
-def new_name(folder, name, suffixes=("",)):
-    """name, or name-2, ...: the first that folder holds with none of the suffixes."""
+def free_name(name, is_taken):
+    """name, or name-2, name-3, ...: the first that is not taken."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if not any(os.path.lexists(folder / f"{name}{suffix}") for suffix in suffixes))
+    return next(name for name in names if not is_taken(name))
+
+
+def new_name(folder, name, suffixes=("",)):
+    """As `free_name`: taken is what the folder holds with one of the suffixes."""
+    return free_name(name, lambda name: any(os.path.lexists(folder / f"{name}{suffix}") for suffix in suffixes))

@@ -11,7 +11,6 @@ LOVEU-TGVE, showlab/loveu-tgve-2023 run_eval.py; FateZero, ChenyangQiQi/FateZero
 wenhao728/awesome-diffusion-v2v v2vbench/; EditBoard, arXiv 2409.09668; FiVE, arXiv 2503.13684.
 """
 import argparse
-import hashlib
 import json
 import math
 import warnings
@@ -32,7 +31,6 @@ from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, Preprocessor
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 
 OF_CLIP = ("consistency_all_pairs", "consistency_neighbours", "textual_alignment", "success_rate")
-COLUMNS = (*OF_CLIP, "psnr", "psnr_outside")            # of rows, by name
 ELSE = {"control", "lora", "negative", "mask", "mask_word", "first_frame"}      # with it there is no reconstruction
 
 
@@ -105,15 +103,6 @@ class Features:
         if shape != (side, side) or self.tokenizer.size > config.text_config.vocab_size:
             raise InputError(f"{folder}: {file.name} or the tokenizer does not fit the model.")
 
-    @property
-    def fingerprint(self):
-        """A short hash of what decides the features: of each tensor a thousand values, and the preparation."""
-        sha = hashlib.sha256(repr((self.preprocess, sorted(self.tokenizer.bpe.get_vocab().items()))).encode())
-        for name, tensor in sorted(self.clip.state_dict().items()):
-            values = tensor.flatten()[::max(1, tensor.numel() // 1024)].float().cpu()
-            sha.update(name.encode() + values.numpy().tobytes())
-        return sha.hexdigest()[:16]
-
     @torch.no_grad()
     def images(self, pictures):
         """Frames (f, 3, h, w) in [-1, 1], or f PIL pictures -> (f, d)."""
@@ -139,14 +128,13 @@ def of_clip(eye, pictures, prompt, own):
 
 
 def rows(run, eye, mask=None):
-    """Yields (file, COLUMNS) of source.mp4, then of a run's samples; nan where undefined.
+    """Yields (file, values) for source.mp4, then for a run's samples: as of_clip, with psnr and psnr_outside.
 
     PSNR is that of a sample which should be the source: begun from the clip's own noise, under the run's own prompt.
     PSNR outside is that of all samples, outside the mask of this file. What the VAE loses counts too. A file that
     cannot be read is passed over with a warning. Raises InputError for a mask that does not fit the run.
     """
     source, own = frames.read_all(run.path / "source.mp4"), run.settings.prompt
-    changed = None if mask is None else mask_of(run, mask, source)
     for name, details in records.read_samples(run.path):
         if not name.endswith(".mp4"):
             continue
@@ -155,40 +143,36 @@ def rows(run, eye, mask=None):
         except InputError as error:
             warnings.warn(f"passed over: {error}")
             continue
-        title = details["prompt"] if details["settings"] else frames.title(run.path / name)
-        is_source, same = name == "source.mp4", x.shape == source.shape
-        values = of_clip(eye, x, own if is_source else title, own)
-        reconstruction = psnr(x, source) if same and is_reconstruction(details, own) else math.nan
-        outside = math.nan if is_source or not same or changed is None else psnr_outside(x, source, changed)
-        yield name, *values.values(), reconstruction, outside
+        known = details["prompt"] if details["settings"] else ""            # of a video without a record nobody knows
+        prompt = own if name == "source.mp4" else known
+        values = of_clip(eye, x, prompt, own)
+        values["psnr"] = psnr(x, source) if x.shape == source.shape and is_reconstruction(details, own) else math.nan
+        values["psnr_outside"] = math.nan if mask is None else outside(run, x, mask)
+        yield name, values
 
 
-def mask_of(run, path, source):
-    """A mask's pixels for the frames of source.mp4, source (f, 3, h, w): (f, h, w) bool, True where an edit may
-    change. Raises InputError for a mask that does not fit the run.
+def outside(run, x, mask):
+    """`psnr_outside` of frames x to a run's source, by the mask of this file; nan for frames of another shape.
+
+    It is infinite for the source itself. Raises InputError for a mask that does not fit the run.
     """
-    mean, _ = run.latents()
-    return read_mask(path, run.settings, *source.shape[2:], cell=source.shape[2] // mean.shape[3])
+    source, (mean, _) = frames.read_all(run.path / "source.mp4"), run.latents()
+    changed = read_mask(mask, run.settings, *source.shape[2:], cell=source.shape[2] // mean.shape[3])
+    return psnr_outside(x, source, changed) if x.shape == source.shape else math.nan
 
 
 def is_reconstruction(details, own):
     """Does a sample's record say that it should be the source: from the clip's noise, its own prompt, nothing else?"""
     settings = details["settings"]
-    kind = NOISES.get(settings.get("noise"))
-    if details["prompt"] != own or settings.keys() & ELSE:
-        return False
-    return kind is not None and kind.needs_clip
+    begun = any(name == settings.get("noise") and kind.needs_clip for name, kind in NOISES.items())
+    return begun and details["prompt"] == own and not settings.keys() & ELSE
 
 
-def save(folder, clip, measured, conditions=None):
-    """metrics.json, which the page shows: the CLIP's path, and {file: {name: value}} without undefined values.
-
-    conditions: what the values depend on, for whoever asks later whether they still hold.
-    """
+def save(folder, clip, measured):
+    """metrics.json, which the page shows: the CLIP's path, and the finite ones of {file: {name: value}}."""
     values = {file: {name: value for name, value in row.items() if math.isfinite(value)}
               for file, row in measured.items()}
-    saved = dict(clip=str(clip), conditions=conditions, values=values)
-    replace_text(folder / "metrics.json", json.dumps(saved, indent=2) + "\n")
+    replace_text(folder / "metrics.json", json.dumps(dict(clip=str(clip), values=values), indent=2) + "\n")
 
 
 def main():
@@ -201,15 +185,13 @@ def main():
     args = p.parse_args()
     run = Run.open(args.run)
     eye = Features(args.clip, cli.choose_device(args.device))
-    found = list(rows(run, eye, args.mask))
-    longest = max(len(name) for name, *_ in found)
+    measured = dict(rows(run, eye, args.mask))
+    longest = max(map(len, measured))
     heads = "all pairs", "neighbours", "text", "success", "PSNR", "outside"
     cli.say(f"clip: {args.clip}\n{'':{longest}}" + "".join(f"{head:>12}" for head in heads))
-    measured = {}
-    for name, *values in found:
-        measured[name] = dict(zip(COLUMNS, values))
-        values = ("-" if math.isnan(value) else f"{value:.2f}" for value in values)
-        cli.say(f"{name:{longest}}" + "".join(f"{value:>12}" for value in values))
+    for name, values in measured.items():
+        texts = (f"{value:.2f}" if math.isfinite(value) else "-" for value in values.values())
+        cli.say(f"{name:{longest}}" + "".join(f"{text:>12}" for text in texts))
     save(run.path, args.clip, measured)
     cli.say(f"page: {page.write(run.path)}")
     return 0
