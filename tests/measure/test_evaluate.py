@@ -104,16 +104,20 @@ def test_the_toys_set_names_its_own_clips_with_their_captions():
 # ---- measuring -----------------------------------------------------------------------------------
 
 def test_pick_score_is_the_scaled_cosine_and_loveu_squashes_first(tmp_path):
-    folder = tiny.write_judge(tmp_path / "judge")
+    eye = metrics.Features(tiny.write_judge(tmp_path / "judge"))
     x = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     frames.write_mp4(tmp_path / "x.mp4", x, fps=8)
-    pictures, eye = frames.pictures(tmp_path / "x.mp4"), metrics.Features(folder)
-    told = evaluate.Judges(folder, folder, None, "cpu").measure(tmp_path / "x.mp4", "a man", "a dog")
+    pictures, entry = frames.pictures(tmp_path / "x.mp4"), evaluate.Entry("x", tmp_path, "a dog", (), "x")
+
+    def measured(pick, side):
+        evaluation = evaluate.Evaluation(tmp_path, None, {}, None, eye, pick, side)
+        return evaluation.measure(Run(tmp_path, None), "x.mp4", "a man", entry)
+    told = measured(eye, None)
     scale = eye.clip.logit_scale.exp().item()
     assert told["pick_score"] == pytest.approx(scale * told["textual_alignment"] / 100, abs=1e-3)
     assert told["textual_alignment"] == pytest.approx(
         metrics.textual_alignment(eye.images(pictures), eye.texts(["a man"])), abs=1e-3)
-    squashed = evaluate.Judges(folder, None, 480, "cpu").measure(tmp_path / "x.mp4", "a man", "a dog")
+    squashed = measured(None, 480)
     features = eye.images([picture.resize((480, 480)) for picture in pictures])
     assert squashed["consistency_all_pairs"] == pytest.approx(metrics.consistency_all_pairs(features), abs=1e-3)
     assert squashed["consistency_all_pairs"] != told["consistency_all_pairs"] and "pick_score" not in squashed
@@ -292,12 +296,6 @@ def test_files_of_others_are_not_overwritten(place):
     (place / "taken/a/source.mp4").write_text("mine")
     done = call(place, "set.csv", *FLAGS, "--clips", 1, "--out", "taken", status=1)
     assert "taken/a is there already" in done.err and (place / "taken/a/source.mp4").read_text() == "mine"
-
-
-def test_a_spreadsheet_gets_no_formula(place):
-    write_set(place / "formula.csv", ["clip,caption,edit", 'a.mp4,a man,"=1+1"'])
-    call(place, "formula.csv", *FLAGS)
-    assert rows(place / "evaluated/formula/results.csv")[0]["prompt"] == "'=1+1"
 
 
 def test_two_evaluations_in_one_process_do_not_lock_each_other_out(place, monkeypatch):

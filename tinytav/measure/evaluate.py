@@ -20,6 +20,7 @@ process, on this machine or on another.
 import csv
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from tinytav import cli, editing
 from tinytav.errors import InputError, check_file
 from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace_text
-from tinytav.files.runs import Run, slug
+from tinytav.files.runs import Run, free_name, slug
 from tinytav.measure import metrics
 from tinytav.memory import is_out_of_memory
 from tinytav.stable_diffusion.checkpoint import read_json
@@ -44,7 +45,7 @@ from tinytav.weights import StableDiffusion
 
 BLOCKS = ("DAVIS_480p", "youtube_480p", "videvo_480p")      # LOVEU-TGVE's folders
 LOVEU_SIDE = 480                                            # run_eval.py measures frames of 480 x 480
-COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.OF_CLIP)
+COLUMNS = ("clip", "caption", "kind", "prompt", *metrics.OF_CLIP, "psnr_outside", "pick_score")     # of results.csv
 SETTINGS = ("size", "frames", "window", "steps", "lr", "ddim_steps", "guidance", "seed")      # those of editing.begin
 
 
@@ -80,17 +81,17 @@ def read_set(path):
         raise InputError(f"{path} is no set: its first line is neither `clip,caption,...` nor LOVEU-TGVE's "
                          "`Video name,Our GT caption,...`.")
     entries = []
-    for number, (name, caption, *prompts) in rows:
+    for number, (name, caption, *cells) in rows:
         if is_loveu and not caption:                        # a heading, or nothing
             continue
         if not name or not caption:
             raise InputError(f"{path}, line {number}: there is no video's name, or no caption.")
-        edits = tuple((kind, prompt) for kind, prompt in zip(kinds, prompts) if kind and prompt)
+        edits = tuple((kind, prompt) for kind, prompt in zip(kinds, cells) if kind and prompt)
         if not edits:
             raise InputError(f"{path}, line {number}: {name!r} has no edit.")
         clip = loveu_path(path.parent, name) if is_loveu else path.parent / name
-        folder = free_name(Path(name).stem, {entry.folder for entry in entries})
-        mask = None if is_loveu else dict(zip(names[2:], prompts)).get("mask")
+        mask = dict(zip(names[2:], cells)).get("mask")
+        folder = free_name(slug(Path(name).stem), {entry.folder for entry in entries}.__contains__)
         entries.append(Entry(name, clip, caption, edits, folder, path.parent / mask if mask else None))
     if not entries:
         raise InputError(f"{path} holds no clip.")
@@ -113,14 +114,6 @@ def loveu_path(base, name):
     """The clip's video or folder of pictures; where there is none, a path that reading then reports."""
     paths = [base / block / place for block in BLOCKS for place in (f"480p_videos/{name}.mp4", f"480p_frames/{name}")]
     return next((path for path in paths if path.exists()), paths[0])
-
-
-def free_name(stem, taken):
-    """A folder's name made of a clip's, which no clip before it has."""
-    name, number = slug(stem), 2
-    while name in taken:
-        name, number = f"{slug(stem)}-{number}", number + 1
-    return name
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -149,32 +142,6 @@ def leave():
         distributed.destroy_process_group()
 
 
-# ---- measuring -----------------------------------------------------------------------------------
-
-class Judges:
-    """What measures: folders of a CLIP, and perhaps of PickScore_v1. side: frames are squashed to it first, or None."""
-
-    def __init__(self, clip, pick, side, device):
-        self.name, self.side = str(clip), side
-        self.clip = metrics.Features(clip, device)
-        self.pick = metrics.Features(pick, device) if pick else None
-
-    def measure(self, path, prompt, caption):
-        """An edited video's numbers: {name: value}, rounded to four decimals; without a value where it is not defined.
-
-        caption: the source's.
-        """
-        pictures = frames.pictures(path)
-        if self.side:
-            pictures = [picture.resize((self.side, self.side)) for picture in pictures]
-        values = metrics.of_clip(self.clip, pictures, prompt, caption)
-        if self.pick:
-            # LOVEU-TGVE's run_eval.py, pick_score; Kirstain et al., arXiv 2305.01569
-            cosines = self.pick.images(pictures) @ self.pick.texts([prompt]).flatten()
-            values["pick_score"] = (self.pick.clip.logit_scale.exp().cpu() * cosines).mean().item()
-        return {name: round(value, 4) for name, value in values.items() if value == value}
-
-
 # ---- one clip ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -182,9 +149,11 @@ class Evaluation:
     """What a rank evaluates its clips with, and the folder of all results."""
     out: Path
     sd: StableDiffusion
-    settings: dict          # of tuning and sampling, as editing.begin takes them
-    judges: Judges
-    progress: Callable      # as editing.py's functions take it
+    settings: dict                  # of tuning and sampling, as editing.begin takes them
+    progress: Callable              # as editing.py's functions take it
+    eye: metrics.Features           # the CLIP that measures
+    pick: metrics.Features | None   # PickScore's, if it is asked for
+    side: int | None                # pixels: frames are squashed to this square before they are measured
 
     def evaluate(self, entry):
         """Tunes and edits, where that is not done yet, and measures. Saves the numbers, and returns the clip's rows."""
@@ -197,14 +166,26 @@ class Evaluation:
             for kind, prompt in entry.edits:
                 made = made_edit(session, noise, prompt)
                 name = made or session.edit(prompt, noise, progress=self.progress).file.name
-                values[name] = self.judges.measure(session.run.path / name, prompt, entry.caption)
-                if entry.mask:
-                    values[name] |= outside(session.run, name, entry.mask)
+                values[name] = self.measure(session.run, name, prompt, entry)
                 rows.append(dict(clip=entry.name, caption=entry.caption, kind=kind, prompt=prompt, **values[name],
                                  page=f"{entry.folder}/index.html", strip=f"{entry.folder}/{Path(name).stem}.png"))
-            metrics.save(session.run.path, self.judges.name, values)
+            metrics.save(session.run.path, self.eye.folder, values)
             page.write(session.run.path)
         return rows
+
+    def measure(self, run, name, prompt, entry):
+        """An edited video's finite numbers: {name: value}, rounded to four decimals."""
+        pictures = frames.pictures(run.path / name)
+        if self.side:
+            pictures = [picture.resize((self.side, self.side)) for picture in pictures]
+        values = metrics.of_clip(self.eye, pictures, prompt, entry.caption)
+        if self.pick:
+            # LOVEU-TGVE's run_eval.py, pick_score; Kirstain et al., arXiv 2305.01569
+            cosines = self.pick.images(pictures) @ self.pick.texts([prompt]).flatten()
+            values["pick_score"] = (self.pick.clip.logit_scale.exp().cpu() * cosines).mean().item()
+        if entry.mask:
+            values["psnr_outside"] = metrics.outside(run, frames.read_all(run.path / name), entry.mask)
+        return {name: round(value, 4) for name, value in values.items() if math.isfinite(value)}
 
     def tuned_session(self, entry):
         """The clip's run, tuned and locked -> editing.Session. It is begun, or gone on with, or taken as it is."""
@@ -221,13 +202,6 @@ class Evaluation:
                 pass
             session.finish(self.progress)
         return session
-
-
-def outside(run, name, mask):
-    """{"psnr_outside": value} of a run's video outside a mask's file; empty where the mask covers all."""
-    source, x = (frames.read_all(run.path / file) for file in ("source.mp4", name))
-    value = metrics.psnr_outside(x, source, metrics.mask_of(run, mask, source))
-    return dict(psnr_outside=round(value, 4)) if value == value else {}
 
 
 def check_same(run, entry):
@@ -280,29 +254,16 @@ def hold_settings(out, wanted):
                          "with --out.")
 
 
-def write_csv(path, columns, rows):
-    """Writes these columns of the rows, each a dict."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
-    replace_text(path, text.getvalue())
-
-
-def no_formula(value):
-    """A text that a spreadsheet does not take for a formula: an apostrophe stands before a sign that begins one."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-
-
 def report(args, out, rows, failures):
     """Writes results.csv and the page. Prints the means over all edits, what failed, and where both files are."""
-    more = ["psnr_outside"] * any("psnr_outside" in row for row in rows) + ["pick_score"] * bool(args.pick)
-    write_csv(out / "results.csv", (*COLUMNS, *more), rows)
-    shown = page.write_set(out, Path(args.set).name, rows, failures, f"CLIP: {args.clip}.")
-    for key in page.NUMBERS:
-        mean = page.mean_of(rows, key)
-        if mean == mean:
-            print(f"{key:24}{mean:8.2f}")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_text(out / "results.csv", text.getvalue())
+    shown = page.write_set(out, Path(args.set).name, f"CLIP: {args.clip}.", rows, failures)
+    for key, mean in page.means(rows).items():
+        print(f"{key:24}{mean:8.2f}")
     for name, reason in failures.items():
         cli.say(f"without results: {name}: {reason}")
     cli.say(f"results: {out / 'results.csv'}, {len(rows)} edits\npage: {shown}")
@@ -340,10 +301,10 @@ def main():
     out = Path(args.out or Path("evaluated") / Path(args.set).stem)
     out.mkdir(parents=True, exist_ok=True)
     sd = cli.load_weights(args)
-    judges = Judges(args.clip, args.pick, side, sd.device)
+    eye, pick = (metrics.Features(folder, sd.device) if folder else None for folder in (args.clip, args.pick))
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     hold_settings(out, asdict(sd.defaults) | given | dict(fingerprint=sd.fingerprint, precision=name_of(sd.dtype)))
-    evaluation = Evaluation(out, sd, given, judges, cli.progress if rank == 0 else editing.no_progress)
+    evaluation = Evaluation(out, sd, given, cli.progress if rank == 0 else editing.no_progress, eye, pick, side)
     results, failures = map(exchange, work(evaluation, entries[rank::size], rank))
     if rank == 0:
         report(args, out, [row for entry in entries for row in results.get(entry.folder, ())], failures)

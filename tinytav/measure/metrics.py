@@ -90,18 +90,18 @@ class Features:
     """Unit features of pictures and prompts, by a CLIP folder in transformers' layout. Raises InputError."""
 
     def __init__(self, folder, device="cpu"):
-        folder, self.device = Path(folder), device
-        config, tensors, where = read_component(folder, CLIPConfig)
-        self.clip, self.tokenizer = build(CLIP, config, tensors, where).to(device), Tokenizer.from_folder(folder)
+        self.folder, self.device = Path(folder), device
+        config, tensors, where = read_component(self.folder, CLIPConfig)
+        self.clip, self.tokenizer = build(CLIP, config, tensors, where).to(device), Tokenizer.from_folder(self.folder)
         self.tokenizer.length = config.text_config.max_position_embeddings
-        file, side = folder / "preprocessor_config.json", config.vision_config.image_size
+        file, side = self.folder / "preprocessor_config.json", config.vision_config.image_size
         try:                                        # a blank picture shows whatever may be wrong with the settings
             self.preprocess = Preprocessor.from_json(read_json(file))
             shape = self.preprocess([Image.new("RGB", (side, side))]).shape[2:]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{file} does not say how to prepare a picture: {error}") from None
         if shape != (side, side) or self.tokenizer.size > config.text_config.vocab_size:
-            raise InputError(f"{folder}: {file.name} or the tokenizer does not fit the model.")
+            raise InputError(f"{self.folder}: {file.name} or the tokenizer does not fit the model.")
 
     @torch.no_grad()
     def images(self, pictures):
