@@ -11,7 +11,7 @@ from tinytav import editing, pipeline
 from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.runs import Run
-from tinytav.inflation import ATTENTIONS, ClipCrossAttention, SparseCausalAttention, VideoUNet
+from tinytav.inflation import ClipCrossAttention, SparseCausalAttention, VideoUNet
 from tinytav.measure import attention
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNetConfig
@@ -24,8 +24,8 @@ def random(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def net(kind="sparse-causal"):
-    return tiny.filled(VideoUNet(UNetConfig.from_json(tiny.UNET), FRAMES, kind)).requires_grad_(False)
+def net():
+    return tiny.filled(VideoUNet(UNetConfig.from_json(tiny.UNET), FRAMES)).requires_grad_(False)
 
 
 def inputs(batch=2):
@@ -65,12 +65,10 @@ def test_a_words_maps_are_of_the_prompt_and_not_of_the_empty_one():
     torch.testing.assert_close(maps(x, t, context), maps(x[1:], t[1:], context[1:]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind, frame, seen", [
-    ("sparse-causal", 0, [0]), ("sparse-causal", 1, [0]), ("sparse-causal", 3, [0, 2]), ("first", 2, [0]),
-    ("spatial", 2, [2]), ("causal", 2, [0, 1, 2]), ("full", 1, [0, 1, 2, 3])])
-def test_a_pixels_maps_are_of_the_frames_it_looks_at_and_hold_all_its_attention(kind, frame, seen):
-    look = attention.PixelMaps(kind, FRAMES, frame, 0.3, 0.7, HEIGHT, WIDTH)
-    with attention.watched(model := net(kind), ATTENTIONS[kind], look):
+@pytest.mark.parametrize("frame, seen", [(0, [0]), (1, [0]), (3, [0, 2])])
+def test_a_pixels_maps_are_of_the_frames_it_looks_at_and_hold_all_its_attention(frame, seen):
+    look = attention.PixelMaps(FRAMES, frame, 0.3, 0.7, HEIGHT, WIDTH)
+    with attention.watched(model := net(), SparseCausalAttention, look):
         model(*inputs(1))
     maps = look.mean.value()
     assert look.seen == seen and maps.shape == (len(seen), HEIGHT, WIDTH)
@@ -78,12 +76,11 @@ def test_a_pixels_maps_are_of_the_frames_it_looks_at_and_hold_all_its_attention(
 
 
 @pytest.mark.parametrize("frame", [0, 1, 3])
-@pytest.mark.parametrize("kind", ATTENTIONS)
-def test_values_weighted_by_a_pixels_maps_are_what_the_attention_gives_it(kind, frame):
+def test_values_weighted_by_a_pixels_maps_are_what_the_attention_gives_it(frame):
     """With one head, the mean over heads is the head's own map, and the model's fused call must agree with it."""
-    module = tiny.filled(ATTENTIONS[kind](FRAMES, 16, 1))
+    module = tiny.filled(SparseCausalAttention(FRAMES, 16, 1))
     x = random(FRAMES, HEIGHT * WIDTH, 16)
-    look = attention.PixelMaps(kind, FRAMES, frame, 0.5, 0.25, HEIGHT, WIDTH)
+    look = attention.PixelMaps(FRAMES, frame, 0.5, 0.25, HEIGHT, WIDTH)
     look(module, x)
     shares = look.mean.value().flatten(1) / (HEIGHT * WIDTH)                # (frames, pixels)
     wanted = module.to_out[0]((shares[..., None] * module.to_v(x[look.seen])).sum((0, 1)))
@@ -92,7 +89,7 @@ def test_values_weighted_by_a_pixels_maps_are_what_the_attention_gives_it(kind, 
 
 @pytest.mark.parametrize("kind, look", [
     (ClipCrossAttention, attention.WordMaps(FRAMES, [1], HEIGHT, WIDTH)),
-    (SparseCausalAttention, attention.PixelMaps("sparse-causal", FRAMES, 2, 0.5, 0.5, HEIGHT, WIDTH))])
+    (SparseCausalAttention, attention.PixelMaps(FRAMES, 2, 0.5, 0.5, HEIGHT, WIDTH))])
 def test_watching_changes_no_bit_and_leaves_nothing_behind(kind, look):
     model = net()
     before = model(*inputs())
@@ -169,23 +166,21 @@ def test_a_words_rows_show_each_frame_above_its_own_map():
     for (_, samples), (_, watched) in (rows[:2], rows[2:]):
         for (sample, label), (heated, _) in zip(samples, watched):
             i = int(label.split()[1]) - 1
-            assert (sample == attention.resized(x, attention.SIDE)[i]).all() and brightest(heated) == (i % 2, i % 3)
+            assert (sample == attention.resized(x)[i]).all() and brightest(heated) == (i % 2, i % 3)
             assert (heated == attention.heated(sample, (maps / maps.max())[i].numpy())).all()           # one scale
 
 
 def test_a_pixels_row_shows_its_frame_first_and_then_what_it_looks_at_with_the_shares():
     x = random(6, 3, 16, 24).clamp(-1, 1) / 4 - 0.75
-    maps = {"before": torch.stack([cell(1), cell(5)]), "after": torch.stack([cell(4), cell(0)])}
-    rows = attention.pixel_rows(x, 5, (0.25, 0.75), [0, 4], maps)
-    assert [text for text, _ in rows] == ["before", "after"]
-    assert [[label for _, label in row] for _, row in rows] == [
-        ["frame 6: the pixel", "frame 1: 25 % of its attention", "frame 5: 75 % of its attention"],
-        ["frame 6: the pixel", "frame 1: 83 % of its attention", "frame 5: 17 % of its attention"]]
-    assert [brightest(picture) for _, row in rows for picture, _ in row[1:]] == [(1, 1), (1, 2), (0, 1), (0, 0)]
-    frame, (first, _), (fifth, _) = attention.resized(x, attention.SIDE), *rows[0][1][1:]
-    assert np.corrcoef(first[100:, 200:].mean(-1).ravel(), frame[0][100:, 200:].mean(-1).ravel())[0, 1] > 0.9
-    assert np.corrcoef(fifth[:100, :100].mean(-1).ravel(), frame[4][:100, :100].mean(-1).ravel())[0, 1] > 0.9
-    assert ring(rows[0][1][0][0], frame[5]) == pytest.approx((0.25, 0.75), abs=0.01)
+    maps = torch.stack([cell(4), cell(0)])
+    text, row = attention.pixel_row(x, 5, (0.25, 0.75), [0, 4], maps)
+    assert text == "after tuning" and [label for _, label in row] == [
+        "frame 6: the pixel", "frame 1: 83 % of its attention", "frame 5: 17 % of its attention"]
+    assert [brightest(picture) for picture, _ in row[1:]] == [(0, 1), (0, 0)]
+    pictures = attention.resized(x)
+    for i, one, (picture, _) in zip((0, 4), maps / maps.max(), row[1:]):
+        assert (picture == attention.heated(pictures[i], one)).all()                                    # one scale
+    assert ring(row[0][0], pictures[5]) == pytest.approx((0.25, 0.75), abs=0.01)
 
 
 def ring(picture, plain):
@@ -228,23 +223,23 @@ def call(place, *args, status=0):
 
 
 def drawn(place, monkeypatch, *args):
-    """What the command draws: (rows, x, {text: maps}). The word's maps have the text "word"."""
+    """What the command draws: (rows, x, maps)."""
     seen = {}
 
-    def pixel_rows(x, frame, at, frames, maps):
+    def pixel_row(x, frame, at, frames, maps):
         seen.update(maps=maps, x=x)
         return made_of_pixel(x, frame, at, frames, maps)
 
     def word_rows(x, maps, word):
-        seen.update(maps={"word": maps}, x=x)
+        seen.update(maps=maps, x=x)
         return made_of_word(x, maps, word)
 
     def sheet(rows):
         seen["rows"] = rows
         return made_of_rows(rows)
-    made_of_pixel, made_of_word, made_of_rows = attention.pixel_rows, attention.word_rows, attention.sheet
+    made_of_pixel, made_of_word, made_of_rows = attention.pixel_row, attention.word_rows, attention.sheet
     with monkeypatch.context() as patch:
-        for function in (pixel_rows, word_rows, sheet):
+        for function in (pixel_row, word_rows, sheet):
             patch.setattr(attention, function.__name__, function)
         patch.chdir(place)
         patch.setattr("sys.argv", ["attention", "runs/clip", *map(str, args)])
@@ -252,18 +247,14 @@ def drawn(place, monkeypatch, *args):
     return seen["rows"], seen["x"], seen["maps"]
 
 
-def test_the_pixel_and_the_frame_that_are_named_are_shown_after_tuning_or_also_before_it(place, monkeypatch):
-    [(text, row)], x, maps = drawn(place, monkeypatch, "--pixel", 100, 30, "--frame", 2)
+def test_the_pixel_and_the_frame_that_are_named_are_shown(place, monkeypatch):
+    [(text, row)], x, _ = drawn(place, monkeypatch, "--pixel", 100, 30, "--frame", 2)
     assert text == "after tuning" and [label.split(":")[0] for _, label in row] == ["frame 2", "frame 1"]
     height, width = frames.enlarged(x[:1]).shape[1:3]
-    middle = ring(row[0][0], attention.resized(x, attention.SIDE)[1])
+    middle = ring(row[0][0], attention.resized(x)[1])
     assert middle == pytest.approx((30.5 / height, 100.5 / width), abs=0.01)
     [(text, row)], *_ = drawn(place, monkeypatch, "--pixel", 100, 30)
     assert [label.split(":")[0] for _, label in row] == ["frame 3", "frame 1", "frame 2"]
-    rows, _, both = drawn(place, monkeypatch, "--pixel", 100, 30, "--frame", 2, "--before")
-    assert [text for text, _ in rows] == ["before tuning", "after tuning"]
-    assert torch.equal(both["after tuning"], maps["after tuning"])
-    assert not torch.equal(both["before tuning"], both["after tuning"])
 
 
 def test_a_pixels_maps_are_those_of_the_net_on_the_noised_clip(place, monkeypatch):
@@ -272,12 +263,12 @@ def test_a_pixels_maps_are_those_of_the_net_on_the_noised_clip(place, monkeypatc
     session = editing.open_run(load("w"), Run.open("runs/clip"))
     clip, steps = session.clip, session.run.settings.ddim_steps
     height, width = frames.enlarged(pipeline.decode(session.sd.vae, clip.mean)[:1]).shape[1:3]
-    look = attention.PixelMaps("sparse-causal", 3, 2, 30.5 / height, 100.5 / width, *clip.mean.shape[3:])
+    look = attention.PixelMaps(3, 2, 30.5 / height, 100.5 / width, *clip.mean.shape[3:])
     noise = pipeline.gaussian(clip.mean.shape, session.run.settings.seed)
-    with torch.no_grad(), attention.watched(session.net, ATTENTIONS["sparse-causal"], look):
+    with torch.no_grad(), attention.watched(session.net, SparseCausalAttention, look):
         for t, _ in session.sd.schedule.pairs(steps):
             pipeline.predict(session.net, session.sd.schedule.add_noise(clip.mean, noise, t), t, clip.context)
-    assert torch.equal(look.mean.value(), maps["after tuning"])
+    assert torch.equal(look.mean.value(), maps)
 
 
 def test_a_word_is_watched_in_the_newest_sample_that_holds_it(place, monkeypatch):
@@ -288,7 +279,7 @@ def test_a_word_is_watched_in_the_newest_sample_that_holds_it(place, monkeypatch
     _, other, _ = drawn(place, monkeypatch, "--word", "man")
     assert not torch.equal(other, x)
     _, _, named = drawn(place, monkeypatch, "--word", "panda", "--prompt", "a panda")
-    assert not torch.equal(named["word"], maps["word"])
+    assert not torch.equal(named, maps)
 
 
 def test_the_command_draws_pictures_that_the_page_shows_and_changes_no_other_file(place, monkeypatch):
@@ -308,12 +299,18 @@ def test_the_command_draws_pictures_that_the_page_shows_and_changes_no_other_fil
 @pytest.mark.parametrize("args, message", [
     (("--word", "dragon"), "does not hold the word 'dragon'"), (("--pixel", 4000, 3), "has 3 frames of"),
     (("--pixel", 3, 3, "--frame", 9), "of frame 9 is not in it"), ((), "required"),
-    (("--word", "man", "--frame", 1), "--frame and --before belong to --pixel"),
-    (("--word", "man", "--before"), "--frame and --before belong to --pixel"),
+    (("--word", "man", "--frame", 1), "--frame belongs to --pixel"),
     (("--pixel", 3, 3, "--prompt", "a"), "--prompt belongs to --word"),
     (("--pixel", 3, 3, "--seed", 5), "unrecognized arguments: --seed 5")])
 def test_what_cannot_be_shown_is_refused(place, args, message):
     assert message in call(place, "runs/clip", *args, status=2).err
+
+
+def test_a_pixel_of_a_run_with_other_attention_is_refused(place):
+    done = warm()(place, "train.py", "clip.mp4", "a man", "--weights", "w", "--attention", "full", "--out", "full",
+                  limit=300)
+    assert done.status == 0, done.err
+    assert "tuned with full attention" in call(place, "full/clip", "--pixel", 3, 3, status=2).err
 
 
 def test_a_run_in_windows_is_refused(place):

@@ -22,7 +22,7 @@ from tinytav.errors import InputError
 from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
-from tinytav.inflation import ATTENTIONS, ClipCrossAttention
+from tinytav.inflation import ClipCrossAttention, SparseCausalAttention
 from tinytav.stable_diffusion import lora
 
 # Dark violet to light yellow, from nothing to the most: as heat maps are often drawn. Red, green, blue.
@@ -32,26 +32,15 @@ SIDE = 200              # pixels of a frame's short side in a picture
 LABEL = 20              # pixels of the line of text above a row
 
 
-def looks_at(kind, frame, count):
-    """The frames, from 0, whose keys the frame gets from an attention of this name, in the order of its keys."""
-    return {
-        "sparse-causal": [0, max(frame - 1, 0)],            # the first frame is its own predecessor
-        "spatial": [frame],
-        "first": [0],
-        "causal": list(range(frame + 1)),
-        "full": list(range(count)),
-    }[kind]
-
-
 class PixelMaps:
-    """How much attention a pixel of one frame pays to each pixel of the frames it looks at.
+    """How much attention a pixel of one frame pays, by ST-Attn, to each pixel of the first frame and the previous one.
 
-    kind: the name of the attention. frame: from 0. y, x: where the pixel is, as parts of height and width.
+    frame: from 0. y, x: where the pixel is, as parts of height and width.
     """
 
-    def __init__(self, kind, frames, frame, y, x, height, width):
+    def __init__(self, frames, frame, y, x, height, width):
         self.frames, self.frame, self.y, self.x = frames, frame, y, x
-        self.looked_at = looks_at(kind, frame, frames)
+        self.looked_at = [0, max(frame - 1, 0)]                             # the first frame is its own predecessor
         self.seen = sorted(set(self.looked_at))
         self.mean = Mean(height, width)
 
@@ -60,10 +49,10 @@ class PixelMaps:
         pixel = int(self.y * height) * width + int(self.x * width)
         clip = x[-self.frames:]
         q, k = attention.to_q(clip[self.frame, pixel]), attention.to_k(clip[self.looked_at])
-        parts = probabilities(attention, q[None], k.flatten(0, 1))[0].unflatten(0, (-1, height, width))
+        parts = probabilities(attention, q[None], k.flatten(0, 1))[0].unflatten(0, (2, height, width))
         # where the first frame is also the previous one, its keys stand there twice, and both shares are its own
-        shares = torch.zeros(self.frames, height, width).index_add(0, torch.tensor(self.looked_at), parts.cpu())
-        self.mean.add(shares[self.seen] * height * width)                   # 1: as if it looked at one frame, evenly
+        shares = parts if len(self.seen) == 2 else parts.sum(0, keepdim=True)
+        self.mean.add(shares * height * width)                              # 1: as if it looked at one frame, evenly
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -93,9 +82,9 @@ def sheet(rows):
     return image
 
 
-def resized(x, side):
-    """Frames (f, 3, h, w) in [-1, 1] -> (f, h', w', 3) uint8, with a short side of `side` pixels."""
-    factor = side / min(x.shape[2:])
+def resized(x):
+    """Frames (f, 3, h, w) in [-1, 1] -> (f, h', w', 3) uint8, with a short side of SIDE pixels."""
+    factor = SIDE / min(x.shape[2:])
     size = [round(n * factor) for n in x.shape[2:]]
     mode = dict(mode="nearest") if factor > 1 else dict(mode="area")
     return frames.to_uint8(F.interpolate(x, size, **mode)).numpy()
@@ -103,7 +92,7 @@ def resized(x, side):
 
 def word_rows(x, maps, word):
     """Rows of frames (f, 3, h, w), each above its frames under the word's maps (f, h', w'); all maps on one scale."""
-    pictures, heat = resized(x, SIDE), maps / maps.max().clamp(min=1e-12)
+    pictures, heat = resized(x), maps / maps.max().clamp(min=1e-12)
     chosen, rows = frames.strip_columns(len(x)), []
     for part in (chosen[i:i + COLUMNS] for i in range(0, len(chosen), COLUMNS)):
         rows.append(("the sample", [(pictures[i], f"frame {i + 1}") for i in part]))
@@ -111,19 +100,15 @@ def word_rows(x, maps, word):
     return rows
 
 
-def pixel_rows(x, frame, place, seen, maps):
-    """Rows of frame `frame` with the pixel marked, and of the frames it looks at under their maps.
+def pixel_row(x, frame, place, seen, maps):
+    """A row of frame `frame` with the pixel marked, and of the frames it looks at under their maps, all on one scale.
 
-    x (f, 3, h, w); place (y, x) as parts; seen: the frames looked at; maps: {a row's text: (n, h', w')}, one scale.
+    x (f, 3, h, w); place (y, x) as parts; seen: the n frames looked at; maps (n, h', w').
     """
-    pictures, top = resized(x, SIDE), torch.cat(list(maps.values())).max().clamp(min=1e-12)
-    pixel, rows = (marked(pictures[frame], *place), f"frame {frame + 1}: the pixel"), []
-    for text, parts in maps.items():
-        shares = 100 * parts.sum((1, 2)) / parts.sum()
-        rows.append((text, [pixel, *((heated(pictures[seen[i]], parts[i] / top),
-                                      f"frame {seen[i] + 1}: {shares[i]:.0f} % of its attention")
-                                     for i in frames.strip_columns(len(seen)))]))
-    return rows
+    pictures, heat, shares = resized(x), maps / maps.max().clamp(min=1e-12), 100 * maps.sum((1, 2)) / maps.sum()
+    looked_at = [(heated(pictures[i], one), f"frame {i + 1}: {share:.0f} % of its attention")
+                 for i, one, share in zip(seen, heat, shares)]
+    return "after tuning", [(marked(pictures[frame], *place), f"frame {frame + 1}: the pixel"), *looked_at]
 
 
 def marked(picture, y, x):
@@ -145,12 +130,11 @@ def arguments():
     what.add_argument("--pixel", type=cli.number(int, 0), nargs=2, metavar=("X", "Y"),
                       help="show where this pixel looks in other frames; counted in source.mp4, from the top left")
     p.add_argument("--frame", type=cli.number(int, 1), metavar="N", help="take this frame (default: the last)")
-    p.add_argument("--before", action="store_true", help="show where the pixel looked before tuning, too")
     p.add_argument("--prompt", help="sample this prompt for --word (default: the newest sample's that holds "
                                     "the word, or the run's own)")
     args = p.parse_args()
-    if args.pixel is None and (args.frame or args.before) or args.pixel is not None and args.prompt is not None:
-        p.error("--frame and --before belong to --pixel, and --prompt belongs to --word")
+    if args.pixel is None and args.frame or args.pixel is not None and args.prompt is not None:
+        p.error("--frame belongs to --pixel, and --prompt belongs to --word")
     return args
 
 
@@ -179,11 +163,11 @@ def prompt_with(run, word):
 
 @torch.no_grad()
 def watch_pixel(args, session):
-    """Shows the noised clip to the net, after tuning or also before it -> as watch_word.
-
-    The noise is the same for both nets, so what differs is their doing.
-    """
+    """Shows the noised clip to the net -> as watch_word."""
     sd, clip, settings = session.sd, session.clip, session.run.settings
+    if settings.attention != "sparse-causal":
+        raise InputError(f"{session.run.path} was tuned with {settings.attention} attention, and --pixel shows "
+                         "sparse-causal attention alone: name another run.")
     x = pipeline.decode(sd.vae, clip.mean).cpu()
     height, width = frames.enlarged(x[:1]).shape[1:3]                       # as source.mp4 shows it
     frame, (column, line) = args.frame or len(x), args.pixel
@@ -192,23 +176,14 @@ def watch_pixel(args, session):
                          f"{column} {line} of frame {frame} is not in it.")
     place = (line + 0.5) / height, (column + 0.5) / width
     noise = pipeline.gaussian(clip.mean.shape, settings.seed).to(sd.device)
-    nets = {"after tuning": session.net}
-    if args.before:
-        untuned = editing.new_net(sd, clip.frames, settings.attention, settings.norm, settings.seed)
-        nets = {"before tuning": untuned} | nets
-    found = {}
-    for name, net in nets.items():
-        maps = PixelMaps(net.attention, net.frames, frame - 1, *place, *session.shape[3:])
-        with watched(net, ATTENTIONS[net.attention], maps):
-            for t, _ in cli.progress(sd.schedule.pairs(settings.ddim_steps), settings.ddim_steps, name):
-                pipeline.predict(net, sd.schedule.add_noise(clip.mean, noise, t), t, clip.context)
-        found[name] = maps.mean.value()
-    what = "the first and the previous frame" if settings.attention == "sparse-causal" else "the frames it is shown"
-    caption = (f"Where the pixel {column}, {line} of frame {frame} looks in {what}: {settings.attention} attention, "
-               f"the mean over heads, layers and {settings.ddim_steps} timesteps of the noised clip.")
-    rows = pixel_rows(x, frame - 1, place, maps.seen, found)
-    flags = dict(pixel=args.pixel, frame=frame, before=args.before)
-    return f"pixel-{column}-{line}-frame-{frame}", rows, caption, flags
+    maps = PixelMaps(session.net.frames, frame - 1, *place, *session.shape[3:])
+    with watched(session.net, SparseCausalAttention, maps):
+        for t, _ in cli.progress(sd.schedule.pairs(settings.ddim_steps), settings.ddim_steps, "looking"):
+            pipeline.predict(session.net, sd.schedule.add_noise(clip.mean, noise, t), t, clip.context)
+    caption = (f"Where the pixel {column}, {line} of frame {frame} looks in the first and the previous frame: sparse-"
+               f"causal attention, the mean over heads, layers and {settings.ddim_steps} timesteps of the noised clip.")
+    rows = [pixel_row(x, frame - 1, place, maps.seen, maps.mean.value())]
+    return f"pixel-{column}-{line}-frame-{frame}", rows, caption, dict(pixel=args.pixel, frame=frame)
 
 
 def main():
