@@ -284,7 +284,7 @@ class Session:
             flags["attention"] = self.net.attention
         if self.clip is None or self.clip.mean.shape != self.shape:
             flags |= dict(frames=record["frames"], size=record["size"])
-        return records.command("python", "sample.py", *records.flags(flags))
+        return records.call("python sample.py", [], flags)
 
     def source(self):
         """The flags that name the weights, where the run does not."""

@@ -19,13 +19,18 @@ def clip(tmp_path):
     return write_clip(tmp_path / "clip.mp4", frames=10, size=(48, 40))
 
 
+def choose(total, start=0, stride=None, exact=True, **asked):
+    """Of `total` frames at 12 a second."""
+    times = [Fraction(i, 12) for i in range(total)]
+    return frames.choose(times, Fraction(12), start=start, stride=stride, exact=exact, path="the clip", **asked)
+
+
 @pytest.mark.parametrize("total, asked, expected, fps", [
     (10, dict(frames=5), [0, 2, 4, 6, 8], 6), (10, dict(frames=3, start=1), [1, 4, 7], 4),
     (10, dict(frames=3, stride=2), [0, 2, 4], 6), (10, dict(frames=3, start=7, stride=1), [7, 8, 9], 12),
     (4, dict(frames=8, exact=False), [0, 1, 2, 3], 12), (4, dict(frames=8, stride=2, exact=False), [0, 2], 6)])
 def test_which_frames_are_taken(total, asked, expected, fps):
-    asked = dict(start=0, stride=None, exact=True) | asked
-    assert frames.choose(total, fps=Fraction(12), **asked) == (expected, fps)
+    assert choose(total, **asked) == (expected, fps)
 
 
 @pytest.mark.parametrize("total, asked, message", [
@@ -36,15 +41,14 @@ def test_which_frames_are_taken(total, asked, expected, fps):
     (1, dict(frames=2), "the clip has 1 frame. From frame 0 there is only 1, not 2")])
 def test_too_few_frames_are_an_error_that_says_how_many_there_are(total, asked, message):
     with pytest.raises(InputError, match=message):
-        frames.choose(total, fps=Fraction(12), **dict(start=0, stride=None, exact=True) | asked)
+        choose(total, **asked)
 
 
 @pytest.mark.parametrize("late, indices, fps", [(0.4, [0, 2, 4], 5), (0.6, [0, 2, 3], 5)])
 def test_a_frame_that_is_late_by_half_a_frame_makes_a_clip_uneven(late, indices, fps):
     times = [Fraction(i, 10) for i in range(6)]
     times[4] += Fraction(late) / 10
-    asked = dict(start=0, stride=None, exact=True, fps=Fraction(10), times=times)
-    assert frames.choose(6, 3, **asked) == (indices, fps)
+    assert frames.choose(times, Fraction(10), 3, 0, None, True, "the clip") == (indices, fps)
 
 
 def test_a_video_is_read_in_range_at_its_rate(clip):

@@ -35,7 +35,7 @@ def make_run(folder, prompts=(), count=8, losses=20, **changes):
     frames.write_mp4(folder / "source.mp4", x, fps=8)
     for number, prompt in enumerate(prompts):
         frames.write_mp4(folder / f"sample{number}.mp4", -x, fps=8, title=prompt)
-        line = records.command("python", "sample.py", "--prompt", prompt)
+        line = records.call("python sample.py", [], dict(prompt=prompt))
         records.write_record(folder, f"sample{number}", prompt, dict(guidance=2.0, seed=33), line)
         os.utime(folder / f"sample{number}.mp4", (number, number))
     return folder
@@ -233,7 +233,7 @@ def test_what_is_no_file_is_passed_over(tmp_path):
     (dict(prompt="-5 degrees"), "'--prompt=-5 degrees'"),
     (dict(lora=["-a", "b"], out=Path("-o")), "--lora=-a --lora=b --out=-o")])
 def test_flags_are_a_line_that_the_shell_reads_back(values, line):
-    assert records.command(*records.flags(values)) == line
+    assert records.call("it", [], values) == f"it {line}"
 
 
 def test_lines_with_words_that_begin_with_a_dash_or_that_a_shell_would_run_are_read_back(tmp_path, monkeypatch):

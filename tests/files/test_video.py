@@ -31,9 +31,9 @@ def first(path):
 
 
 def warned(read, *args, **kwargs):
-    """(What `read` returns, the texts of its warnings.)"""
+    """(What `read` returns, the texts of its warnings as a command shows them: each once.)"""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("default")
         result = read(*args, **kwargs)
     return result, [str(warning.message) for warning in caught]
 

@@ -25,7 +25,7 @@ class Clip:
     damaged = False             # True once packets could not be decoded; recount() then makes clock() right
 
     def __init__(self, path):
-        self.path, self.warned = path, set()
+        self.path = path
 
     def count(self):
         """How many frames there are. Raises InputError if there is none."""
@@ -34,14 +34,8 @@ class Clip:
             raise InputError(f"{self.path} has 0 frames.")
         return count
 
-    def warn(self, text):
-        """Warns once of each thing, however often the clip is read."""
-        if text not in self.warned:
-            self.warned.add(text)
-            warnings.warn(text)
-
     def warn_of_damage(self, lost, total):
-        self.warn(f"{self.path} is damaged: {lost} of {total} frames cannot be decoded. The others are used.")
+        warnings.warn(f"{self.path} is damaged: {lost} of {total} frames cannot be decoded. The others are used.")
 
 
 class Folder(Clip):

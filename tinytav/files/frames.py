@@ -44,8 +44,7 @@ def read(path, size, multiple, frames, start=0, stride=None, exact=True):
 
     def chosen():
         times, fps = clip.clock()
-        indices, fps = choose(len(times), frames, start=start, stride=stride, exact=exact, fps=fps, path=path,
-                              times=times)
+        indices, fps = choose(times, fps, frames, start, stride, exact, path)
         wanted = sorted(set(indices))
         fitted = dict(zip(wanted, (fit(picture, size, multiple) for picture in clip.pictures(wanted))))
         return fitted, indices, fps, len(times)
@@ -63,35 +62,29 @@ def check_size(size, multiple):
         raise InputError(f"The size {size} is not from {multiple} to {LARGEST}: use a size between them.")
 
 
-def choose(total, frames, *, start, stride, exact, fps, path="the clip", times=None):
-    """Which of `total` frames to take -> (indices, fps of the result). Raises InputError if there are too few.
+def choose(times, fps, frames, start, stride, exact, path):
+    """Which frames of a clip to take -> (indices, fps of the result). Raises InputError if there are too few.
 
     times: when each frame appears, in seconds. If they are uneven, the chosen frames are those that a player shows at
     evenly spread times; one that stays long may come twice. The time for which the last frame stays does not count.
     """
-    rest = total - start
-    if total == 0:
-        raise InputError(f"{path} has 0 frames.")
+    rest, has = len(times) - start, "1 frame" if len(times) == 1 else f"{len(times)} frames"
     if rest < 1:
-        raise InputError(f"{path} has {counted(total)}; none is left from --start {start}.")
+        raise InputError(f"{path} has {has}; none is left from --start {start}.")
     have = rest if stride is None else (rest - 1) // stride + 1
     if have < frames and exact:
         by_stride = f" with stride {stride}" if stride else ""
-        raise InputError(f"{path} has {counted(total)}. From frame {start}{by_stride} there "
-                         f"{'is' if have == 1 else 'are'} only {have}, not {frames}: use --frames {have} or less.")
+        raise InputError(f"{path} has {has}. From frame {start}{by_stride} there {'is' if have == 1 else 'are'} only "
+                         f"{have}, not {frames}: use --frames {have} or less.")
     count = min(frames, have)
     step = Fraction(stride) if stride else Fraction(rest, count)
     indices = [start + int(i * step) for i in range(count)]
-    if times is None or are_even(times) or count == 1:
+    if are_even(times) or count == 1:
         return indices, fps / step
     if stride or count == rest:
         return indices, 1 / gap([times[i] for i in indices])
     spacing = (times[-1] + gap(times[start:]) - times[start]) / count
     return [bisect_right(times, times[start] + i * spacing) - 1 for i in range(count)], 1 / spacing
-
-
-def counted(frames):
-    return "1 frame" if frames == 1 else f"{frames} frames"
 
 
 def are_even(times):

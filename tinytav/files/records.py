@@ -24,7 +24,7 @@ def write_record(folder, name, prompt, settings, repeat):
 def record(file):
     """A JSON file's object; an empty one where the file is absent or broken."""
     try:
-        return read_json(file) if file.is_file() else {}
+        return read_json(file)
     except InputError:
         return {}
 
@@ -70,19 +70,15 @@ def read_losses(folder):
 
 # ---- Lines for a shell ---------------------------------------------------------------------------
 
-def command(*words):
-    """Words -> a line for the shell."""
-    return shlex.join(map(str, words))
-
-
 def call(program, places, values):
-    """A line that calls a program with positional words and flags, also where one begins with a dash.
+    """A line for the shell that calls a program with positional words and flags, also where one begins with a dash.
 
     program: its words as one text. values: {name: value}, as `flags` takes them.
     """
+    words = [*places, *flags(values)]
     if any(str(place).startswith("-") for place in places):
-        return command(*program.split(), *flags(values), "--", *places)
-    return command(*program.split(), *places, *flags(values))
+        words = [*flags(values), "--", *places]
+    return shlex.join([*program.split(), *map(str, words)])
 
 
 def flags(values):

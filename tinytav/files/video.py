@@ -1,4 +1,5 @@
 """Videos, read by PyAV as a player shows them: upright, square pixels, standard range, frames at their own times."""
+import warnings
 from contextlib import contextmanager
 from itertools import islice
 
@@ -73,10 +74,10 @@ class Video(Clip):
         pixels = frame.to_ndarray(format="rgb48le" if is_hdr else "rgba" if has_alpha else "rgb24",
                                   interpolation=colour.ACCURATE)
         if is_hdr:
-            self.warn(f"{self.path} has a high dynamic range. It is converted to standard range.")
+            warnings.warn(f"{self.path} has a high dynamic range. It is converted to standard range.")
             pixels = colour.to_standard(pixels / np.float32(65535), transfer)
         if frame.interlaced_frame:
-            self.warn(f"{self.path} is interlaced: every second row is of another moment. Those rows are left out.")
+            warnings.warn(f"{self.path} is interlaced: every second row is of another moment. Those rows are left out.")
             pixels = pixels[::2]
         picture = on_white(Image.fromarray(pixels))
         return upright(picture.resize(shown_size(frame, stream, self.path), Image.Resampling.LANCZOS), frame)
