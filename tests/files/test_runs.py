@@ -38,7 +38,7 @@ def test_what_a_run_could_not_read_again_is_refused_before_it_is_made():
 
 
 def create(folder, fill=Run.save):
-    return Run.create(folder, "clip", Settings.from_json(SETTINGS), fill)
+    return Run.create(folder / "clip", Settings.from_json(SETTINGS), fill)
 
 
 def test_a_new_run_takes_the_next_free_name(tmp_path):

@@ -59,9 +59,9 @@ def unpickle(path):
     except (InputError, MemoryError):
         raise
     except Exception as error:              # a damaged file can fail anywhere in torch's reader
-        if asked := asks_for(path, error):
-            raise InputError(f"{path} asks for {', '.join(map(repr, asked))}. Opening it could run code, so it is "
-                             "refused: look for the same model as .safetensors.") from None
+        if asked := re.findall(r"GLOBAL (\S+)", str(error)):
+            raise InputError(f"{path} asks for {asked[0]!r}. Opening it could run code, so it is refused: look for the "
+                             "same model as .safetensors.") from None
         raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or holds more than weights. Fetch it "
                          "again, or look for the same model as .safetensors.") from None
 
@@ -73,15 +73,6 @@ def refuse_compressed(path):
             raise InputError(f"{path} is compressed, which torch.save never does. It is refused.")
 
 
-def asks_for(path, error):
-    """The classes and functions a pickled file asks for beyond those allowed. Reads them; calls nothing."""
-    try:
-        asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:                       # of a damaged file; the error of reading it says more
-        asked = []
-    return asked or re.findall(r"GLOBAL (\S+)", str(error))
-
-
 def named_tensors(content, path):
     """{name: tensor} of what a file holds, and the names of what else stands among them. Raises InputError."""
     content = learned_word(out_of_containers(content), path)
@@ -91,12 +82,8 @@ def named_tensors(content, path):
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             left_out.append(name if isinstance(name, str) else f"a {type(name).__name__}")
-        elif name == "__metadata__":
-            raise InputError(f"{path}: a tensor is called __metadata__, a name that safetensors keeps for itself.")
-        elif not isinstance(name, str):
-            raise InputError(f"{path}: the name of a tensor is a {type(name).__name__}, not a text.")
-        elif name.encode(errors="replace").decode() != name:
-            raise InputError(f"{path}: the name {name!r} of a tensor is no text that UTF-8 can hold.")
+        elif not isinstance(name, str) or name == "__metadata__" or name.encode(errors="replace").decode() != name:
+            raise InputError(f"{path}: {name!r} is the name of a tensor, and none that safetensors can hold.")
         elif not is_plain(value):
             raise InputError(f"{path}: {name!r} is a tensor of a kind that safetensors cannot hold ({value.dtype}, "
                              f"{value.layout}).")

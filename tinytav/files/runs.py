@@ -111,22 +111,12 @@ class Run:
     # ---- Making and finding runs
 
     @classmethod
-    def create(cls, folder, name, settings, fill):
-        """A new, locked run in folder/name, or folder/name-2, ...: a run is never overwritten.
+    def create(cls, path, settings, fill, another=True):
+        """A new, locked run in a folder of this path, or else of path-2, ...: a run is never overwritten.
 
-        fill(run) writes its files. The folder is hidden until they are all there.
+        fill(run) writes its files. The folder is hidden until they are all there. With another=False it has this very
+        path; raises FileExistsError if there is something already.
         """
-        folder, name = Path(folder), slug(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                return cls.create_at(folder / new_name(folder, name), settings, fill)
-            except FileExistsError:             # another process was quicker
-                pass
-
-    @classmethod
-    def create_at(cls, path, settings, fill):
-        """As `create`, in a folder of this path. Raises FileExistsError if there is something already."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent)
@@ -135,6 +125,8 @@ class Run:
             run.lock()
             run.path.chmod(0o777 & ~umask())
             fill(run)
+            if another:
+                path = path.with_name(new_name(path.parent, path.name))
             if os.path.lexists(path):
                 raise FileExistsError(f"{path} is there already.")
             run.path.rename(path)
