@@ -246,9 +246,7 @@ def test_lines_with_words_that_begin_with_a_dash_or_that_a_shell_would_run_are_r
     assert args.lora == ["-l:-1.5"] and args.steps == 20 and args.out == str(tmp_path / "-runs")
     monkeypatch.chdir(tmp_path)
     shown = Elements(page.write(make_run(Path("-runs/run"), finished=0)))
-    assert "python train.py --resume=-runs/run" in shown.text and "python sample.py" not in shown.text
-    shown = Elements(page.write(make_run(Path("-runs/run"))))
-    assert "python sample.py --run=-runs/run --prompt ..." in shown.text
+    assert "python train.py --resume=-runs/run" in shown.text
 
 
 # ---- in a real browser ---------------------------------------------------------------------------

@@ -4,6 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from tinytav.errors import InputError
+
 
 def replace(path, write):
     """Calls write(temporary file), then renames that file to `path`.
@@ -29,6 +34,14 @@ def replace(path, write):
 def replace_text(path, text):
     """Writes a text file, UTF-8, as `replace` does."""
     replace(path, lambda file: Path(file).write_text(text, encoding="utf-8"))
+
+
+def replace_tensors(path, tensors, metadata=None):
+    """Writes {name: tensor} as safetensors, as `replace` does. Raises InputError if they cannot be written."""
+    try:
+        replace(path, lambda file: save_file(tensors, file, metadata))
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be written: {error}") from None
 
 
 def clear(folder):

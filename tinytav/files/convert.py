@@ -5,21 +5,17 @@ knows tensors and plain containers, and refuses everything else before it is cal
 opens pickles.
 """
 import argparse
-import json
 import os
 import re
 import shutil
 import zipfile
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 
 from tinytav.errors import InputError
-from tinytav.files.atomic import replace, replace_text
-from tinytav.stable_diffusion.checkpoint import PICKLED, some, weight_map
-from tinytav.stable_diffusion.config import read_json
+from tinytav.files.atomic import replace_tensors
+from tinytav.stable_diffusion.checkpoint import PICKLED, some
 
 CONTAINERS = ("state_dict", "model")        # under these names trainers keep the weights, beside other things
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -41,10 +37,7 @@ def convert_file(source, target):
                          "share one tensor. It is refused.")
     tensors = without_sharing(tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        replace(target, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{target} cannot be written: {error}") from None
+    replace_tensors(target, tensors, metadata={"format": "pt"})
     line = f"{source} -> {target.name}: {len(tensors)} tensors, {size / 1e6:,.1f} MB"
     return line + (f"; left out, because they are no tensors: {some(left_out)}" if left_out else "")
 
@@ -159,9 +152,7 @@ def convert_folder(source, target):
 
 def take_over(file, folder):
     """Converts or copies one file into `folder`. Returns what is worth saying of it. Raises InputError."""
-    if file.suffix == ".json" and ".bin.index." in file.name:
-        rename_shards(file, folder / safe_name(file.name))
-    elif file.suffix not in PICKLED:
+    if file.suffix not in PICKLED:
         if file.suffix != ".pkl":           # the state of a training, which is a pickle too
             shutil.copyfile(file, folder / file.name)
     elif file.with_name(safe_name(file.name)).exists():
@@ -173,20 +164,9 @@ def take_over(file, folder):
 
 
 def safe_name(name):
-    """pytorch_model.bin -> model.safetensors, as transformers calls it; other files, and indexes, keep their stem."""
-    stem, index, variant = name.partition(".index.")
-    stem = Path(stem).stem
-    if stem.startswith("pytorch_model"):
-        stem = stem.removeprefix("pytorch_")
-    return f"{stem}.safetensors{index}{variant}"
-
-
-def rename_shards(file, new):
-    """The index of a model in several files, with their new names."""
-    index = read_json(file)
-    shards = weight_map(index, file)
-    index["weight_map"] = {name: safe_name(shard) for name, shard in shards.items()}
-    replace_text(new, json.dumps(index))
+    """pytorch_model.bin -> model.safetensors, as transformers calls it; other files keep their stem."""
+    stem = Path(name).stem
+    return f"{stem.removeprefix('pytorch_') if stem.startswith('pytorch_model') else stem}.safetensors"
 
 
 # ---- the command ---------------------------------------------------------------------------------

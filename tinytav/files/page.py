@@ -91,7 +91,7 @@ class Html(str):
 
 
 def element(tag, *content, **attributes):
-    """The markup of an element. tag: its name, perhaps with classes: "p.legend". content: texts, elements, lists."""
+    """The markup of an element. tag: its name, perhaps with classes: "p.soft". content: texts, elements, lists."""
     name, *classes = tag.split(".")
     if classes:
         attributes = {"class": " ".join(classes)} | attributes
@@ -140,9 +140,9 @@ def heading(folder, settings, steps):
     """What the run is of, and whether it is finished. steps: how many are done."""
     if settings.finished:
         date = time.strftime("%d %B %Y, %H:%M", time.localtime(settings.finished))
-        state = element("p.state.finished", "finished ", date)
+        state = element("p.state", "finished ", date)
     else:
-        state = [element("p.state.unfinished", f"unfinished: {steps} of {settings.steps} steps"),
+        state = [element("p.state", f"unfinished: {steps} of {settings.steps} steps"),
                  element("p.soft", "If no train.py is at work on it, go on with"),
                  element("pre", call("python train.py", [], dict(resume=folder)))]
     return (element("p.kind", "tuned on ", element("b", settings.clip), " with the caption"),
@@ -158,11 +158,8 @@ def clips(folder, settings):
     figures = [clip(name, details, settings, inner(values, name)) for name, details in samples]
     fps = Fraction(settings.fps) if settings else FOLDER_FPS
     parts = [element("div.clips", figures, data_fps=f"{float(fps):.6g}")]
-    if len(samples) == 1 and settings and settings.finished:
-        parts += [element("p.legend", "No edit yet; make one with"),
-                  element("pre", call("python sample.py", [], dict(run=folder, prompt="...")))]
     if values:
-        parts.append(element("p.legend", LEGEND, "; these are by ", inner(metrics, "clip", str), "."))
+        parts.append(element("p.soft", LEGEND, "; these are by ", inner(metrics, "clip", str), "."))
     return parts
 
 
@@ -210,7 +207,7 @@ def loss_chart(losses, total):
     up, along = ([element("span", mark) for mark in marks]
                  for marks in ([f"{top:.3g}", f"{top / 2:.3g}", 0], [0, total // 2, total]))
     chart = element("div.chart", element("div.up", up), drawing, element("div.along", along))
-    return element("h2", "Loss"), element("p.legend", f"Each point is a mean over {window} steps."), chart
+    return element("h2", "Loss"), element("p.soft", f"Each point is a mean over {window} steps."), chart
 
 
 def previews(folder, settings):
@@ -234,9 +231,9 @@ def write_set(folder, title, note, results, failures):
     sections = [clip_section(list(rows)) for _, rows in groupby(results, itemgetter("page"))]
     parts = [element("p.kind", "an evaluated set"), element("h1", title),
              element("p.soft", f"{counted(results, 'edit')} of {counted(sections, 'clip')}. {note}"),
-             element("p.legend", LEGEND, ".")]
+             element("p.soft", LEGEND, ".")]
     if failures:
-        parts += [element("p.state.unfinished", f"without results: {counted(failures, 'clip')}"),
+        parts += [element("p.state", f"without results: {counted(failures, 'clip')}"),
                   element("ul", [element("li", element("b", name), ": ", why) for name, why in failures.items()])]
     return save(folder, title, [parts, means_table(results), sections])
 

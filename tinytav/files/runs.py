@@ -20,12 +20,10 @@ from dataclasses import asdict, dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 
 from tinytav.errors import InputError
-from tinytav.files.atomic import clear, replace, replace_text, umask
+from tinytav.files.atomic import clear, replace_tensors, replace_text, umask
 from tinytav.inflation import ATTENTIONS
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS, read_json, read_tensors
 from tinytav.stable_diffusion.config import Config
@@ -40,7 +38,6 @@ except ImportError:             # Windows: nothing there keeps two train.py off 
 
 LARGE = 2 ** 32
 MOST_STEPS = 10 ** 6        # of tuning: more would take years
-FIRST_FILES = ("clip.safetensors", "source.mp4", "run.json")        # those that a new run begins with
 FPS = r"[1-9]\d{0,19}(/[1-9]\d{0,19})?"     # a Fraction as text
 
 
@@ -119,7 +116,6 @@ class Run:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent)
         run = cls(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent), settings)
         try:
             run.lock()
@@ -237,11 +233,7 @@ class Run:
 
     def write(self, name, tensors):
         """A dict of tensors -> name.safetensors. Raises InputError if they cannot be written."""
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
-            replace(self.file(name), lambda file: save_file(tensors, file))
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{self.file(name)} cannot be written: {error}") from None
+        replace_tensors(self.file(name), {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
 
     def require(self, name):
         """Raises InputError unless the run has name.safetensors."""
@@ -270,21 +262,6 @@ def is_sound(tensor):
     if tensor.ndim == 0 and tensor.dtype is torch.int64:
         return True
     return tensor.dtype is torch.float32 and bool(tensor.isfinite().all())
-
-
-def remove_abandoned(folder):
-    """Removes the hidden folders of runs that a killed process was making, and no other hidden folder."""
-    for left in folder.glob(".*.part"):
-        files = [file.name for file in left.glob("*")]
-        if not files or any(not name.endswith(".part") and name not in FIRST_FILES for name in files):
-            continue                            # just made, or not ours
-        run = Run(left, None)
-        try:
-            run.lock()
-        except InputError:                      # its process is alive
-            continue
-        run.close()
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def slug(text):
