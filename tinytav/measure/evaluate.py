@@ -188,10 +188,16 @@ class Evaluation:
         return {name: round(value, 4) for name, value in values.items() if math.isfinite(value)}
 
     def tuned_session(self, entry):
-        """The clip's run, tuned and locked -> editing.Session. It is begun, or gone on with, or taken as it is."""
+        """The clip's run, tuned and locked -> editing.Session. It is begun, or gone on with, or taken as it is.
+
+        Raises InputError if there is a run of another clip than this one is now, or with another caption.
+        """
         path = self.out / entry.folder
         if (path / "run.json").is_file():
-            check_same(Run.open(path), entry)
+            known = Run.open(path).settings
+            if (known.prompt, known.clip_fingerprint) != (entry.caption, frames.fingerprint(entry.path)):
+                raise InputError(f"{path} was tuned on another clip than {entry.path} is now, or with another caption: "
+                                 "remove this folder, or name another one with --out.")
             run = Run.locked(path)
             session = editing.open_run(self.sd, run) if run.finished else editing.resume(self.sd, run)
         else:
@@ -202,13 +208,6 @@ class Evaluation:
                 pass
             session.finish(self.progress)
         return session
-
-
-def check_same(run, entry):
-    """Raises InputError unless the run was tuned on this clip, as it is now, with this caption."""
-    if (run.settings.prompt, run.settings.clip_fingerprint) != (entry.caption, frames.fingerprint(entry.path)):
-        raise InputError(f"{run.path} was tuned on another clip than {entry.path} is now, or with another caption: "
-                         "remove this folder, or name another one with --out.")
 
 
 def made_edit(session, noise, prompt):
