@@ -61,7 +61,7 @@ def test_all_parts_are_rows(here, weights, capsys):
     assert here("--weights", weights) == 0
     out = capsys.readouterr().out
     found = rows(out)
-    assert out.startswith(f"weights: {weights}\ncpu (") and "3 frames of 32x32" in out
+    assert out.startswith(f"weights: {weights}\ncpu (") and "3 frames of 32x32" in out and out.count("weights:") == 1
     assert [title for title, *_ in found] == list(bench.PARTS.values())
 
 
