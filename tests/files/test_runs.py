@@ -60,6 +60,19 @@ def test_a_new_run_is_hidden_until_its_files_are_there_and_a_failure_leaves_none
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
 
 
+def test_what_a_killed_process_left_of_a_new_run_is_removed_and_nothing_else(tmp_path):
+    killed, alive, foreign = (tmp_path / f".{name}.abc.part" for name in ("killed", "alive", "foreign"))
+    for folder in (killed, alive, foreign):
+        folder.mkdir()
+    (killed / "source.mp4").write_bytes(b"x"), (killed / ".clip.safetensors.7.part").mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    at_work = Run(alive, None)
+    at_work.lock()
+    create(tmp_path)
+    at_work.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".alive.abc.part", ".foreign.abc.part", "clip"]
+
+
 def test_the_newest_run_is_the_one_that_was_finished_last_whatever_its_name(tmp_path):
     for name, finished in (("a", 5.), ("b", 9.), ("c", 7.), ("d", 0)):
         (tmp_path / name).mkdir()

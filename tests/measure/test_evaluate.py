@@ -298,6 +298,12 @@ def test_files_of_others_are_not_overwritten(place):
     assert "taken/a is there already" in done.err and (place / "taken/a/source.mp4").read_text() == "mine"
 
 
+def test_a_spreadsheet_gets_no_formula(place):
+    write_set(place / "formula.csv", ["clip,caption,edit", 'a.mp4,a man,"=1+1"'])
+    call(place, "formula.csv", *FLAGS)
+    assert rows(place / "evaluated/formula/results.csv")[0]["prompt"] == "'=1+1"
+
+
 def test_two_evaluations_in_one_process_do_not_lock_each_other_out(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.argv", ["evaluate", "set.csv", *FLAGS, "--out", "evaluated/set"])

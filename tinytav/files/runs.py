@@ -38,6 +38,7 @@ except ImportError:             # Windows: nothing there keeps two train.py off 
 
 LARGE = 2 ** 32
 MOST_STEPS = 10 ** 6        # of tuning: more would take years
+FIRST_FILES = ("clip.safetensors", "source.mp4", "run.json")        # those that a new run begins with
 FPS = r"[1-9]\d{0,19}(/[1-9]\d{0,19})?"     # a Fraction as text
 
 
@@ -116,6 +117,7 @@ class Run:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
         run = cls(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent), settings)
         try:
             run.lock()
@@ -262,6 +264,21 @@ def is_sound(tensor):
     if tensor.ndim == 0 and tensor.dtype is torch.int64:
         return True
     return tensor.dtype is torch.float32 and bool(tensor.isfinite().all())
+
+
+def remove_abandoned(folder):
+    """Removes the hidden folders of runs that a killed process was making, and no other hidden folder."""
+    for left in folder.glob(".*.part"):
+        files = [file.name for file in left.glob("*")]
+        if not files or any(not name.endswith(".part") and name not in FIRST_FILES for name in files):
+            continue                            # just made, or not ours
+        run = Run(left, None)
+        try:
+            run.lock()
+        except InputError:                      # its process is alive
+            continue
+        run.close()
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def slug(text):

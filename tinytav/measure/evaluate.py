@@ -258,7 +258,7 @@ def report(args, out, rows, failures):
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
     replace_text(out / "results.csv", text.getvalue())
     shown = page.write_set(out, Path(args.set).name, f"CLIP: {args.clip}.", rows, failures)
     for key, mean in page.means(rows).items():
@@ -269,6 +269,11 @@ def report(args, out, rows, failures):
 
 
 # ---- the command ---------------------------------------------------------------------------------
+
+def no_formula(value):
+    """A text that a spreadsheet does not take for a formula: an apostrophe stands before a sign that begins one."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
 
 def arguments():
     parser = cli.parser(__doc__.splitlines()[0])
