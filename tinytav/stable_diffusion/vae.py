@@ -3,6 +3,7 @@
 Rombach et al., arXiv 2112.10752, section 3.1; equal to diffusers' AutoencoderKL. This file owns the latent scale:
 `encode` returns latents multiplied by it and `decode` expects them so; nothing else in the package knows of it.
 """
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -68,41 +69,6 @@ class Attention(nn.Module):
         return x + self.to_out[0](y).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Downsample(nn.Module):
-    """Halves the sides. Pads right and below only: the U-Net's pads every side."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Stage(nn.Module):
-    """One resolution: resnets, then perhaps a resampler."""
-
-    def __init__(self, resnets, downsampler=None, upsampler=None):
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
-        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
-
-    def forward(self, x):
-        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = layer(x)
-        return x
-
-
 class MidBlock(nn.Module):
     def __init__(self, cfg, dim):
         super().__init__()
@@ -113,54 +79,60 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        channels = cfg.block_out_channels
-        self.conv_in = nn.Conv2d(cfg.in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for i, out in enumerate(channels):
-            dims = [channels[max(i - 1, 0)]] + [out] * (cfg.layers_per_block - 1)
-            self.down_blocks.append(Stage([ResnetBlock(cfg, dim, out) for dim in dims],
-                                          downsampler=Downsample(out) if i < len(channels) - 1 else None))
-        self.mid_block = MidBlock(cfg, channels[-1])
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * cfg.latent_channels, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for stage in self.down_blocks:
-            x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+def named(**layers):
+    """Layers that run one after the other, under these names."""
+    return nn.Sequential(OrderedDict(layers))
 
 
-class Decoder(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        channels = cfg.block_out_channels[::-1]
-        self.conv_in = nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1)
-        self.mid_block = MidBlock(cfg, channels[0])
-        self.up_blocks = nn.ModuleList()
-        for i, out in enumerate(channels):
-            dims = [channels[max(i - 1, 0)]] + [out] * cfg.layers_per_block
-            self.up_blocks.append(Stage([ResnetBlock(cfg, dim, out) for dim in dims],
-                                        upsampler=Upsample(out) if i < len(channels) - 1 else None))
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], cfg.out_channels, 3, padding=1)
+def downsample(dim):
+    """Halves the sides. Pads right and below only: the U-Net's pads every side."""
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(dim, dim, 3, stride=2))
 
-    def forward(self, z):
-        z = self.mid_block(self.conv_in(z))
-        for stage in self.up_blocks:
-            z = stage(z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+
+def upsample(dim):
+    return named(grow=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(dim, dim, 3, padding=1))
+
+
+def stages(cfg, channels, count, name, resampler):
+    """One stage for each of `channels`: `count` resnets, then, except in the last, a resampler of this name."""
+    for i, out in enumerate(channels):
+        dims = [channels[max(i - 1, 0)]] + [out] * (count - 1)
+        layers = dict(resnets=nn.Sequential(*(ResnetBlock(cfg, dim, out) for dim in dims)))
+        if i < len(channels) - 1:
+            layers[name] = nn.Sequential(resampler(out))
+        yield named(**layers)
+
+
+def encoder(cfg):
+    """Pictures (n, 3, h, w) -> (n, 8, h/8, w/8), of which quant_conv makes mean and log-variance."""
+    channels = cfg.block_out_channels
+    return named(
+        conv_in=nn.Conv2d(cfg.in_channels, channels[0], 3, padding=1),
+        down_blocks=nn.Sequential(*stages(cfg, channels, cfg.layers_per_block, "downsamplers", downsample)),
+        mid_block=MidBlock(cfg, channels[-1]),
+        conv_norm_out=nn.GroupNorm(cfg.norm_num_groups, channels[-1], eps=1e-6),
+        conv_act=nn.SiLU(),
+        conv_out=nn.Conv2d(channels[-1], 2 * cfg.latent_channels, 3, padding=1))
+
+
+def decoder(cfg):
+    """What post_quant_conv makes of latents, (n, 4, h/8, w/8) -> pictures (n, 3, h, w)."""
+    channels = cfg.block_out_channels[::-1]
+    return named(
+        conv_in=nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1),
+        mid_block=MidBlock(cfg, channels[0]),
+        up_blocks=nn.Sequential(*stages(cfg, channels, cfg.layers_per_block + 1, "upsamplers", upsample)),
+        conv_norm_out=nn.GroupNorm(cfg.norm_num_groups, channels[-1], eps=1e-6),
+        conv_act=nn.SiLU(),
+        conv_out=nn.Conv2d(channels[-1], cfg.out_channels, 3, padding=1))
 
 
 class VAE(nn.Module):
     def __init__(self, cfg=VAEConfig()):
         super().__init__()
         self.cfg = cfg
-        self.encoder = Encoder(cfg)
-        self.decoder = Decoder(cfg)
+        self.encoder = encoder(cfg)
+        self.decoder = decoder(cfg)
         self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
 
