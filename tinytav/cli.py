@@ -19,7 +19,7 @@ from tinytav.memory import is_out_of_memory
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
-from tinytav.weights import default_path, load, preferred_precision
+from tinytav.weights import default_path, load, read_defaults
 
 SOURCE = ("weights", "tokenizer", "prediction", "vae", "embedding")     # the flags that say where the weights come from
 KNOWN = "knows.txt"     # a file beside weights that know only a small world: what they know, in words
@@ -119,7 +119,7 @@ def load_weights(args, source=None, precision=None):
     path = source.pop("weights", None)
     path = default_path() if path is None else path
     say(f"weights: {path}")
-    precision = args.precision or precision or preferred_precision(path)
+    precision = args.precision or precision or read_defaults(path).precision
     dtype = choose_dtype(device, precision)
     if precision is None and dtype is torch.bfloat16:
         print("precision: bf16, which this device computes fast; --precision fp32 undoes it")

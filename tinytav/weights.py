@@ -4,6 +4,7 @@ These are the values that the scripts take by default, and T-Attn's tensors wher
 tuned the U-Net. It stores such a net as a UNet3DConditionModel: the image U-Net's config with "3D" for "2D", the
 image U-Net's tensors, and in each transformer block T-Attn and its norm, `attn_temp.*` and `norm_temp.*`.
 """
+import json
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,7 +25,6 @@ from tinytav.stable_diffusion.vae import VAE
 
 TOY = Path(__file__).parents[1] / "weights/toy"
 TEMPORAL = "_temp."                 # T-Attn's tensors and those of its norm have it in their names
-BLOCK_TYPES = ("down_block_types", "up_block_types", "mid_block_type")
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
     be "hub:OWNER/NAME", which is downloaded; with connect=False it must have been downloaded before. Raises InputError
     naming the file, and the tensors that are missing, unexpected or misshapen.
     """
-    source = dict(weights=str(path), tokenizer=text(tokenizer), prediction=prediction, vae=text(vae),
-                  embedding=tuple(map(str, embedding or ())) or None)
+    source = dict(weights=str(path), tokenizer=tokenizer and str(tokenizer), prediction=prediction,
+                  vae=vae and str(vae), embedding=tuple(map(str, embedding or ())) or None)
     half = hub.is_name(path) and dtype is torch.float16
     if hub.is_name(path):
         path = hub.folder(path, half, connect)
@@ -98,15 +98,11 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
     image, temporal = split(tensors, where)
     found.parts["unet"] = config, image, where
     models = found.build(device, dtype)
+    size = 768 if found.schedule.prediction_type == "v_prediction" else 512     # the models of these pixels predict v
     return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path),
                            fingerprint=found.fingerprints[-1], device=torch.device(device), dtype=dtype,
-                           multiple=models["vae"].cfg.factor, defaults=_defaults(Path(path), found.schedule),
+                           multiple=models["vae"].cfg.factor, defaults=read_defaults(path, size),
                            temporal=temporal, source=source, before=found.fingerprints[:-1], **models)
-
-
-def text(value):
-    """A path as text, or None."""
-    return None if value is None else str(value)
 
 
 # ---- Defaults ------------------------------------------------------------------------------------
@@ -138,17 +134,10 @@ def is_stable_diffusion(path):
     return (path / "model_index.json").is_file()
 
 
-def preferred_precision(path):
-    """The name of the precision that the weights' defaults.json asks for, or None. Raises InputError."""
+def read_defaults(path, size=512):
+    """The defaults.json of the weights' folder, else Stable Diffusion's, for this size. Raises InputError."""
     file = Path(path) / "defaults.json"
-    return Defaults.from_json(read_json(file)).precision if file.is_file() else None
-
-
-def _defaults(path, schedule):
-    """The folder's defaults.json, else Stable Diffusion's. The models that predict v are those of 768 pixels."""
-    if (path / "defaults.json").is_file():
-        return Defaults.from_json(read_json(path / "defaults.json"))
-    return Defaults(size=768 if schedule.prediction_type == "v_prediction" else 512)
+    return Defaults.from_json(read_json(file)) if file.is_file() else Defaults(size=size)
 
 
 # ---- A U-Net that the official code has tuned ----------------------------------------------------
@@ -158,21 +147,9 @@ class OfficialConfig(UNetConfig):
 
     @classmethod
     def from_json(cls, d):
-        return UNetConfig.from_json(image_config(d))
-
-
-def image_config(config):
-    """The parsed config.json of the official U-Net -> that of the image U-Net. Any other config stays as it is."""
-    if config.get("_class_name") != "UNet3DConditionModel":
-        return config
-    return config | {name: in_2d(config[name]) for name in BLOCK_TYPES if name in config}
-
-
-def in_2d(kind):
-    """"CrossAttnDownBlock3D", or a list of such names -> the image U-Net's names."""
-    if isinstance(kind, list):
-        return [in_2d(one) for one in kind]
-    return kind.replace("3D", "2D") if isinstance(kind, str) else kind
+        if d.get("_class_name") == "UNet3DConditionModel":
+            d = json.loads(json.dumps(d).replace("3D", "2D"))       # "CrossAttnDownBlock3D", for one
+        return UNetConfig.from_json(d)
 
 
 def split(tensors, where):
@@ -182,8 +159,8 @@ def split(tensors, where):
     """
     image = {name: tensor for name, tensor in tensors.items() if TEMPORAL not in name}
     temporal = {name: tensor.to(torch.float32) for name, tensor in tensors.items() if TEMPORAL in name}
-    if temporal:
-        check(temporal, expected(image), where)
+    if temporal and (problems := checkpoint.misfits(temporal, expected(image))):
+        raise InputError(f"{where} is not a net that the official Tune-A-Video code tuned: {problems}.")
     return image, temporal
 
 
@@ -196,18 +173,3 @@ def expected(image):
         elif ".transformer_blocks.0.norm1." in name:
             shapes[name.replace(".norm1.", ".norm_temp.")] = tensor.shape
     return shapes
-
-
-def check(temporal, shapes, where):
-    """Raises InputError unless the temporal tensors are of these names and shapes, and finite."""
-    problems = [f"{name} is missing" for name in sorted(shapes.keys() - temporal.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(temporal.keys() - shapes.keys())]
-    for name in sorted(temporal.keys() & shapes.keys()):
-        if temporal[name].shape != shapes[name]:
-            problems.append(f"{name} has the shape {tuple(temporal[name].shape)}, not {tuple(shapes[name])}")
-        elif not temporal[name].is_meta and not temporal[name].isfinite().all():
-            problems.append(f"{name} holds NaN or infinite values")
-    if problems:
-        more = f"; and {len(problems) - 3} problems more" if len(problems) > 3 else ""
-        raise InputError(f"{where} is not a net that the official Tune-A-Video code tuned: "
-                         f"{'; '.join(problems[:3])}{more}.")

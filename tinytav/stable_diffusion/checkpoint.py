@@ -81,25 +81,30 @@ def build(Model, config, tensors, where, dtype=torch.float32):
             model = Model(config)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:     # torch's words for numbers that clash
         raise InputError(f"{where}: no {Model.__name__} can be built of its config.json: {error}.") from None
-    wanted = model.state_dict()
-    tensors = modern_names(tensors, wanted)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = modern_names(tensors, shapes)
+    for name in shapes.keys() & tensors.keys():     # a 1x1 convolution may be saved as a linear layer, or vice versa
+        if [n for n in tensors[name].shape if n != 1] == [n for n in shapes[name] if n != 1]:
+            tensors[name] = tensors[name].reshape(shapes[name])
+    if problems := misfits(tensors, shapes):
+        raise InputError(f"{where} does not fit this {Model.__name__}: {problems}.")
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def misfits(tensors, shapes):
+    """What keeps tensors {name: tensor} from being those of {name: shape}, and finite, in words; "" if nothing does."""
     problems = [f"{what}: {some(sorted(names))}" for what, names in (
-        ("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())) if names]
-    for name in wanted.keys() & tensors.keys():
-        tensor, shape = tensors[name], wanted[name].shape
-        if [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]:
-            tensor = tensor.reshape(shape)                  # a 1x1 convolution saved as a linear layer, or vice versa
+        ("missing", shapes.keys() - tensors.keys()), ("unexpected", tensors.keys() - shapes.keys())) if names]
+    for name in sorted(shapes.keys() & tensors.keys()):
+        tensor, shape = tensors[name], shapes[name]
         if tensor.shape != shape:
             problems.append(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
         elif not tensor.is_floating_point():
             problems.append(f"{name} is of type {tensor.dtype}, not floating-point")
         elif not tensor.is_meta and not tensor.float().isfinite().all():        # a meta tensor has no values
             problems.append(f"{name} holds NaN or infinite values")
-        tensors[name] = tensor.to(dtype)
-    if problems:
-        raise InputError(f"{where} does not fit this {Model.__name__}: {some(problems, '; ')}.")
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
+    return some(problems, "; ")
 
 
 def modern_names(tensors, wanted):
