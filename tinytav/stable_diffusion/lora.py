@@ -40,9 +40,11 @@ OTHER_KINDS = {
     "hada_": "a LoHa", "lokr_": "a LoKr", "dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA",
     "lora_mid": "a LoRA with a middle tensor (lora_mid, a Tucker decomposition)",
 }
-# of diffusers, ComfyUI and PEFT; the first files of diffusers held the U-Net alone, without its name
-PREFIXES = dict(unet=("unet.", "diffusion_model.", "base_model.model.", ""),
-                text_encoder=("text_encoder.", "base_model.model."))
+# what stands before a layer's name: of kohya; of diffusers, ComfyUI and PEFT. The first files of diffusers held the
+# U-Net alone, without its name
+FLAT = dict(unet=("lora_unet_",), text_encoder=("lora_te_", "lora_te1_"))
+DOTTED = dict(unet=("unet.", "diffusion_model.", "base_model.model.", ""),
+              text_encoder=("text_encoder.", "base_model.model."))
 BUNDLED = "bundle_emb."             # OneTrainer's learned words
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)           # what a LoRA may hold
 SDXL = re.compile(r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]|add_embedding|label_emb")
@@ -125,31 +127,21 @@ def changeable(sd):
 
 def spellings(layers):
     """{what a file may call a layer, without the key's end: its (part, name)} for all `layers`."""
-    table = {}
-    for part, name in layers:
-        spell = unet_spellings if part == "unet" else text_spellings
-        table |= dict.fromkeys(spell(name), (part, name))
-    for ldm, name in ldm_names({name for part, name in layers if part == "unet"}).items():
-        table |= dict.fromkeys(dotted_and_flat(ldm), ("unet", name))
-    return table
+    names = [(part, one, name) for part, name in layers for one in (name, processor_name(name))]
+    ldm = ldm_names({name for part, name in layers if part == "unet"})
+    names += [("unet", one, name) for one, name in ldm.items()]
+    return {spelling: (part, name) for part, one, name in names for spelling in spelled(part, one)}
 
 
-def unet_spellings(name):
-    """All that files call the U-Net's layer `name`, but for the single-file layout's names."""
-    processor = re.sub(r"(attn\d)\.(to_[qkv]|to_out)(\.0)?$", r"\1.processor.\2", name)
-    return dotted_and_flat(name) + [prefix + processor for prefix in PREFIXES["unet"]]
+def spelled(part, name):
+    """A layer's name as kohya writes it, with "_" for ".", and as the others do."""
+    return [prefix + name.replace(".", "_") for prefix in FLAT[part]] + [prefix + name for prefix in DOTTED[part]]
 
 
-def dotted_and_flat(name):
-    """A name of a layer of the U-Net, with each prefix, and as kohya writes it."""
-    return ["lora_unet_" + name.replace(".", "_"), *(prefix + name for prefix in PREFIXES["unet"])]
-
-
-def text_spellings(name):
-    """All that files call the text encoder's layer `name`."""
-    processor = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", name)
-    return [prefix + name.replace(".", "_") for prefix in ("lora_te_", "lora_te1_")] \
-        + [prefix + one for prefix in PREFIXES["text_encoder"] for one in (name, processor)]
+def processor_name(name):
+    """What the attention processors of older diffusers call a layer of attention. Any other name stays as it is."""
+    name = re.sub(r"(attn\d)\.(to_[qkv]|to_out)(\.0)?$", r"\1.processor.\2", name)
+    return re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", name)
 
 
 def ldm_names(names):
