@@ -11,7 +11,6 @@ from tinytav.errors import InputError
 from tinytav.files.runs import Run
 from tinytav.inflation import ATTENTIONS
 from tinytav.noise import NOISES
-from tinytav.stable_diffusion import lora
 
 
 def arguments():
@@ -21,11 +20,9 @@ def arguments():
     p.add_argument("--run", metavar="PATH",
                    help="edit this run (default: the newest in runs/; with --weights alone the untuned net)")
     p.add_argument("--negative", metavar="PROMPT", help="guide away from this prompt (default: from the empty one)")
-    noise = p.add_mutually_exclusive_group()
-    noise.add_argument("--noise", choices=NOISES,
+    p.add_argument("--noise", choices=NOISES,
                    help="begin with the clip's inverted noise (the default where there is a run), with edit-friendly "
                         "noise, which keeps more of the clip, or with random noise, of each frame or shared by all")
-    noise.add_argument("--no-inversion", action="store_const", dest="noise", const="random", help="as --noise random")
     p.add_argument("--frames", type=cli.number(int, 1, 1000), metavar="N",
                    help="make N frames from random noise (default: the run's or the weights' number); 1 is a picture")
     p.add_argument("--size", type=cli.number(int, 8), metavar="N",
@@ -66,9 +63,6 @@ def find_run(args):
 def check(args, run):
     """Raises InputError for flags that do not go together."""
     noise = NOISES[args.noise or ("inverted" if run else "random")]
-    if noise.needs_clip and (args.frames or args.size):
-        raise InputError("The noise of a clip has the clip's own size and frames: leave out --frames and --size, or "
-                         "begin with random noise by --noise random.")
     if not noise.seeded and args.seed is not None:
         raise InputError(f"The {noise.name} noise has nothing random: leave out --seed, or begin with random noise by "
                          "--noise random.")
@@ -84,19 +78,16 @@ def open_session(args, run):
     """The run's tuned net, or the inflated, untuned one -> editing.Session, with its LoRAs and those of --lora."""
     more = cli.read_loras(args.lora)
     if run is None:
-        sd = cli.load_weights(args)
-        lora.merge(sd, more)
+        sd = cli.load_weights(args, loras=more)
         session = editing.untuned(sd, args.frames, args.size, args.attention or "sparse-causal", more)
     else:
         run.require("tuned")
         own, more = cli.share_out(run.settings.loras(), more)
-        sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
-        lora.merge(sd, own)
+        sd = cli.load_weights(args, run.settings.source(), run.settings.precision, own)
         strength = 1. if args.strength is None else args.strength
         session = editing.open_run(sd, run, args.attention, args.frames, args.size, more, strength)
         session.moved = [one for one in own if one not in run.settings.loras()]
-        more = own + more
-    cli.print_loras(more)
+        cli.print_loras(more)
     cli.warn_about_unknown_words(sd.path, args.prompt)
     sd.tokenizer([*args.prompt, args.negative or ""])           # raises for bytes that are not UTF-8
     return session

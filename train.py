@@ -15,7 +15,6 @@ from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.runs import MOST_STEPS, Run
 from tinytav.inflation import ATTENTIONS
-from tinytav.stable_diffusion import lora
 
 RESUMABLE = {"resume", "device", "checkpointing", "lora", *cli.SOURCE}      # flags that may stand beside --resume
 
@@ -58,10 +57,8 @@ def start(args):
     if not args.clip or args.prompt is None:
         raise InputError('A clip and its caption are needed: python train.py clip.mp4 "a man is skiing".')
     frames.open_clip(args.clip)                 # raises if there is none, before gigabytes of weights are read
-    sd = cli.load_weights(args)
     loras = cli.read_loras(args.lora)
-    lora.merge(sd, loras)
-    cli.print_loras(loras)
+    sd = cli.load_weights(args, loras=loras)
     cli.warn_about_unknown_words(sd.path, [args.prompt], args.clip)
     sd.tokenizer([args.prompt, args.preview or ""])             # raises for bytes that are not UTF-8
     session = editing.begin(
@@ -90,9 +87,7 @@ def resume(args):
     if more_loras:
         raise InputError(f"{more_loras[0].file} is no LoRA of this run. Beside --resume, --lora only says where one "
                          "lies now.")
-    sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
-    lora.merge(sd, loras)
-    cli.print_loras(loras)
+    sd = cli.load_weights(args, run.settings.source(), run.settings.precision, loras)
     return editing.resume(sd, run)
 
 

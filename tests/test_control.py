@@ -189,9 +189,7 @@ def test_the_noise_can_be_chosen(place):
         sample(place, "--noise", noise, "--out", "noises")
         sample(place, "--noise", noise, "--control", "c", "--hint", "hints", "--out", "noises")
         assert result(place, f"noises/{name}.gif") != result(place, f"noises/{name}-control.gif")
-    sample(place, "--no-inversion", "--out", "old")
-    assert result(place, "old/a-dog-random.gif") == result(place, "noises/a-dog-random.gif")
-    assert result(place, "noises/a-dog-shared.gif") != result(place, "old/a-dog-random.gif")
+    assert result(place, "noises/a-dog-shared.gif") != result(place, "noises/a-dog-random.gif")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -216,11 +214,10 @@ def test_without_a_run_hints_guide_the_untuned_net(place, precision):
     (["--control", "other", "--hint", "hints"], "its cross_attention_dim is 32, not 24"),
     (["--control", "pose.pth", "--hint", "hints"], "python -m tinytav convert pose.pth pose.safetensors"),
     (["--weights", "w", "--noise", "inverted"], "The inverted noise is made from a run's clip"),
-    (["--noise", "inverted", "--frames", 2], "The noise of a clip has the clip's own size"),
-    (["--noise", "edit-friendly", "--size", 24], "The noise of a clip has the clip's own size"),
+    (["--frames", 2], "The inverted noise is made from a run's clip, and has its frames and its size"),
+    (["--noise", "edit-friendly", "--size", 24], "The edit-friendly noise is made from a run's clip"),
     (["--noise", "inverted", "--seed", 3], "The inverted noise has nothing random"),
-    (["--weights", "w", "--noise", "edit-friendly"], "The edit-friendly noise is made from a run's clip"),
-    (["--noise", "shared", "--no-inversion"], "not allowed with")])
+    (["--weights", "w", "--noise", "edit-friendly"], "The edit-friendly noise is made from a run's clip")])
 def test_what_does_not_fit_is_an_error_before_anything_is_sampled(place, args, message):
     if not (place / "square").exists():
         write_hints(place / "square", 3, size=(32, 32))

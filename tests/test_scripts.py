@@ -240,7 +240,7 @@ def test_edit_friendly_noise_comes_from_the_clip_its_caption_and_the_seed(place)
 
 
 def test_without_inversion_other_lengths_and_sizes_can_be_drawn(place):
-    call(place, "sample.py", "--prompt", "a dog", "--no-inversion", "--frames", 5, "--size", 16, "--out", "free")
+    call(place, "sample.py", "--prompt", "a dog", "--noise", "random", "--frames", 5, "--size", 16, "--out", "free")
     assert frames.read(place / "free/a-dog-random.mp4", 16, 4, 5).x.shape == (5, 3, 16, 16)
     call(place, "sample.py", "--prompt", "a dog", "--frames", 5, status=2)
 
@@ -404,7 +404,7 @@ def edited(place, name, **changes):
     (dict(frames=-3), "frames = -3 must be above 0"), (dict(attention="sideways"), "sideways")])
 def test_a_run_json_edited_by_hand_is_refused_by_name(place, changes, message):
     run = edited(place, f"edited{abs(hash(str(changes)))}", **changes)
-    done = call(place, "sample.py", "--run", run, "--prompt", "x", "--no-inversion", status=2)
+    done = call(place, "sample.py", "--run", run, "--prompt", "x", "--noise", "random", status=2)
     assert message in done.err and "Traceback" not in done.err
 
 

@@ -16,8 +16,8 @@ from tinytav import windows
 from tinytav.errors import InputError
 from tinytav.files import hub
 from tinytav.memory import is_out_of_memory
+from tinytav.stable_diffusion import lora
 from tinytav.stable_diffusion.checkpoint import PREDICTIONS
-from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.precision import PRECISIONS, cpu_has_bf16
 from tinytav.weights import default_path, load, read_defaults
 
@@ -100,12 +100,12 @@ def choose_dtype(device, name=None):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_weights(args, source=None, precision=None):
+def load_weights(args, source=None, precision=None, loras=()):
     """The Stable Diffusion that the flags name, or else `source`, a dict of the same names, or else what is in
     weights/.
 
-    precision: the run's, used where --precision is not given. The first line printed says which weights. Raises
-    InputError.
+    precision: the run's, used where --precision is not given. loras: those to merge. The first line printed says which
+    weights. Raises InputError.
     """
     device = choose_device(args.device)
     source = dict(source or {})
@@ -126,12 +126,14 @@ def load_weights(args, source=None, precision=None):
     sd = load(path, device=device, dtype=dtype, connect=connect, **source)
     for word in sd.tokenizer.words:
         say(f"embedding: write {word!r} in a prompt")
+    lora.merge(sd, loras)
+    print_loras(loras)
     return sd
 
 
 def read_loras(texts):
     """What --lora names -> a list of Lora. Raises InputError."""
-    return [Lora.from_text(text) for text in texts or []]
+    return [lora.Lora.from_text(text) for text in texts or []]
 
 
 def share_out(own, named):

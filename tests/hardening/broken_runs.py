@@ -109,7 +109,7 @@ def steps_beyond_reason(rng, place):
 def use_run(rng, name):
     if name == "half":
         return ["train.py", "--resume", "runs/half"]
-    return sample_run(*rng.choice([[], ["--no-inversion"], ["--noise", "edit-friendly"], ["--steps", "2"]]))
+    return sample_run(*rng.choice([[], ["--noise", "random"], ["--noise", "edit-friendly"], ["--steps", "2"]]))
 
 
 def change_json(file, **changes):

@@ -132,22 +132,6 @@ def test_more_training_starts_from_the_finished_weights(folder, tmp_path):
     assert all(torch.allclose(before[name], after[name], atol=2e-3) for name in before)
 
 
-def test_the_decoder_trains_alone(folder, tmp_path):
-    pretrain.main(stage("vae", tmp_path, 2, "--keep", "--from", str(folder)))
-    before, after = (load_file(out / "vae" / pretrain.WEIGHTS) for out in (folder, tmp_path))
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and not any(name.startswith(("encoder.", "quant_conv.")) for name in moved)
-    assert (folder / "vae/config.json").read_text() == (tmp_path / "vae/config.json").read_text()
-
-
-def test_clips_vision_tower_trains_alone(folder, tmp_path):
-    pretrain.main(stage("clip", tmp_path, 2, "--keep", "--from", str(folder)))
-    before, after = (load_file(out / "clip/model.safetensors") for out in (folder, tmp_path))
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and not any(name.startswith("text_model.") for name in moved)
-    assert (folder / "clip/vocab.json").read_text() == (tmp_path / "clip/vocab.json").read_text()
-
-
 def test_the_vaes_loss_counts_large_errors_and_lost_edges_more():
     x = torch.zeros(1, 3, 4, 4)
     same_everywhere = pretrain.difference(x, x + 0.5)       # no edge is lost
@@ -158,7 +142,6 @@ def test_the_vaes_loss_counts_large_errors_and_lost_edges_more():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--keep", "--out", "x"], "--keep is for clip and vae, and needs --from"),
     ([], "the following arguments are required: --out"),
     (["--steps", "0", "--out", "x"], "0 is not from 1")])
 def test_options_that_do_not_fit_are_refused(capsys, options, message):
@@ -259,10 +242,3 @@ def test_the_latents_belong_to_the_scenes(folder):
     assert torch.equal(context, expected)
     silent = pretrain.captioned_noise(args, imagined, empty=1)(chosen, Random(5), torch.Generator().manual_seed(1))
     assert torch.equal(silent[2], encoder(Tokenizer.from_folder(folder / "tokenizer")(["", ""])))
-
-
-def test_many_pictures_are_drawn_by_all_cores_in_their_order(monkeypatch):
-    imagined = pretrain.imagine(3, 5)
-    alone = pretrain.draw_many(imagined)
-    monkeypatch.setattr(pretrain, "FEW", 0)
-    assert torch.equal(pretrain.draw_many(imagined), alone) and not torch.equal(alone[0], alone[1])

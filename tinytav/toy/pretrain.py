@@ -13,10 +13,8 @@ import argparse
 import itertools
 import json
 import math
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
@@ -47,7 +45,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPES = dict(clip=(1e-3, 256, 0.1, "AdamW"), vae=(1.5e-3, 4, 0.0, "Muon"),
                unet=(1.3e-3, 96, 0.01, "Muon"), control=(8e-4, 32, 0.01, "AdamW"))
 FIGURE = 8          # how much more the ControlNet's loss counts at the stick figure
-FEW = 1000          # pictures: to draw fewer takes less time than to start processes
 
 
 # ---- Files and pictures --------------------------------------------------------------------------
@@ -85,13 +82,9 @@ def imagine(seed, count):
 
 
 def draw_many(imagined):
-    """The pictures of scenes and views, (count, SIZE, SIZE, 3) uint8, drawn by all cores."""
+    """The pictures of scenes and views, (count, SIZE, SIZE, 3) uint8."""
     picture = np.dtype((np.uint8, (draw.SIZE, draw.SIZE, 3)))
-    if len(imagined) < FEW:
-        return torch.from_numpy(np.fromiter(itertools.starmap(draw.render, imagined), picture, len(imagined)))
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:      # a fork of a process with threads may hang
-        drawn = pool.map(draw.render, *zip(*imagined), chunksize=64)
-        return torch.from_numpy(np.fromiter(drawn, picture, len(imagined)))
+    return torch.from_numpy(np.fromiter(itertools.starmap(draw.render, imagined), picture, len(imagined)))
 
 
 def noise_like(x, generator):
@@ -132,7 +125,7 @@ def train(args, model, file, loss_of, written=lambda: None):
     """
     if args.start:
         model.load_state_dict(load_file(args.start / file))
-    parameters = [p for p in model.to(args.device).parameters() if p.requires_grad]
+    parameters = list(model.to(args.device).parameters())
     kernels = [p for p in parameters if p.ndim > 1]
     matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in kernels]         # Muon wants (out, in*h*w)
     optimizers, losses = optimizers_of(args, [p for p in parameters if p.ndim < 2], matrices), []
@@ -179,7 +172,6 @@ def train_clip(args):
     scenes, pictures = [scene for scene, _ in imagined], draw_many(imagined)
     model = new(args, CLIP, CLIPConfig, "clip")
     initialise_clip(model)
-    model.text_model.requires_grad_(not args.keep)
 
     def loss_of(chosen, rng, generator):
         names = [world.named(scenes[i], rng) for i in chosen]
@@ -210,8 +202,6 @@ def train_vae(args):
     """Pictures go through a code of nearly normal numbers and back. Rombach et al., arXiv 2112.10752, section 3.1."""
     pictures = draw_many(imagine(args.seed, args.pictures))
     model = new(args, VAE, VAEConfig, "vae", scaling_factor=1.0)
-    model.encoder.requires_grad_(not args.keep)
-    model.quant_conv.requires_grad_(not args.keep)
 
     def loss_of(chosen, rng, generator):
         x = frames.to_tensor(pictures[chosen].to(args.device))
@@ -226,7 +216,7 @@ def train_vae(args):
         file = args.out / "vae/config.json"
         file.write_text(json.dumps(read_json(file) | dict(scaling_factor=round(scale, 5)), indent=2) + "\n")
 
-    train(args, model, f"vae/{WEIGHTS}", loss_of, (lambda: None) if args.keep else written)
+    train(args, model, f"vae/{WEIGHTS}", loss_of, written)
 
 
 @torch.no_grad()
@@ -327,7 +317,6 @@ def arguments(argv):
     p.add_argument("--steps", type=count, required=True, help="how many updates to make")
     p.add_argument("--out", type=Path, required=True, help="the folder that all stages write to")
     p.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
-    p.add_argument("--keep", action="store_true", help="freeze what a U-Net needs: clip's text tower, vae's encoder")
     p.add_argument("--pictures", type=count, default=60000, help="how many to draw and train on (default: 60000)")
     p.add_argument("--batch", type=count, help="pictures a step; else the stage's own number")
     p.add_argument("--lr", type=float, help="highest learning rate; else the stage's own")
@@ -336,8 +325,6 @@ def arguments(argv):
     args = p.parse_args(argv)
     lr, batch, args.decay, args.optimizer = RECIPES[args.stage]
     args.lr, args.batch, args.source = args.lr or lr, args.batch or batch, args.start or TOY
-    if args.keep and not (args.start and args.stage in ("clip", "vae")):
-        p.error("--keep is for clip and vae, and needs --from")
     if not hasattr(torch.optim, args.optimizer):
         p.error(f"the stage {args.stage} needs torch 2.9 or later, which has {args.optimizer}")
     return args
