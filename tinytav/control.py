@@ -39,7 +39,7 @@ class Control:
         context = context.repeat_interleave(frames, dim=0)
         embedded = self.embedded[place].repeat(len(x), 1, 1, 1)
         with autocast(self.controlnet):
-            residuals = self.controlnet.residuals(pictures, t, context, embedded)
+            residuals = self.controlnet(pictures, t, context, embedded)
         return [self.scale * residual for residual in residuals]
 
 

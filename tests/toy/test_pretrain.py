@@ -102,7 +102,7 @@ def test_the_controlnet_fits_the_unet_and_is_trained(folder, tmp_path):
     assert (tmp_path / "controlnet" / pretrain.WEIGHTS).stat().st_size < 8 * 2 ** 20
     with torch.no_grad():
         context, hint = sd.encode_prompts(["a fox"]), torch.zeros(1, 3, draw.SIZE, draw.SIZE)
-        residuals = control(torch.randn(1, 4, 16, 16), torch.tensor([981]), context, hint)
+        residuals = control(torch.randn(1, 4, 16, 16), torch.tensor([981]), context, control.embed_hint(hint))
     assert all(residual.abs().max() > 0 for residual in residuals)
 
 
@@ -112,7 +112,7 @@ def test_before_training_a_controlnet_changes_nothing(folder):
     pretrain.begin_as_unet(control, sd.unet)
     assert torch.equal(control.mid_block.resnets[0].conv1.weight, sd.unet.mid_block.resnets[0].conv1.weight)
     x, t, context = torch.randn(1, 4, 16, 16), torch.tensor([981]), sd.encode_prompts(["a fox"])
-    residuals = control(x, t, context, torch.rand(1, 3, draw.SIZE, draw.SIZE))
+    residuals = control(x, t, context, control.embed_hint(torch.rand(1, 3, draw.SIZE, draw.SIZE)))
     assert torch.equal(sd.unet(x, t, context, residuals), sd.unet(x, t, context))
 
 

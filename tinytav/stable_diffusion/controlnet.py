@@ -70,19 +70,15 @@ class ControlNet(Encoder):
         """The hint, RGB in [0, 1], (b, 3, factor h, factor w) -> (b, c, h, w). It depends on no timestep."""
         return self.controlnet_cond_embedding(hint)
 
-    def residuals(self, x, t, context, embedded):
-        """What `forward` returns, of a hint that `embed_hint` has embedded."""
+    def forward(self, x, t, context, embedded):
+        """x (b, 4, h, w), t (b,), context (b, m, d), embedded (b, c, h, w): what `embed_hint` returned -> residuals.
+
+        They are a list of tensors: one for each skip of the U-Net, of its shape, and the middle's last.
+        """
         emb = self.embed_time(t, x.dtype)
         x, skips = self.down(self.conv_in(x) + embedded, emb, context)
         residuals = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return [*residuals, self.controlnet_mid_block(x)]
-
-    def forward(self, x, t, context, hint):
-        """x (b, 4, h, w), t (b,), context (b, m, d), hint (b, 3, factor h, factor w) in [0, 1] -> the residuals.
-
-        They are a list of tensors: one for each skip of the U-Net, of its shape, and the middle's last.
-        """
-        return self.residuals(x, t, context, self.embed_hint(hint))
 
 
 def check_fits(control, unet, vae_factor):

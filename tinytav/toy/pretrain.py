@@ -303,7 +303,8 @@ def train_control(args):
         noisy, t, context, noise = make(chosen, rng, generator)
         figures = [skeleton.skeleton(scene.activity, view, draw.SIZE) for scene, view in (imagined[i] for i in chosen)]
         hints = skeleton.hint(np.stack(figures)).to(args.device)
-        error = unet(noisy, t, context, model(noisy, t, context, hints)).float() - noise
+        residuals = model(noisy, t, context, model.embed_hint(hints))
+        error = unet(noisy, t, context, residuals).float() - noise
         weight = 1 + FIGURE * around(hints, noise.shape[2:])
         return (weight * error ** 2).mean() / weight.mean()
 
