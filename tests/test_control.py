@@ -65,7 +65,8 @@ def test_each_frame_gets_the_residuals_of_its_own_hint_alone():
     residuals = Control(model, hints, scale=0.7).residuals(x, t, context)
     for clip in range(2):
         for frame in range(3):
-            alone = model(x[clip, :, frame][None], t[clip][None], context[clip][None], hints[frame][None])
+            hint = model.embed_hint(hints[frame][None])
+            alone = model(x[clip, :, frame][None], t[clip][None], context[clip][None], hint)
             for found, expected in zip(residuals, alone, strict=True):
                 assert tiny.close(found[3 * clip + frame], 0.7 * expected[0])
 

@@ -3,6 +3,7 @@
 Rombach et al., arXiv 2112.10752, section 3.3; equal to diffusers' UNet2DConditionModel.
 """
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -78,25 +79,20 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
-    def __init__(self, dim, out_dim):
-        super().__init__()
-        self.linear_1 = nn.Linear(dim, out_dim)
-        self.linear_2 = nn.Linear(out_dim, out_dim)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
+def named(**layers):
+    """Layers that run one after the other, under these names."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V, with Q from x (b, n, dim), K and V from context (b, m, context_dim) or x itself."""
 
-    def __init__(self, dim, heads, context_dim=None, upcast=False):
+    def __init__(self, dim, heads, context_dim=None, upcast=False, bias=False):
         super().__init__()
         self.heads, self.upcast = heads, upcast
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_q = nn.Linear(dim, dim, bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def attend(self, q, k, v):                                              # (b, n, c), (b, m, c), (b, m, c)
@@ -123,15 +119,6 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """`SelfAttention` and `CrossAttention` build its two attentions: inflation puts its own there."""
 
@@ -142,7 +129,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = CrossAttention(dim, heads, cfg.cross_attention_dim, cfg.upcast_attention)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = FeedForward(dim)
+        self.ff = named(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)))
 
     def forward(self, x, context):                                          # (b, n, c), (b, m, d)
         x = x + self.attn1(self.norm1(x))
@@ -192,15 +179,6 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + y
 
 
-class Downsample(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.conv(x)
-
-
 class Upsample(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -242,13 +220,15 @@ class Encoder(nn.Module):
         channels = cfg.block_out_channels
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(cfg.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
+        self.time_embedding = named(linear_1=nn.Linear(channels[0], 4 * channels[0]), act=nn.SiLU(),
+                                    linear_2=nn.Linear(4 * channels[0], 4 * channels[0]))
         self.down_blocks = nn.ModuleList()
         dim = channels[0]
         for i, out in enumerate(channels):
             dims = [dim] + [out] * (cfg.layers_per_block - 1)
-            self.down_blocks.append(Stage(*stage_layers(cfg, i, cfg.down_block_types[i], dims, Block, Norm),
-                                          downsampler=Downsample(out) if i < last else None))
+            layers = stage_layers(cfg, i, cfg.down_block_types[i], dims, Block, Norm)
+            halve = named(conv=nn.Conv2d(out, out, 3, stride=2, padding=1)) if i < last else None
+            self.down_blocks.append(Stage(*layers, downsampler=halve))
             dim = out
         resnets, attentions = stage_layers(cfg, last, "CrossAttn", [dim, dim], Block, Norm)
         self.mid_block = Stage(resnets, attentions[:1])

@@ -3,7 +3,6 @@
 Rombach et al., arXiv 2112.10752, section 3.1; equal to diffusers' AutoencoderKL. This file owns the latent scale:
 `encode` returns latents multiplied by it and `decode` expects them so; nothing else in the package knows of it.
 """
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tinytav.stable_diffusion.config import Config
+from tinytav.stable_diffusion.unet import Attention, named
 
 
 @dataclass(frozen=True)
@@ -51,37 +51,26 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + y
 
 
-class Attention(nn.Module):
+class PixelAttention(Attention):
     """Self-attention over all pixels, one head as wide as the channels."""
 
     def __init__(self, cfg, dim):
-        super().__init__()
+        super().__init__(dim, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(cfg.norm_num_groups, dim, eps=1e-6)
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x):                                                   # (n, c, h, w)
         y = self.group_norm(x).flatten(2).transpose(1, 2)                   # (n, h*w, c)
-        q, k, v = self.to_q(y)[:, None], self.to_k(y)[:, None], self.to_v(y)[:, None]           # (n, 1, h*w, c)
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.to_out[0](y).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + super().forward(y).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class MidBlock(nn.Module):
     def __init__(self, cfg, dim):
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(cfg, dim)])
+        self.attentions = nn.ModuleList([PixelAttention(cfg, dim)])
         self.resnets = nn.ModuleList([ResnetBlock(cfg, dim, dim), ResnetBlock(cfg, dim, dim)])
 
     def forward(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-def named(**layers):
-    """Layers that run one after the other, under these names."""
-    return nn.Sequential(OrderedDict(layers))
 
 
 def downsample(dim):
