@@ -16,7 +16,8 @@ from tinytav.files import frames
 from tinytav.files.runs import MOST_STEPS, Run
 from tinytav.inflation import ATTENTIONS
 
-RESUMABLE = {"resume", "device", "checkpointing", "lora", *cli.SOURCE}      # flags that may stand beside --resume
+# Flags that may stand beside --resume. All others, except --precision, are arguments of editing.begin.
+RESUMABLE = {"resume", "device", "checkpointing", "lora", *cli.SOURCE}
 
 
 def arguments():
@@ -61,11 +62,8 @@ def start(args):
     sd = cli.load_weights(args, loras=loras)
     cli.warn_about_unknown_words(sd.path, [args.prompt], args.clip)
     sd.tokenizer([args.prompt, args.preview or ""])             # raises for bytes that are not UTF-8
-    session = editing.begin(
-        sd, args.clip, args.prompt, args.out or "runs", size=args.size, frames=args.frames, window=args.window,
-        start=args.start or 0, stride=args.stride, steps=args.steps, lr=args.lr,
-        attention=args.attention or "sparse-causal", norm=args.norm or "clip",
-        seed=33 if args.seed is None else args.seed, preview=args.preview, loras=loras)
+    given = {name: getattr(args, name) for name in cli.given(args) - RESUMABLE - {"precision"}}
+    session = editing.begin(sd, loras=loras, **given)
     settings, (height, width) = session.run.settings, session.shape[3:]
     cli.say(f"clip: {args.clip}, {settings.frames} of {settings.total} frames: {float(Fraction(settings.fps)):.3g} "
             f"fps, {width * sd.multiple}x{height * sd.multiple}")
