@@ -38,15 +38,15 @@ def test_the_card_has_all_numbers_and_shows_two_rows_of_held_out_scenes(tmp_path
     """In place of the U-Net's samples are pictures whose brightness says which one they are."""
     drawn = []
 
-    def sample(sd, scenes, keep=None):
+    def sample(sd, scenes):
         levels = torch.linspace(-1, 1, len(scenes))[:, None, None, None].expand(-1, 3, 8, 8)
         drawn.append((scenes, levels))
         return levels
 
     monkeypatch.setattr(card, "sample", sample)
-    monkeypatch.setattr(card, "accuracy", lambda eye, name, scenes, x, keep=None: len(scenes))
+    monkeypatch.setattr(card, "accuracy", lambda eye, name, scenes, x: len(scenes))
     monkeypatch.setattr(sys, "argv", ["card", "--weights", str(TOY), "--pictures", "64", "--samples", "100",
-                                      "--short", "4", "--out", str(tmp_path)])
+                                      "--out", str(tmp_path)])
     card.main()
     found = json.loads((tmp_path / "measured.json").read_text())
     assert found["vae_psnr"] > 20 and found["clip_retrieval"] > 0.8
