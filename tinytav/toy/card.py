@@ -27,7 +27,7 @@ def renders(count, seed, held_out=False):
 
 
 def accuracy(eye, name, scenes, x):
-    """Share of pictures x (n, 3, h, w) whose nearest caption is the scene's own, of those with any other value there."""
+    """Share of pictures x (n, 3, h, w) whose nearest caption is the scene's own, among those with other values."""
     right, values = 0, world.ATTRIBUTES[name]
     for scene, picture in zip(scenes, eye.images(x)):
         captions = [world.caption(replace(scene, **{name: value})) for value in values]
