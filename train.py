@@ -60,7 +60,6 @@ def start(args):
     loras = cli.read_loras(args.lora)
     sd = cli.load_weights(args, loras=loras)
     cli.warn_about_unknown_words(sd.path, [args.prompt], args.clip)
-    sd.tokenizer([args.prompt])             # raises for bytes that are not UTF-8
     given = {name: getattr(args, name) for name in cli.given(args) - RESUMABLE - {"precision"}}
     session = editing.begin(sd, loras=loras, **given)
     settings, (height, width) = session.run.settings, session.shape[3:]
@@ -113,7 +112,9 @@ def tune(session, checkpointing):
     """Tunes with a progress bar. Returns the number of the signal that stopped it, or 0."""
     total = session.run.settings.steps
     steps = session.tune(checkpointing)
-    say_recomputed(session.net)
+    if count := memory.recomputed(session.net):
+        blocks = len(memory.blocks(session.net))
+        cli.say(f"{count} of {blocks} blocks are computed again for the gradient, to save memory.")
     first, began = len(session.tuner.losses), time.monotonic()
     with Stop() as stop, tqdm(total=total, initial=first, desc="tuning", unit="step") as bar:
         for step, _ in steps:
@@ -126,12 +127,6 @@ def tune(session, checkpointing):
             if session.sd.device.type == "cpu" and step == first + 3:
                 say_time_left((time.monotonic() - began) / 3 * (total - step), bar)
     return stop.received
-
-
-def say_recomputed(net):
-    """Tells how many blocks are computed again, if any."""
-    if count := memory.recomputed(net):
-        cli.say(f"{count} of {len(memory.blocks(net))} blocks are computed again for the gradient, to save memory.")
 
 
 def say_time_left(seconds, bar):

@@ -99,18 +99,13 @@ def prepare(net, shape, device, checkpointing="auto", free=None):
     recompute(net, rungs[-1] if checkpointing == "on" else [])
     if checkpointing == "auto" and device.type == "cpu":
         free = free_bytes() if free is None else free
-        needs = [tuning_bytes(net, shape, share) for share in shares(len(rungs))]
+        state = 12 * sum(p.numel() for p in net.tuned().values())       # gradients and AdamW's two moments, in float32
+        shares = (*SHARES[:len(rungs) - 1], SHARES[-1])         # of fewer levels: the first ones, and the last
+        needs = [state + share * pixel_bytes(net, shape) for share in shares]
         fitting = [rung for rung, need in zip(rungs, needs) if need < (1 - RESERVE) * free]
         recompute(net, fitting[0] if fitting else rungs[-1])
         warn_if_tight("A step of tuning", needs[-1], free)
     return recomputed(net)
-
-
-def shares(count):
-    """The shares of `count` rungs. A U-Net of fewer levels than Stable Diffusion's has the first ones and the last
-    one.
-    """
-    return [SHARES[min(i, len(SHARES) - 1)] for i in range(count - 1)] + [SHARES[-1]]
 
 
 def pixel_bytes(net, shape):
@@ -121,13 +116,6 @@ def pixel_bytes(net, shape):
     _, _, frames, height, width = shape
     pixels = min(frames, net.frames) * height * width
     return pixels * KEPT[net.conv_in.weight.dtype] * net.conv_in.out_channels / CHANNELS
-
-
-def tuning_bytes(net, shape, share):
-    """What a step of tuning takes beside the weights: gradients and AdamW's two moments in float32, and what it
-    keeps.
-    """
-    return 12 * sum(p.numel() for p in net.tuned().values()) + share * pixel_bytes(net, shape)
 
 
 def warn_before_sampling(net, shape, device):

@@ -8,7 +8,6 @@ from pathlib import Path
 from tinytav.errors import InputError, check_file
 
 LARGEST = 2 ** 20       # no size in a published model comes near it
-LONGEST = 32            # nor a list: of stages, of heads, of channels
 
 
 def read_json(path):
@@ -32,7 +31,7 @@ class Config:
     """
     ONLY = {}
     LIMITS = {}
-    LONGEST = LONGEST
+    LONGEST = 32            # more than any list of stages, of heads or of channels
 
     @classmethod
     def from_json(cls, d):
