@@ -93,7 +93,7 @@ def build(Model, config, tensors, where, dtype=torch.float32):
 
 
 def misfits(tensors, shapes):
-    """What keeps tensors {name: tensor} from being those of {name: shape}, and finite, in words; "" if nothing does."""
+    """Why tensors {name: tensor} are not those of shapes {name: shape}, or not finite: a text, empty if they fit."""
     problems = [f"{what}: {some(sorted(names))}" for what, names in (
         ("missing", shapes.keys() - tensors.keys()), ("unexpected", tensors.keys() - shapes.keys())) if names]
     for name in sorted(shapes.keys() & tensors.keys()):
