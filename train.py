@@ -42,6 +42,7 @@ def arguments():
                    help="choose which frames a frame looks at (default: sparse-causal, the first and the previous one)")
     p.add_argument("--norm", choices=["clip", "frame"],
                    help="compute the group norms over the whole clip or over each frame (default: clip)")
+    p.add_argument("--preview", metavar="PROMPT", help="sample this prompt at each quarter of the tuning")
     cli.add_lora(p, "merge these LoRA files into the weights before tuning")
     p.add_argument("--checkpointing", choices=["auto", "on", "off"],
                    help="compute blocks of the U-Net again for the gradient, which saves memory and costs time "
@@ -60,6 +61,7 @@ def start(args):
     loras = cli.read_loras(args.lora)
     sd = cli.load_weights(args, loras=loras)
     cli.warn_about_unknown_words(sd.path, [args.prompt], args.clip)
+    sd.tokenizer([args.prompt, args.preview or ""])             # raises for bytes that are not UTF-8
     given = {name: getattr(args, name) for name in cli.given(args) - RESUMABLE - {"precision"}}
     session = editing.begin(sd, loras=loras, **given)
     settings, (height, width) = session.run.settings, session.shape[3:]
@@ -108,8 +110,12 @@ class Stop:
             signal.signal(number, handler)
 
 
+class Stopped(Exception):
+    """A signal came while a preview was sampled."""
+
+
 def tune(session, checkpointing):
-    """Tunes with a progress bar. Returns the number of the signal that stopped it, or 0."""
+    """Tunes with a progress bar and previews. Returns the number of the signal that stopped it, or 0."""
     total = session.run.settings.steps
     steps = session.tune(checkpointing)
     if count := memory.recomputed(session.net):
@@ -121,6 +127,8 @@ def tune(session, checkpointing):
             recent = session.tuner.losses[-50:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
             bar.update()
+            if session.run.settings.preview is not None and step in session.quarters and not stop.received:
+                write_preview(session, step, stop)
             if stop.received:
                 session.save()
                 break
@@ -134,6 +142,23 @@ def say_time_left(seconds, bar):
     if seconds > 600:
         bar.write(f"about {seconds / 60:.0f} minutes of tuning are left on this CPU. Ctrl-C stops it so that --resume "
                   "goes on; fewer --steps, fewer --frames or a smaller --size is quicker.")
+
+
+def write_preview(session, step, stop):
+    """Samples run.json's preview prompt and writes preview-<step>.gif, unless a signal stops it in between."""
+    def until_stopped(steps, total, name):
+        for value in steps:
+            if stop.received:
+                raise Stopped
+            yield value
+    settings = session.run.settings
+    try:
+        noise = session.make_noise("inverted", progress=until_stopped)
+        x = editing.sample_clip(session.sd, session.net, noise, settings.preview, settings.guidance,
+                                progress=until_stopped)
+    except Stopped:
+        return
+    frames.write_gif(session.run.path / f"preview-{step}.gif", x, Fraction(settings.fps))
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -154,7 +179,8 @@ def main():
     cli.say(f"run: {session.run.path} (Ctrl-C stops it; go on with: {go_on})")
     report(session.sd, session.net)
     cli.say_windows(session.net, session.shape)
-    session.sd.vae = session.sd.text_encoder = None             # their work is done: free their memory
+    if session.run.settings.preview is None:
+        session.sd.vae = session.sd.text_encoder = None         # their work is done: free their memory
     stopped_by = tune(session, args.checkpointing or "auto")
     if stopped_by:
         cli.say(f"stopped and saved; go on with: {go_on}\npage: {session.run.path / 'index.html'}")

@@ -60,7 +60,7 @@ def test_a_clip_is_encoded_once_with_its_caption(sd, place, tmp_path):
 
 @pytest.mark.parametrize("setting, value", [
     ("size", 16), ("frames", 2), ("start", 1), ("stride", 2), ("steps", 9), ("lr", 0.), ("ddim_steps", 4),
-    ("guidance", 0.), ("attention", "full"), ("norm", "frame"), ("seed", 7)])
+    ("guidance", 0.), ("attention", "full"), ("norm", "frame"), ("seed", 7), ("preview", "a dog")])
 def test_every_setting_is_recorded_and_nothing_is_a_number_too(sd, place, tmp_path, setting, value):
     settings = begin(sd, place, tmp_path, **{setting: value}).run.settings
     usual = begin(sd, place, tmp_path).run.settings
@@ -135,6 +135,7 @@ def test_resuming_equals_not_having_stopped(sd, place, tmp_path):
 
 def test_the_state_is_saved_at_the_end_and_finishing_leaves_what_sampling_needs(sd, place, tmp_path):
     session = begin(sd, place, tmp_path, steps=4)
+    assert session.quarters == {1, 2, 3, 4}
     pipeline.last(session.tune())
     assert session.run.read("state")["losses"].tolist() == session.tuner.losses
     session.finish()

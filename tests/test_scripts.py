@@ -17,6 +17,7 @@ import tiny
 import torch
 from hardening.warm import warm
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tinytav import editing, pipeline
@@ -90,7 +91,7 @@ def record_of(folder, name):
 
 def test_each_option_of_train_decides_what_it_names(place):
     flags = dict(size=16, frames=2, start=1, stride=2, steps=5, lr=0., attention="full", norm="frame", seed=7,
-                 precision="bf16")
+                 preview="a dog", precision="bf16")
     call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--out", "told",
          *(word for name, value in flags.items() for word in (f"--{name}", value)))
     settings = Run.open(place / "told/clip").settings
@@ -160,6 +161,15 @@ def test_the_command_of_an_untuned_sample_makes_it_again_whatever_the_defaults_a
     flags = [*flags, "--attention", "spatial"]
     call(place, "sample.py", "--weights", "w", "--prompt", "a dog", "--out", "untuned", *flags)
     assert (place / "untuned/a-dog.gif").read_bytes() != (place / "untuned/a-dog-3.gif").read_bytes()
+
+
+def test_the_last_preview_is_the_edit_that_sampling_makes(place):
+    """It is inverted without text, as every edit is."""
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--preview", "a dog", "--out", "previewed")
+    call(place, "sample.py", "--run", "previewed/clip", "--prompt", "a dog")
+    folder = place / "previewed/clip"
+    assert (folder / "preview-6.gif").read_bytes() == (folder / "a-dog.gif").read_bytes()
+    assert (folder / "preview-3.gif").read_bytes() != (folder / "preview-6.gif").read_bytes()
 
 
 def test_names_with_spaces_and_escape_sequences_are_quoted_and_shown_harmless(place):
@@ -242,11 +252,12 @@ def test_zero_shot_and_plain_text_to_image(place):
     assert not (place / "zero/a-cat.mp4").exists()
 
 
-def test_same_seed_same_bits(place):
-    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--out", "again")
+def test_same_seed_same_bits_with_or_without_previews(place):
+    call(place, "train.py", "clip.mp4", "a man is skiing", "--weights", "w", "--preview", "a dog", "--out", "again")
     for name in ("tuned", "inversion"):
         first, second = (load_file(place / f"{run}/clip/{name}.safetensors") for run in ("runs", "again"))
         assert all(torch.equal(first[key], second[key]) for key in first)
+    assert len(list((place / "again/clip").glob("preview-*.gif"))) == 4
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +301,28 @@ def test_ctrl_c_stops_the_inversion_after_tuning_too(place):
     assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 130
     call(place, "train.py", "--resume", "late/clip")
     assert (place / "late/clip/inversion.safetensors").exists()
+
+
+def test_a_preview_comes_after_its_step_is_saved_and_ctrl_c_ends_it(place):
+    """900 DDIM steps make the preview long. The signal comes while it runs: it ends at once, and no step is lost."""
+    shutil.copytree(place / "w", place / "slow")
+    tiny.save_json(place / "slow/defaults.json", tiny.DEFAULTS | {"ddim_steps": 900, "steps": 8})
+    train = command("train.py", "clip.mp4", "a man", "--weights", "slow", "--out", "seen", "--preview", "x")
+    process = subprocess.Popen(train, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    state = place / "seen/clip/state.safetensors"
+
+    def steps_saved():
+        try:
+            return len(load_file(state)["losses"])
+        except (OSError, SafetensorError):
+            return 0
+    while steps_saved() < 2 and process.poll() is None:                 # the first preview comes after step 2
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume seen/clip" in output
+    assert steps_saved() == 2 and not list((place / "seen/clip").glob("preview-*"))
 
 
 @pytest.mark.parametrize("script, args, message", [

@@ -136,7 +136,7 @@ class Session:
     def tune(self, checkpointing="auto"):
         """Prepares the tuning, or goes on where its saved state stands. Returns a generator of (steps done, loss).
 
-        It saves the state now and then, and at the end. checkpointing: as in memory.prepare. Raises InputError as
+        It saves the state at each quarter and now and then. checkpointing: as in memory.prepare. Raises InputError as
         tuning.Tuner does.
         """
         settings, clip = self.run.settings, self.clip
@@ -150,9 +150,14 @@ class Session:
     def _saved_now_and_then(self, steps):
         save_at = 0.
         for step, loss in steps:
-            if step == self.run.settings.steps or time.monotonic() > save_at:
+            if step in self.quarters or time.monotonic() > save_at:
                 save_at = time.monotonic() + SAVING * self.save()
             yield step, loss
+
+    @property
+    def quarters(self):
+        """The steps after each quarter of the tuning."""
+        return {self.run.settings.steps * i // 4 for i in (1, 2, 3, 4)}
 
     def save(self):
         """Writes what resuming needs, and the page. Returns the seconds it took."""
@@ -318,13 +323,14 @@ class Session:
 
 def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, window=None, start=0, stride=None,
           steps=None, lr=None, ddim_steps=None, guidance=None, attention="sparse-causal", norm="clip", seed=33,
-          loras=()):
+          preview=None, loras=()):
     """Reads a video, a GIF or a folder of pictures, encodes it once, and makes a new run of it -> Session.
 
     The run's folder is out/NAME, or out/NAME-2, ...; or `folder`, which must not exist. size: pixels of the short
     side. frames: how many; a shorter clip is then refused. window: how many of them the net sees at once (windows.py);
     else at most the weights' own number of frames. start, stride: as in files.frames.read. loras: those that are
-    merged into `sd` already. Where a number is None, the weights' own holds. Raises InputError.
+    merged into `sd` already. preview: a prompt that run.json keeps. Where a number is None, the weights' own holds.
+    Raises InputError.
     """
     if not prompt.strip():
         raise InputError("The prompt is empty: say in a few words what the clip shows.")
@@ -337,7 +343,7 @@ def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, 
                   exact=frames is not None)
     warn_if_far_apart(source, clip)
     settings = Settings.from_json(dict(
-        clip=str(clip), clip_fingerprint=fingerprint(clip), prompt=prompt,
+        clip=str(clip), clip_fingerprint=fingerprint(clip), prompt=prompt, preview=preview,
         fingerprint=sd.fingerprint, precision=name_of(sd.dtype), lora=[asdict(one) for one in loras] or None,
         size=size, frames=len(source.x), window=window if window < len(source.x) else None, start=start, stride=stride,
         indices=list(source.indices), total=source.total, fps=str(source.fps),

@@ -100,9 +100,13 @@ def test_metrics_are_shown_once_they_are_there_and_only_defined_ones(tmp_path):
 
 
 def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path):
-    folder = make_run(tmp_path / "run", losses=7, finished=0)
+    folder = make_run(tmp_path / "run", losses=7, finished=0, preview="a dog")
+    for step in (5, 10):
+        (folder / f"preview-{step}.gif").write_bytes(b"GIF89a")
     shown = Elements(page.write(folder))
     assert "unfinished: 7 of 20 steps" in shown.text and f"python train.py --resume {folder}" in shown.text
+    assert [picture["src"] for picture in shown.all("img")] == ["preview-5.gif", "preview-10.gif"]
+    assert "after 5 steps" in shown.text and "a dog" in shown.text
 
 
 def test_the_chart_draws_means_of_steps_that_follow_each_other(tmp_path):
@@ -233,7 +237,7 @@ def test_flags_are_a_line_that_the_shell_reads_back(values, line):
 
 
 def test_lines_with_words_that_begin_with_a_dash_or_that_a_shell_would_run_are_read_back(tmp_path, monkeypatch):
-    given = dict(clip="-clip.mp4", prompt="--steps; touch x #", weights="w; touch x #.ckpt")
+    given = dict(clip="-clip.mp4", prompt="--steps; touch x #", weights="w; touch x #.ckpt", preview="-p")
     line = records.tuning_command(tmp_path / "-runs/run", Settings.from_json(SETTINGS | given | dict(
         lora=[dict(file="-l", scale=-1.5, fingerprint="0")])))
     monkeypatch.setattr("sys.argv", shlex.split(line)[1:])

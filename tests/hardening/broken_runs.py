@@ -25,7 +25,7 @@ PROMPTS = [
     "/etc/passwd", "..", ".",
     "a/b\\c:d*e?f", "con", "nul.txt", "<|endoftext|> <|startoftext|>", "\u202egnp.exe", "\u0301" * 500,
     "漢字" * 100, "𐍈" * 200, "\udcff\udcfe bytes", "--", "-x", "$(touch pwned)", "`touch pwned`", "%s%n{0}",
-    "line\nbreak\r\nline", "source", "run", "index", "loss", "\ufeffbom", "\uffff", "İSTANBUL ß ﬁ",
+    "line\nbreak\r\nline", "source", "run", "index", "loss", "preview-1", "\ufeffbom", "\uffff", "İSTANBUL ß ﬁ",
     "e\u0301" * 90, "\\", "'; drop", "~", "*", "=cmd|' /c calc'!a1", "</script><script>alert(1)</script>", "a'b\"c`d$e"]
 RANGES = [(1, 32), (32, 127), (0x80, 0x250), (0x300, 0x370), (0x4e00, 0x9fff), (0x1f300, 0x1faff), (0x10330, 0x1034a)]
 

@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from tinytav.errors import InputError
 from tinytav.files.atomic import replace_text
-from tinytav.files.clips import FOLDER_FPS
+from tinytav.files.clips import FOLDER_FPS, natural_order
 from tinytav.files.records import by_time, call, inner, read_losses, read_samples, record, tuning_command
 from tinytav.files.runs import Run, free_name
 
@@ -59,7 +59,7 @@ def write(folder):
         return save(folder, title, [element("p.kind", "samples"), element("h1", title), parts])
     return save(folder, settings.prompt, [
         heading(folder, settings, len(losses)), parts, loss_chart(losses, max(settings.steps, len(losses))),
-        element("h2", "The command that tunes so again"),
+        previews(folder, settings), element("h2", "The command that tunes so again"),
         element("pre", tuning_command(folder, settings))])
 
 
@@ -208,6 +208,16 @@ def loss_chart(losses, total):
                  for marks in ([f"{top:.3g}", f"{top / 2:.3g}", 0], [0, total // 2, total]))
     chart = element("div.chart", element("div.up", up), drawing, element("div.along", along))
     return element("h2", "Loss"), element("p.soft", f"Each point is a mean over {window} steps."), chart
+
+
+def previews(folder, settings):
+    """What train.py --preview sampled while it tuned."""
+    figures = []
+    for file in sorted(folder.glob("preview-*.gif"), key=natural_order):
+        after = f"after {file.stem.removeprefix('preview-')} steps"
+        figures.append(picture(file.name, f"preview {after}", file.name, after))
+    prompt = element("p.soft", prompt_text(settings.preview))
+    return (element("h2", "Previews"), prompt, element("div.previews", figures)) if figures else []
 
 
 # ---- the page of a set ---------------------------------------------------------------------------

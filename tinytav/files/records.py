@@ -9,7 +9,7 @@ from tinytav.stable_diffusion.checkpoint import read_json
 
 # The settings of a run that are flags of train.py.
 TUNING_FLAGS = ("weights", "tokenizer", "prediction", "vae", "embedding", "size", "frames", "window", "start",
-                "stride", "steps", "lr", "attention", "norm", "precision", "seed")
+                "stride", "steps", "lr", "attention", "norm", "precision", "seed", "preview")
 
 
 # ---- Records -------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ class Settings(Config):
     prediction: str | None = None
     vae: str | None = None                      # path of another VAE than the weights' own
     embedding: tuple[str, ...] | None = None    # paths of learned words
+    preview: str | None = None
     clip_fingerprint: str | None = None         # of the source's files
     lora: tuple[dict, ...] | None = None        # each with file, scale and fingerprint
     versions: dict = field(default_factory=dict)
