@@ -45,8 +45,8 @@ def arguments():
     p.add_argument("--guidance", type=cli.number(float, 0), metavar="X",
                    help="how strongly the edit follows the prompt (default: the run's own)")
     p.add_argument("--strength", type=cli.number(float, 0), metavar="X",
-                   help="use this much of the tuning: 0 is the untuned net, 1 (the default) the tuned one; less "
-                        "follows the prompt more, more keeps more of the clip")
+                   help="use this much of the tuning: 0 is the untuned net, 1 (the default) the tuned one; more keeps "
+                        "more of the clip and follows the prompt less")
     p.add_argument("--attention", choices=ATTENTIONS, help="the frames a frame looks at (default: the run's own)")
     cli.add_lora(p, "add these LoRA files to those that the run was tuned with")
     p.add_argument("--out", metavar="PATH", help="write the results here (default: the run's folder, or samples/)")

@@ -172,13 +172,14 @@ def make(args):
 
 
 def show(scores, file, folder, earlier=None):
-    """Writes the tables, and pictures of the trial and of the recipes into a folder. Prints the tables."""
+    """Writes the tables, and pictures of the trial, the recipes and the strength into a folder. Prints the tables."""
     text = tables.text(scores, earlier)
     replace_text(file, text)
     if rows := tables.shares(scores, "trial"):
         pictures.chart(folder / "chart.png", rows)
-    if rows := tables.shares(scores, "recipes", ("unsaid", "edited")):
-        pictures.frontier(folder / "frontier.png", rows)
+    for study, file in (("recipes", "frontier.png"), ("strength", "strength.png")):
+        if rows := tables.shares(scores, study, ("unsaid", "edited")):
+            pictures.frontier(folder / file, rows)
     print(text)
 
 
