@@ -357,7 +357,7 @@ def begin(sd, clip, prompt, out="runs", folder=None, *, size=None, frames=None, 
         run.write("clip", dict(mean=encoded.mean, std=encoded.std))
         write_mp4(run.path / "source.mp4", source.x, source.fps)
         run.save()
-    run = Run.create(folder or Path(out) / slug(Path(clip).stem), settings, fill, another=folder is None)
+    run = Run.create(folder or Path(out or "runs") / slug(Path(clip).stem), settings, fill, another=folder is None)
     page.write(run.path)
     net = new_net(sd, settings.window or settings.frames, attention, norm, seed)
     return Session(sd, net, run, encoded, tuple(encoded.mean.shape))
