@@ -173,8 +173,8 @@ def test_a_words_rows_show_each_frame_above_its_own_map():
 def test_a_pixels_row_shows_its_frame_first_and_then_what_it_looks_at_with_the_shares():
     x = random(6, 3, 16, 24).clamp(-1, 1) / 4 - 0.75
     maps = torch.stack([cell(4), cell(0)])
-    text, row = attention.pixel_row(x, 5, (0.25, 0.75), [0, 4], maps)
-    assert text == "after tuning" and [label for _, label in row] == [
+    row = attention.pixel_row(x, 5, (0.25, 0.75), [0, 4], maps)
+    assert [label for _, label in row] == [
         "frame 6: the pixel", "frame 1: 83 % of its attention", "frame 5: 17 % of its attention"]
     assert [brightest(picture) for picture, _ in row[1:]] == [(0, 1), (0, 0)]
     pictures = attention.resized(x)

@@ -101,14 +101,14 @@ def word_rows(x, maps, word):
 
 
 def pixel_row(x, frame, place, seen, maps):
-    """A row of frame `frame` with the pixel marked, and of the frames it looks at under their maps, all on one scale.
+    """Frame `frame` with the pixel marked, and the frames it looks at under their maps, on one scale: a row of sheet().
 
     x (f, 3, h, w); place (y, x) as parts; seen: the n frames looked at; maps (n, h', w').
     """
     pictures, heat, shares = resized(x), maps / maps.max().clamp(min=1e-12), 100 * maps.sum((1, 2)) / maps.sum()
     looked_at = [(heated(pictures[i], one), f"frame {i + 1}: {share:.0f} % of its attention")
                  for i, one, share in zip(seen, heat, shares)]
-    return "after tuning", [(marked(pictures[frame], *place), f"frame {frame + 1}: the pixel"), *looked_at]
+    return [(marked(pictures[frame], *place), f"frame {frame + 1}: the pixel"), *looked_at]
 
 
 def marked(picture, y, x):
@@ -182,7 +182,7 @@ def watch_pixel(args, session):
             pipeline.predict(session.net, sd.schedule.add_noise(clip.mean, noise, t), t, clip.context)
     caption = (f"Where the pixel {column}, {line} of frame {frame} looks in the first and the previous frame: sparse-"
                f"causal attention, the mean over heads, layers and {settings.ddim_steps} timesteps of the noised clip.")
-    rows = [pixel_row(x, frame - 1, place, maps.seen, maps.mean.value())]
+    rows = [("after tuning", pixel_row(x, frame - 1, place, maps.seen, maps.mean.value()))]
     return f"pixel-{column}-{line}-frame-{frame}", rows, caption, dict(pixel=args.pixel, frame=frame)
 
 
