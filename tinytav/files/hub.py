@@ -29,20 +29,18 @@ def folder(name, half=False, connect=True):
     half: fetch the fp16 files where there are such. connect: False looks in the cache alone. Raises InputError.
     """
     def fetch(api, repo):
-        files = ["model_index.json"]
-        if connect:
-            files = needed([file.rfilename for file in api.model_info(repo).siblings], half, name)
-        for file in files:
-            found = api.hf_hub_download(repo, file, local_files_only=not connect)
+        names = [file.rfilename for file in api.model_info(repo).siblings]
+        for file in needed(names, half, name):
+            found = api.hf_hub_download(repo, file)
         return Path(found.removesuffix(file))
-    return _ask(name, "--weights", connect, fetch)
+    return _ask(name, "--weights", fetch) if connect else _in_cache(name, "--weights", "model_index.json").parent
 
 
 def tokenizer_file(name, connect=True):
     """hub:OWNER/NAME -> its tokenizer.json in the hub's cache. Raises InputError."""
     def fetch(api, repo):
-        return Path(api.hf_hub_download(repo, "tokenizer.json", local_files_only=not connect))
-    return _ask(name, "--tokenizer", connect, fetch)
+        return Path(api.hf_hub_download(repo, "tokenizer.json"))
+    return _ask(name, "--tokenizer", fetch) if connect else _in_cache(name, "--tokenizer", "tokenizer.json")
 
 
 def needed(names, half, where):
@@ -58,8 +56,20 @@ def needed(names, half, where):
     return [name for name in names if SETTINGS.fullmatch(name)] + weights
 
 
-def _ask(name, flag, connect, fetch):
-    """fetch(the hub's client, OWNER/NAME) -> what it returns. Raises InputError for whatever the client raises."""
+def _in_cache(name, flag, file):
+    """Where a file lies in the hub's cache. The client's other functions connect, even where they need not."""
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name.removeprefix(PREFIX), file)
+    except ValueError:                  # not the name of a repository
+        found = None
+    if not isinstance(found, str):
+        raise InputError(f"{name} is not here, and a run does not fetch it: name it with {flag} to download it.")
+    return Path(found)
+
+
+def _ask(name, flag, fetch):
     import huggingface_hub  # slow to import, and rarely needed
 
     try:
@@ -67,8 +77,5 @@ def _ask(name, flag, connect, fetch):
     except InputError:
         raise
     except Exception as error:          # offline, no such repository, a proxy's answer: of many classes
-        if not connect:
-            raise InputError(f"{name} is not here, and a run does not fetch it: name it with {flag} to download "
-                             "it.") from None
         raise InputError(f"{name} cannot be downloaded ({str(error).strip().splitlines()[0]}). Name a folder on this "
                          f"machine with {flag}.") from None
