@@ -200,6 +200,7 @@ def test_closed_and_broken_outputs_end_without_a_traceback(place):
         done = subprocess.run(["bash", "-c", f"{line} {redirection}"], cwd=place, capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+        assert done.returncode == 0 and (place / "closed/a-dog.mp4").is_file()          # bash says how `head` ended
 
 
 def test_a_prompt_named_like_a_file_of_the_run_takes_no_files_place(place):

@@ -198,13 +198,13 @@ def run(main):
     """Calls main() as a script. What the user can mend is a sentence and exit status 2, not a traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")       # file names may hold bytes that are not UTF-8
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                          # the shell has closed it: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")       # file names may hold bytes that are not UTF-8
     try:
         status = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         sys.exit(status)
     except BrokenPipeError:                                     # what reads the output has ended: `| head -1`
         sys.stdout = None
@@ -224,7 +224,6 @@ def run(main):
 
 
 def complain(text):
-    """A line for the user on stderr, if there is one and someone reads it."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(plain(text), file=sys.stderr)
+    """A line for the user on stderr, if someone reads it."""
+    with contextlib.suppress(OSError):
+        print(plain(text), file=sys.stderr)
