@@ -305,7 +305,7 @@ def main():
     out = Path(args.out or Path("evaluated") / Path(args.set).stem)
     out.mkdir(parents=True, exist_ok=True)
     sd = cli.load_weights(args)
-    eye, pick = (metrics.Features(folder, sd.device) if folder else None for folder in (args.clip, args.pick))
+    eye, pick = (None if folder is None else metrics.Features(folder, sd.device) for folder in (args.clip, args.pick))
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     hold_settings(out, asdict(sd.defaults) | given | dict(fingerprint=sd.fingerprint, precision=name_of(sd.dtype)))
     evaluation = Evaluation(out, sd, given, cli.progress if rank == 0 else editing.no_progress, eye, pick, side)
