@@ -135,6 +135,7 @@ def test_other_rows_are_compared_with_the_full_method_on_the_same_clips(scores):
     assert heads.split(" | ")[3] == "unsaid kept"
     heads, _, _ = tables.against_full_method(rows_of(scores), BEYOND, ("psnr", "outside")).splitlines()
     assert heads.endswith("| PSNR | PSNR outside |")
+    assert tables.with_interval(np.array([np.nan, np.nan]), "unsaid") == ""         # captions that name everything
     assert not tables.against_full_method(rows_of(scores), ["full attention"])                    # it is not made
     cells = line.split(" | ")
     assert cells[0] == "| edit-friendly noise" and cells[3] == "+5.0 (+5.0 to +5.0)"            # one attribute of four

@@ -82,9 +82,9 @@ def differences(rows, better, worse, key):
 
 
 def with_interval(found, key):
-    """The mean of clips' differences and its 95 % bootstrap interval as text, in the score's unit."""
+    """The mean of clips' differences and its 95 % bootstrap interval as text, in the score's unit; "" for NaN."""
     mean, low, high = (1 if key in POINTS else 100) * np.array(interval(found))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return "" if np.isnan(mean) else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def verdicts(rows, claims):
