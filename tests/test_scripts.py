@@ -194,6 +194,11 @@ def test_an_empty_clip_is_no_clip(place):
     assert "A clip and its caption are needed" in call(place, "train.py", "", "a man", "--weights", "w", status=2).err
 
 
+def test_an_empty_folder_for_results_is_runs(place):
+    done = call(place, "train.py", "clip.mp4", "a man", "--weights", "w", "--steps", 1, "--out", "")
+    assert "\nrun: runs/clip-" in done.out
+
+
 def test_closed_and_broken_outputs_end_without_a_traceback(place):
     line = shlex.join(command("sample.py", "--run", "runs/clip", "--prompt", "a dog", "--steps", 1, "--out", "closed"))
     for redirection in (">&- 2>&-", "| head -0"):

@@ -78,7 +78,8 @@ def encode_clip(sd, x, prompt):
     mean, std = (z.contiguous() for z in encode(sd.vae, x.to(sd.device)))      # as a resumed run reads them
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise InputError("The VAE gives this clip latents that are not finite: try --precision fp32.")
-    return Clip(mean, std, *sd.encode_prompts([prompt, ""]).split(1))
+    context, empty = sd.encode_prompts([prompt, ""]).split(1)
+    return Clip(mean, std, context, empty)
 
 
 def default_window(sd, *frames):
@@ -417,4 +418,5 @@ def clip_of(run, sd):
     """A run's clip and its caption -> Clip, on the device of `sd`. Raises InputError if they do not fit the run."""
     run.check(sd)
     mean, std = (z.to(sd.device) for z in run.latents())
-    return Clip(mean, std, *sd.encode_prompts([run.settings.prompt, ""]).split(1))
+    context, empty = sd.encode_prompts([run.settings.prompt, ""]).split(1)
+    return Clip(mean, std, context, empty)

@@ -324,6 +324,10 @@ def test_loveu_is_evaluated(place):
     assert settings["frames"] == 3 and settings["prompt"] == "A squirrel climbs."
 
 
+def test_an_empty_folder_for_pickscore_is_refused(place):
+    assert "No config.json in .:" in call(place, "set.csv", *FLAGS, "--pick", "", "--out", "empty-pick", status=2).err
+
+
 def command(*args):
     return [sys.executable, "-m", *args]
 

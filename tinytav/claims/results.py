@@ -177,9 +177,9 @@ def show(scores, file, folder, earlier=None):
     replace_text(file, text)
     if rows := tables.shares(scores, "trial"):
         pictures.chart(folder / "chart.png", rows)
-    for study, file in (("recipes", "frontier.png"), ("strength", "strength.png")):
+    for study, picture in (("recipes", "frontier.png"), ("strength", "strength.png")):
         if rows := tables.shares(scores, study, ("unsaid", "edited")):
-            pictures.frontier(folder / file, rows)
+            pictures.frontier(folder / picture, rows)
     print(text)
 
 

@@ -166,7 +166,9 @@ def take_over(file, folder):
 def safe_name(name):
     """pytorch_model.bin -> model.safetensors, as transformers calls it; other files keep their stem."""
     stem = Path(name).stem
-    return f"{stem.removeprefix('pytorch_') if stem.startswith('pytorch_model') else stem}.safetensors"
+    if stem.startswith("pytorch_model"):
+        stem = stem.removeprefix("pytorch_")
+    return f"{stem}.safetensors"
 
 
 # ---- the command ---------------------------------------------------------------------------------

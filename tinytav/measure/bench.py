@@ -95,8 +95,9 @@ def measure(case):
     flops = operations(call)
     share = flops / taken / matrix_rate(sd.device, sd.dtype)
     recomputed = memory.recomputed(net)
-    return (f"{taken:11.3f}{taken / case.frames:11.3f}{peak / 2 ** 30:11.2f}{flops / 1e9:11.0f}"
-            f"{flops / taken / 1e9:11.0f}{share:11.0%}" + f"  {recomputed} blocks computed again" * bool(recomputed))
+    line = (f"{taken:11.3f}{taken / case.frames:11.3f}{peak / 2 ** 30:11.2f}{flops / 1e9:11.0f}"
+            f"{flops / taken / 1e9:11.0f}{share:11.0%}")
+    return line + (f"  {recomputed} blocks computed again" if recomputed else "")
 
 
 def measure_apart(case):

@@ -91,7 +91,8 @@ def read_set(path):
             raise InputError(f"{path}, line {number}: {name!r} has no edit.")
         clip = loveu_path(path.parent, name) if is_loveu else path.parent / name
         mask = dict(zip(names[2:], cells)).get("mask")
-        folder = free_name(slug(Path(name).stem), {entry.folder for entry in entries}.__contains__)
+        taken = {entry.folder for entry in entries}
+        folder = free_name(slug(Path(name).stem), lambda name: name in taken)
         entries.append(Entry(name, clip, caption, edits, folder, path.parent / mask if mask else None))
     if not entries:
         raise InputError(f"{path} holds no clip.")
@@ -253,6 +254,11 @@ def hold_settings(out, wanted):
                          "with --out.")
 
 
+def no_formula(value):
+    """A text that a spreadsheet does not take for a formula: an apostrophe stands before a sign that begins one."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
 def report(args, out, rows, failures):
     """Writes results.csv and the page. Prints the means over all edits, what failed, and where both files are."""
     text = io.StringIO()
@@ -269,11 +275,6 @@ def report(args, out, rows, failures):
 
 
 # ---- the command ---------------------------------------------------------------------------------
-
-def no_formula(value):
-    """A text that a spreadsheet does not take for a formula: an apostrophe stands before a sign that begins one."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-
 
 def arguments():
     parser = cli.parser(__doc__.splitlines()[0])

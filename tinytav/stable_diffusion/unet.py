@@ -80,7 +80,7 @@ def timestep_embedding(t, dim):
 
 
 def named(**layers):
-    """Layers that run one after the other, under these names."""
+    """Layers that run one after the other, under the names that the checkpoint's keys have."""
     return nn.Sequential(OrderedDict(layers))
 
 
