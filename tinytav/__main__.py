@@ -16,7 +16,7 @@ COMMANDS = {
     "bench": ("tinytav.measure.bench", "seconds and memory of each part on this machine"),
     "claims": ("tinytav.claims.results", "the paper's claims and further studies, measured in the toy world"),
     "card": ("tinytav.toy.card", "the numbers and pictures of the toy's model card"),
-    "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE, U-Net and ControlNet"),
+    "pretrain": ("tinytav.toy.pretrain", "train the toy's CLIP, VAE and U-Net"),
     "examples": ("tinytav.toy.examples", "draw the example clips in weights/toy"),
 }
 

@@ -1,5 +1,4 @@
 """Pre-training: the folder that is written, what trains and what is frozen, and the losses."""
-import shutil
 from random import Random
 from types import SimpleNamespace
 
@@ -9,21 +8,14 @@ from safetensors.torch import load_file
 from tiny import filled
 
 import tinytav
-from tinytav.stable_diffusion.checkpoint import build, read_component, read_json
+from tinytav.stable_diffusion.checkpoint import build, read_component
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
-from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig, check_fits, load_controlnet
 from tinytav.stable_diffusion.tokenizer import Tokenizer
-from tinytav.stable_diffusion.unet import UNet, UNetConfig
-from tinytav.toy import draw, pretrain, skeleton, world
+from tinytav.toy import draw, pretrain, world
 
 
 def stage(name, out, steps, *more):
     return [name, "--steps", str(steps), "--pictures", "8", "--batch", "2", "--device", "cpu", "--out", str(out), *more]
-
-
-def new(Model, Config, part):
-    """An untrained model of the shipped toy's sizes."""
-    return Model(Config.from_json(read_json(pretrain.TOY / part / "config.json")))
 
 
 @pytest.fixture(scope="module")
@@ -33,33 +25,6 @@ def folder(tmp_path_factory):
     for name in ("clip", "vae", "unet"):
         pretrain.main(stage(name, out, 2))
     return out
-
-
-def test_the_controlnets_loss_counts_more_around_the_stick_figure():
-    hints = torch.zeros(1, 3, 32, 32)
-    hints[0, 1, 9, 17] = 0.5                    # in latent (2, 4) of 8x8
-    expected = torch.zeros(1, 1, 8, 8)
-    expected[..., 1:4, 3:6] = 1
-    assert torch.equal(pretrain.around(hints, (8, 8)), expected)
-
-
-def test_the_controlnets_loss_uses_the_weight(folder, monkeypatch):
-    captured = []
-
-    def capture(args, model, file, loss_of):
-        captured.append(loss_of)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pretrain, "train", capture)
-    monkeypatch.setattr(pretrain, "around", lambda hints, size: torch.arange(256.).view(1, 1, 16, 16) / 128)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.train_control(SimpleNamespace(out=folder, source=pretrain.TOY, seed=0, pictures=2, device="cpu"))
-    losses = {}
-    for figure in (0, 8):
-        monkeypatch.setattr(pretrain, "FIGURE", figure)
-        losses[figure] = captured[0](torch.tensor([1]), Random(5), torch.Generator().manual_seed(1)).item()
-    assert losses[0] == pytest.approx(1, rel=0.2)           # the noise's own size: this U-Net is hardly trained
-    assert losses[8] != losses[0] and losses[8] == pytest.approx(losses[0], rel=0.3)    # a mean, whatever the weight
 
 
 def test_every_word_of_a_caption_is_one_token_and_comes_back(folder):
@@ -90,40 +55,6 @@ def test_the_clip_holds_the_same_text_encoder(folder):
     ids = Tokenizer.from_folder(folder / "clip")(["a woman on the moon at night"])
     assert torch.equal(clip.text_model(ids), encoder(ids))
     assert clip.cfg.text_config.eos_token_id == encoder.cfg.eos_token_id == ids[0, -1]
-
-
-def test_the_controlnet_fits_the_unet_and_is_trained(folder, tmp_path):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    unet = filled(new(UNet, UNetConfig, "unet"))            # one whose every layer passes gradients on
-    pretrain.write(SimpleNamespace(out=tmp_path, source=folder), f"unet/{pretrain.WEIGHTS}", unet.state_dict())
-    pretrain.main(stage("control", tmp_path, 2))
-    sd, control = tinytav.load(tmp_path), load_controlnet(tmp_path / "controlnet")
-    check_fits(control.cfg, sd.unet.cfg, sd.vae.cfg.factor)
-    assert (tmp_path / "controlnet" / pretrain.WEIGHTS).stat().st_size < 8 * 2 ** 20
-    with torch.no_grad():
-        context, hint = sd.encode_prompts(["a fox"]), torch.zeros(1, 3, draw.SIZE, draw.SIZE)
-        residuals = control(torch.randn(1, 4, 16, 16), torch.tensor([981]), context, control.embed_hint(hint))
-    assert all(residual.abs().max() > 0 for residual in residuals)
-
-
-@torch.no_grad()
-def test_before_training_a_controlnet_changes_nothing(folder):
-    sd, control = tinytav.load(folder), new(ControlNet, ControlNetConfig, "controlnet")
-    pretrain.begin_as_unet(control, sd.unet)
-    assert torch.equal(control.mid_block.resnets[0].conv1.weight, sd.unet.mid_block.resnets[0].conv1.weight)
-    x, t, context = torch.randn(1, 4, 16, 16), torch.tensor([981]), sd.encode_prompts(["a fox"])
-    residuals = control(x, t, context, control.embed_hint(torch.rand(1, 3, draw.SIZE, draw.SIZE)))
-    assert torch.equal(sd.unet(x, t, context, residuals), sd.unet(x, t, context))
-
-
-@torch.no_grad()
-def test_before_training_a_stick_figure_already_reaches_the_controlnet(folder):
-    sd, control = tinytav.load(folder), new(ControlNet, ControlNetConfig, "controlnet")
-    pretrain.begin_as_unet(control, sd.unet)
-    (scene, view), = pretrain.imagine("a seed", 1)
-    figure = skeleton.hint(skeleton.skeleton(scene.activity, view, draw.SIZE)[None])
-    difference = control.embed_hint(figure) - control.embed_hint(torch.zeros_like(figure))
-    assert difference.std() > 0.01          # conv_in's output is about 1, and torch's own start gives 0.0001
 
 
 def test_more_training_starts_from_the_finished_weights(folder, tmp_path):
@@ -221,24 +152,32 @@ def test_muon_moves_a_kernel_in_all_directions_alike(training):
     assert sizes["AdamW"].std() < 0.01 * sizes["AdamW"].mean() and sizes["Muon"].std() > 0.1 * sizes["Muon"].mean()
 
 
-def test_the_latents_belong_to_the_scenes(folder):
-    """Captions and noisy latents that are handed out together are of one picture."""
-    args = SimpleNamespace(out=folder, device="cpu")
+def test_the_unet_learns_the_noise_of_pictures_with_their_own_captions(folder, monkeypatch):
+    losses, seen = [], []
+
+    class Net(torch.nn.Module):
+        def forward(self, *inputs):
+            seen[:] = inputs
+            return torch.zeros(2, 4, 16, 16)
+    monkeypatch.setattr(pretrain, "train", lambda args, model, file, loss_of: losses.append(loss_of))
+    monkeypatch.setattr(pretrain, "new", lambda *args: Net())
+    args = SimpleNamespace(out=folder, device="cpu", seed="a seed", pictures=3)
+    pretrain.train_unet(args)
     sd, imagined = tinytav.load(folder), pretrain.imagine("a seed", 3)
     mean, std = pretrain.encode_all(pretrain.finished(args, "vae"), pretrain.draw_many(imagined), "cpu")
     assert mean.shape == std.shape == (3, 4, 16, 16) and (std > 0).all()
-    chosen, encoder = torch.tensor([2, 0]), pretrain.finished(args, "text_encoder")
-    noisy, t, context, noise = pretrain.captioned_noise(args, imagined, empty=0)(
-        chosen, Random(5), torch.Generator().manual_seed(1))
-    draw = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(1))
-    x0 = mean[chosen] + std[chosen] * draw
-    assert torch.equal(noisy, sd.schedule.add_noise(x0, noise, t))
-    rng = Random(5)
-    captions = []
+
+    generator, rng, chosen, captions = torch.Generator().manual_seed(1), Random(5), torch.tensor([2, 0]), []
+    x0 = mean[chosen] + std[chosen] * torch.randn(2, 4, 16, 16, generator=generator)
+    noise = torch.randn(2, 4, 16, 16, generator=generator)
+    t = torch.randint(1000, (2,), generator=generator)
     for i in chosen:
         rng.random()                                    # decides whether the caption is left empty
         captions.append(world.caption(imagined[i][0], rng))
-    expected = encoder(Tokenizer.from_folder(folder / "tokenizer")(captions))
-    assert torch.equal(context, expected)
-    silent = pretrain.captioned_noise(args, imagined, empty=1)(chosen, Random(5), torch.Generator().manual_seed(1))
-    assert torch.equal(silent[2], encoder(Tokenizer.from_folder(folder / "tokenizer")(["", ""])))
+    tokenizer, encoder = Tokenizer.from_folder(folder / "tokenizer"), pretrain.finished(args, "text_encoder")
+    for share, expected in ((0, captions), (1, ["", ""])):
+        monkeypatch.setattr(pretrain, "SILENT", share)
+        loss = losses[0](chosen, Random(5), torch.Generator().manual_seed(1))
+        assert torch.equal(seen[0], sd.schedule.add_noise(x0, noise, t)) and torch.equal(seen[1], t)
+        assert torch.equal(seen[2], encoder(tokenizer(expected)))
+        assert loss == pytest.approx(noise.square().mean())

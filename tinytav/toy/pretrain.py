@@ -1,9 +1,8 @@
-"""Pre-trains a small Stable Diffusion on the toy world: CLIP, then the VAE, the U-Net, and a ControlNet for it.
+"""Pre-trains a small Stable Diffusion on the toy world: CLIP, then the VAE, then the U-Net.
 
     python -m tinytav pretrain clip --steps 600 --out my-toy
     python -m tinytav pretrain vae --steps 25000 --out my-toy
     python -m tinytav pretrain unet --steps 2500 --out my-toy
-    python -m tinytav pretrain control --steps 3000 --out my-toy
 
 Each stage draws its pictures first. Then it trains, and writes its part of the folder in the form in which Stable
 Diffusion is published, twenty times on its way. The networks' sizes and the tokenizer are the shipped toy's, or those
@@ -30,21 +29,20 @@ from tinytav import cli
 from tinytav.files import frames
 from tinytav.stable_diffusion.checkpoint import MODELS, build, read_component, read_json
 from tinytav.stable_diffusion.clip import CLIP, CLIPConfig
-from tinytav.stable_diffusion.controlnet import ControlNet, ControlNetConfig
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.precision import cpu_has_bf16
 from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
-from tinytav.toy import draw, skeleton, world
+from tinytav.toy import draw, world
 
 TOY = Path(__file__).parents[2] / "weights/toy"     # the shipped toy
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Of each stage: the highest learning rate, the batch, the weight decay of matrices and kernels, and what updates these.
 # From 2,400 pictures in batches of 4, a new VAE reached 19.8 dB by Muon, and 16.8 dB by AdamW.
 RECIPES = dict(clip=(1e-3, 256, 0.1, "AdamW"), vae=(1.5e-3, 4, 0.0, "Muon"),
-               unet=(1.3e-3, 96, 0.01, "Muon"), control=(8e-4, 32, 0.01, "AdamW"))
-FIGURE = 8          # how much more the ControlNet's loss counts at the stick figure
+               unet=(1.3e-3, 96, 0.01, "Muon"))
+SILENT = 0.1        # the share of captions that say nothing, for classifier-free guidance
 
 
 # ---- Files and pictures --------------------------------------------------------------------------
@@ -227,94 +225,35 @@ def encode_all(vae, pictures, device):
     return [torch.cat(part).float().contiguous() for part in zip(*parts)]
 
 
-def captioned_noise(args, imagined, empty):
-    """What U-Net and ControlNet learn from: a function (indices, rng, generator) -> noisy latents, t, context, noise.
-
-    empty: the share of captions that say nothing.
-    """
+def train_unet(args):
+    """Learns to name the noise in noisy latents, given the caption. Rombach et al., arXiv 2112.10752, equation 3."""
+    imagined = imagine(args.seed, args.pictures)
     tokenizer, encoder = Tokenizer.from_folder(args.out / "tokenizer"), finished(args, "text_encoder")
     mean, std = encode_all(finished(args, "vae"), draw_many(imagined), args.device)
     schedule = Schedule.from_json(read_json(TOY / "scheduler/scheduler_config.json"))
-
-    def make(chosen, rng, generator):
-        captions = ["" if rng.random() < empty else world.caption(imagined[i][0], rng) for i in chosen]
-        with torch.no_grad():
-            context = encoder(tokenizer(captions).to(args.device))
-        x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
-        noise = noise_like(x0, generator)
-        t = torch.randint(schedule.num_train_timesteps, chosen.shape, device=args.device, generator=generator)
-        return schedule.add_noise(x0, noise, t), t, context, noise
-
-    return make
-
-
-def train_unet(args):
-    """Learns to name the noise in noisy latents, given the caption. Rombach et al., arXiv 2112.10752, equation 3."""
-    make = captioned_noise(args, imagine(args.seed, args.pictures), empty=0.1)
     model = new(args, UNet, UNetConfig, "unet")
     for name, p in model.named_parameters():
         if name.endswith(("conv2.weight", "proj_out.weight", "conv_out.weight")):
             nn.init.zeros_(p)       # every residual branch begins as nothing
 
     def loss_of(chosen, rng, generator):
-        noisy, t, context, noise = make(chosen, rng, generator)
-        return F.mse_loss(model(noisy, t, context).float(), noise)
+        captions = ["" if rng.random() < SILENT else world.caption(imagined[i][0], rng) for i in chosen]
+        with torch.no_grad():
+            context = encoder(tokenizer(captions).to(args.device))
+        x0 = mean[chosen] + std[chosen] * noise_like(std[chosen], generator)
+        noise = noise_like(x0, generator)
+        t = torch.randint(schedule.num_train_timesteps, chosen.shape, device=args.device, generator=generator)
+        return F.mse_loss(model(schedule.add_noise(x0, noise, t), t, context).float(), noise)
 
     train(args, model, f"unet/{WEIGHTS}", loss_of)
     copy(TOY, "scheduler", args.out)
     copy(TOY, ".", args.out)        # model_index.json, and what the shipped toy's defaults are and what it knows
 
 
-def begin_as_unet(control, unet):
-    """The way down and the middle begin as the U-Net's, the 1x1 convolutions as zero: arXiv 2302.05543, section 3.1.
-
-    So at first the residuals are zero, and the U-Net draws as it does without them. The hint's convolutions keep the
-    size of what goes through them (arXiv 1502.01852). With torch's own start hardly anything comes through seven.
-    """
-    ours = control.state_dict()
-    control.load_state_dict({name: p for name, p in unet.state_dict().items() if name in ours}, strict=False)
-    hint = control.controlnet_cond_embedding
-    for convolution in (hint.conv_in, *hint.blocks, hint.conv_out):
-        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-        nn.init.zeros_(convolution.bias)
-    for convolution in (*control.controlnet_down_blocks, control.controlnet_mid_block):
-        nn.init.zeros_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
-
-
-def around(hints, size):
-    """1 where a hint (n, 3, h, w) has a stick, and one latent around it, 0 elsewhere: (n, 1, *size)."""
-    sticks = F.adaptive_max_pool2d(hints.amax(1, keepdim=True), size)
-    return (F.max_pool2d(sticks, 3, stride=1, padding=1) > 0).float()
-
-
-def train_control(args):
-    """Learns what a stick figure says, beside the frozen U-Net. Zhang et al., arXiv 2302.05543, equation 5.
-
-    Every other caption is empty (section 3.3): then the stick figure alone gives the pose. The loss counts more where
-    the stick figure is, because limbs are a small part of the picture.
-    """
-    unet, imagined = finished(args, "unet"), imagine(args.seed, args.pictures)
-    make = captioned_noise(args, imagined, empty=0.5)
-    model = new(args, ControlNet, ControlNetConfig, "controlnet")
-    begin_as_unet(model, unet)
-
-    def loss_of(chosen, rng, generator):
-        noisy, t, context, noise = make(chosen, rng, generator)
-        figures = [skeleton.skeleton(scene.activity, view, draw.SIZE) for scene, view in (imagined[i] for i in chosen)]
-        hints = skeleton.hint(np.stack(figures)).to(args.device)
-        residuals = model(noisy, t, context, model.embed_hint(hints))
-        error = unet(noisy, t, context, residuals).float() - noise
-        weight = 1 + FIGURE * around(hints, noise.shape[2:])
-        return (weight * error ** 2).mean() / weight.mean()
-
-    train(args, model, f"controlnet/{WEIGHTS}", loss_of)
-
-
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     count, better = cli.number(int, 1), "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("stage", choices=RECIPES, help="unet needs clip and vae in --out, and control needs unet too")
+    p.add_argument("stage", choices=RECIPES, help="unet needs clip and vae in --out")
     p.add_argument("--steps", type=count, required=True, help="how many updates to make")
     p.add_argument("--out", type=Path, required=True, help="the folder that all stages write to")
     p.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="finished weights to train further")
@@ -333,7 +272,7 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
-    stage = dict(clip=train_clip, vae=train_vae, unet=train_unet, control=train_control)[args.stage]
+    stage = dict(clip=train_clip, vae=train_vae, unet=train_unet)[args.stage]
     torch.manual_seed(args.seed)
     # At these sizes a CPU trains a U-Net a third faster with attention as plain matrix products in bfloat16.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
