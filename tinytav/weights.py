@@ -93,16 +93,18 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
         path = hub.folder(path, half, connect)
     if hub.is_name(tokenizer):
         tokenizer = hub.tokenizer_file(tokenizer, connect)
-    found = checkpoint.read(path, tokenizer, prediction, vae, embedding or (), half, OfficialConfig)
-    config, tensors, where = found.parts["unet"]
+    parts, schedule, tokenizer, fingerprints = checkpoint.read(path, tokenizer, prediction, vae, embedding or (), half,
+                                                               OfficialConfig)
+    config, tensors, where = parts["unet"]
     image, temporal = split(tensors, where)
-    found.parts["unet"] = config, image, where
-    models = found.build(device, dtype)
-    size = 768 if found.schedule.prediction_type == "v_prediction" else 512     # the models of these pixels predict v
-    return StableDiffusion(found.tokenizer, schedule=found.schedule, path=Path(path),
-                           fingerprint=found.fingerprints[-1], device=torch.device(device), dtype=dtype,
-                           multiple=models["vae"].cfg.factor, defaults=read_defaults(path, size),
-                           temporal=temporal, source=source, before=found.fingerprints[:-1], **models)
+    parts["unet"] = config, image, where
+    models = {name: checkpoint.build(Model, *parts[name], dtype).to(device)
+              for name, (Model, _) in checkpoint.MODELS.items()}
+    size = 768 if schedule.prediction_type == "v_prediction" else 512       # the models of these pixels predict v
+    return StableDiffusion(tokenizer, schedule=schedule, path=Path(path), fingerprint=fingerprints[-1],
+                           device=torch.device(device), dtype=dtype, multiple=models["vae"].cfg.factor,
+                           defaults=read_defaults(path, size), temporal=temporal, source=source,
+                           before=fingerprints[:-1], **models)
 
 
 # ---- Defaults ------------------------------------------------------------------------------------

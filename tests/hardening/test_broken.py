@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tinytav import cli
 from tinytav.errors import InputError
 from tinytav.files import frames
-from tinytav.stable_diffusion.checkpoint import read_json
+from tinytav.stable_diffusion.checkpoint import build, read_json
+from tinytav.stable_diffusion.clip import CLIP, CLIPConfig, VisionConfig
 from tinytav.stable_diffusion.ddim import Schedule
 from tinytav.stable_diffusion.lora import Lora
 from tinytav.stable_diffusion.text_encoder import TextEncoderConfig
@@ -168,8 +169,7 @@ def test_memory_that_runs_out_is_a_sentence_and_any_other_error_of_torch_a_bug(e
 @pytest.mark.parametrize("Config, settings", [
     (UNetConfig, dict(block_out_channels=[0, 16])), (UNetConfig, dict(layers_per_block=10 ** 9)),
     (UNetConfig, dict(block_out_channels=[None, 16])), (UNetConfig, dict(attention_head_dim=["2"] * 4)),
-    (UNetConfig, dict(attention_head_dim=7)), (TextEncoderConfig, dict(num_attention_heads=5)),
-    (TextEncoderConfig, dict(num_hidden_layers=2 ** 20)),
+    (UNetConfig, dict(attention_head_dim=7)), (TextEncoderConfig, dict(num_hidden_layers=2 ** 20)),
     (Schedule, dict(beta_start=-1.)), (Schedule, dict(beta_end=float("nan"))),
     (Schedule, dict(num_train_timesteps=10 ** 12))])
 def test_a_number_in_a_config_that_no_model_has_is_refused(Config, settings):
@@ -177,11 +177,21 @@ def test_a_number_in_a_config_that_no_model_has_is_refused(Config, settings):
         Config.from_json(settings)
 
 
-def test_numbers_in_a_config_that_clash_are_refused(place):
-    config = json.loads((place / "w/unet/config.json").read_text())
-    (place / "w/unet/config.json").write_text(json.dumps(config | dict(norm_num_groups=7)))
-    with pytest.raises(InputError, match="w/unet: no UNet can be built"):
+@pytest.mark.parametrize("part, clash, message", [
+    ("unet", dict(norm_num_groups=7), "no UNet can be built"),
+    ("text_encoder", dict(num_attention_heads=5), "no TextEncoder can be built .* 5 heads do not divide")])
+def test_numbers_in_a_config_that_clash_are_refused(place, part, clash, message):
+    file = place / "w" / part / "config.json"
+    config = file.read_text()
+    file.write_text(json.dumps(json.loads(config) | clash))
+    with pytest.raises(InputError, match=f"w/{part}: {message}"):
         load(place / "w")
+    file.write_text(config)
+
+
+def test_heads_that_clash_in_clips_vision_tower_are_refused():
+    with pytest.raises(InputError, match="here: no CLIP can be built .* 5 heads do not divide"):
+        build(CLIP, CLIPConfig(vision_config=VisionConfig(num_attention_heads=5)), {}, "here")
 
 
 def test_json_nested_beyond_the_stack_is_refused(tmp_path):

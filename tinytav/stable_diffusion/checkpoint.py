@@ -7,7 +7,7 @@ import hashlib
 import re
 import shlex
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -29,25 +29,11 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 PASSED_OVER = re.compile(r"(text_projection|logit_scale|loss|model_ema)\b")     # what trainers leave beside a part
 
 
-@dataclass
-class Checkpoint:
-    """A Stable Diffusion as it lies on disk. `parts`: {a name of MODELS: (config, tensors, where they come from)}."""
-    parts: dict
-    schedule: Schedule
-    tokenizer: Tokenizer
-    fingerprints: list              # of the weights as they are on disk, then with each learned word
-
-    def build(self, device="cpu", dtype=torch.float32):
-        """{a name of MODELS: the model on `device`}, in eval mode and without gradients.
-
-        dtype: of the weights. Raises InputError naming the file, and the tensors that are missing, unexpected or
-        misshapen.
-        """
-        return {name: build(Model, *self.parts[name], dtype).to(device) for name, (Model, _) in MODELS.items()}
-
-
 def read(path, tokenizer=None, prediction=None, vae=None, embeddings=(), half=False, UNetConfig=UNetConfig):
-    """A Stable Diffusion folder or single file -> Checkpoint.
+    """A Stable Diffusion folder or single file -> (parts, Schedule, Tokenizer, fingerprints).
+
+    parts: {a name of MODELS: (config, tensors, where they come from)}. fingerprints: of the weights as they are on
+    disk, then with each learned word.
 
     tokenizer: a folder or a tokenizer.json; by default the checkpoint's own. prediction: "epsilon" or "v", where the
     file does not tell. vae: a folder or a file, in place of the checkpoint's own. embeddings: files of learned words.
@@ -71,7 +57,7 @@ def read(path, tokenizer=None, prediction=None, vae=None, embeddings=(), half=Fa
         word, vectors = embedding.parse(read_file(file, "embedding"), file)
         parts["text_encoder"] = embedding.add(word, vectors, tokenizer, *parts["text_encoder"])
         marks.append(short_hash(f"{marks[-1]} {word}".encode() + vectors.float().numpy().tobytes()))
-    return Checkpoint(parts, schedule, tokenizer, marks)
+    return parts, schedule, tokenizer, marks
 
 
 def build(Model, config, tensors, where, dtype=torch.float32):
@@ -178,7 +164,9 @@ def _component_files(folder, half=False):
         fp16 = (f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors")
         for index, whole in (fp16, full) if half else (full, fp16):
             if (folder / index).is_file():
-                names = weight_map(read_json(folder / index), folder / index)
+                names = read_json(folder / index).get("weight_map")
+                if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                    raise InputError(f"{folder / index} has no weight_map of file names.")
                 return [folder / Path(name).name for name in sorted(set(names.values()))]
             if (folder / whole).is_file():
                 return [folder / whole]
@@ -188,14 +176,6 @@ def _component_files(folder, half=False):
     raise InputError(f"No {' or '.join(stem + '.safetensors' for stem in STEMS)} in {folder}"
                      + (f", only {others[0]}: rename it if that is what you want." if others else
                         f", only {pickles[0]}. {how_to_convert(whole)}" if pickles else "."))
-
-
-def weight_map(index, where):
-    """The parsed index of a model in several files -> {a tensor's name: its file's}. Raises InputError."""
-    names = index.get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{where} has no weight_map of file names.")
-    return names
 
 
 def read_component(folder, Config, half=False):

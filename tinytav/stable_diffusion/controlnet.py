@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion import checkpoint, single_file
-from tinytav.stable_diffusion.unet import Encoder, UNetConfig, check_types, set_heads
+from tinytav.stable_diffusion.unet import Encoder, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,12 @@ class ControlNetConfig(UNetConfig):
         conditioning_channels=(3,),
         controlnet_conditioning_channel_order=("rgb",),                     # "bgr": channels in the other order
         global_pool_conditions=(False, None))                               # True: the "shuffle" ControlNet
+    WAYS = ("Down",)
 
     @property
     def hint_factor(self):
         """The hint is so many times larger than the latents; it must be the VAE's factor."""
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
-
-    def __post_init__(self):
-        set_heads(self)
-        check_types(self, self.down_block_types, "DownBlock2D")
 
 
 class HintEmbedding(nn.Module):
@@ -63,7 +60,7 @@ class ControlNet(Encoder):
         middle = cfg.block_out_channels[-1]
         hint_channels = cfg.conditioning_embedding_out_channels
         self.controlnet_cond_embedding = HintEmbedding(hint_channels, cfg.block_out_channels[0])
-        self.controlnet_down_blocks = nn.ModuleList([nn.Conv2d(dim, dim, 1) for dim in self.skip_channels()])
+        self.controlnet_down_blocks = nn.ModuleList([nn.Conv2d(dim, dim, 1) for dim in self.skip_channels])
         self.controlnet_mid_block = nn.Conv2d(middle, middle, 1)
 
     def embed_hint(self, hint):

@@ -57,8 +57,6 @@ def merge_lora(sd, path, scale=1.0):
     LoRAs may be merged one after another. Raises InputError, before any weight has changed, for a file that is not a
     LoRA, or is of a kind that is not read (LoHa, LoKr, DoRA), or belongs to another model: it names the keys.
     """
-    if not math.isfinite(scale):
-        raise InputError(f"A LoRA cannot be merged {scale} times: the scale is a finite number, 1 by default.")
     layers = changeable(sd)
     pairs = pair_up(read_lora(path), spellings(layers), path)
     check_shapes(pairs, layers, path)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tinytav.errors import InputError
 from tinytav.stable_diffusion.config import Config
 
 
@@ -29,14 +28,12 @@ class TextEncoderConfig(Config):
     ONLY = dict(hidden_act=("quick_gelu", "gelu"), attention_dropout=(0,))
     LIMITS = dict(num_hidden_layers=(1, 100), eos_token_id=(0, 2 ** 20))
 
-    def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(f"TextEncoderConfig: {self.num_attention_heads} heads do not divide {self.hidden_size}.")
-
 
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
+        if cfg.hidden_size % cfg.num_attention_heads:
+            raise ValueError(f"{cfg.num_attention_heads} heads do not divide {cfg.hidden_size}")
         self.heads = cfg.num_attention_heads
         self.k_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
         self.v_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)

@@ -46,15 +46,12 @@ class Tokenizer:
         Padding, length and learned tokens are read where the folder's JSON files tell them.
         """
         folder = Path(folder)
-        alone = folder.is_file()
         try:
-            whole = read(folder if alone else folder / "tokenizer.json")
+            whole = read(folder if folder.is_file() else folder / "tokenizer.json")
             vocab, merges = vocabulary(folder, whole)
             bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>"))
-            settings = {}
-            for name in ("tokenizer_config.json", "special_tokens_map.json"):       # the second has the last word
-                settings |= {} if alone else read(folder / name)
-            learned = learned_tokens(settings, {} if alone else read(folder / "added_tokens.json"), whole)
+            settings = read(folder / "tokenizer_config.json") | read(folder / "special_tokens_map.json")
+            learned = learned_tokens(settings, read(folder / "added_tokens.json"), whole)
             add_learned(bpe, {i: token for i, token in learned.items() if token.content not in (BEGIN, END)})
             pad = settings.get("pad_token", pad)
             pad = pad["content"] if isinstance(pad, dict) else pad

@@ -44,32 +44,24 @@ class UNetConfig(Config):
         time_embedding_type=("positional",), timestep_post_act=(None,), transformer_layers_per_block=(1,))
 
     LIMITS = dict(layers_per_block=(1, 32))
+    WAYS = ("Down", "Up")                           # a ControlNet has no way up
 
     def __post_init__(self):
-        set_heads(self)
-        check_types(self, self.down_block_types, "DownBlock2D")
-        check_types(self, self.up_block_types, "UpBlock2D")
-
-
-def set_heads(cfg):
-    """One number of heads for all stages becomes one for each. Raises InputError unless they divide the channels."""
-    stages = len(cfg.block_out_channels)
-    heads = cfg.attention_head_dim
-    if isinstance(heads, int):
-        object.__setattr__(cfg, "attention_head_dim", (heads,) * stages)
-    elif len(heads) != stages:
-        raise InputError(f"{type(cfg).__name__}: {len(heads)} attention_head_dim for {stages} block_out_channels.")
-    if any(dim % heads for dim, heads in zip(cfg.block_out_channels, cfg.attention_head_dim)):
-        raise InputError(f"{type(cfg).__name__}: {cfg.attention_head_dim} heads do not divide "
-                         f"{cfg.block_out_channels}.")
-
-
-def check_types(cfg, types, plain):
-    """Raises InputError unless there is one block type for each stage, `plain` or CrossAttn + `plain`."""
-    stages = len(cfg.block_out_channels)
-    if len(types) != stages or any(kind not in (plain, "CrossAttn" + plain) for kind in types):
-        raise InputError(f"{type(cfg).__name__}: the block types {types} are not implemented; "
-                         f"{stages} of {plain} or CrossAttn{plain} are.")
+        """One number of heads for all stages becomes one for each. Raises InputError for what does not fit."""
+        name, channels, heads = type(self).__name__, self.block_out_channels, self.attention_head_dim
+        if isinstance(heads, int):
+            heads = (heads,) * len(channels)
+            object.__setattr__(self, "attention_head_dim", heads)
+        if len(heads) != len(channels):
+            raise InputError(f"{name}: {len(heads)} attention_head_dim for {len(channels)} block_out_channels.")
+        if any(dim % count for dim, count in zip(channels, heads)):
+            raise InputError(f"{name}: {heads} heads do not divide {channels}.")
+        for way in self.WAYS:
+            types = getattr(self, f"{way.lower()}_block_types")
+            known = f"{way}Block2D", f"CrossAttn{way}Block2D"
+            if len(types) != len(channels) or any(kind not in known for kind in types):
+                raise InputError(f"{name}: the block types {types} are not implemented; {len(channels)} of "
+                                 f"{' or '.join(known)} are.")
 
 
 def timestep_embedding(t, dim):
@@ -162,31 +154,25 @@ class Transformer(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, cfg, dim, out_dim, Norm):
+    """timed: whether it takes the timestep's embedding. The VAE's do not."""
+
+    def __init__(self, cfg, dim, out_dim, Norm=nn.GroupNorm, timed=True):
         super().__init__()
         self.norm1 = Norm(cfg.norm_num_groups, dim, eps=cfg.norm_eps)
         self.conv1 = nn.Conv2d(dim, out_dim, 3, padding=1)
-        self.time_emb_proj = nn.Linear(4 * cfg.block_out_channels[0], out_dim)
+        if timed:
+            self.time_emb_proj = nn.Linear(4 * cfg.block_out_channels[0], out_dim)
         self.norm2 = Norm(cfg.norm_num_groups, out_dim, eps=cfg.norm_eps)
         self.conv2 = nn.Conv2d(out_dim, out_dim, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
         self.checkpointing = False
 
-    def forward(self, x, emb):
+    def forward(self, x, emb=None):
         y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+        if emb is not None:
+            y = y + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
         return self.conv_shortcut(x) + y
-
-
-class Upsample(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x, size):
-        """Doubles the sides, or where halving had rounded up, takes the sides `size` (h, w) of the skip to come."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Stage(nn.Module):
@@ -224,22 +210,16 @@ class Encoder(nn.Module):
                                     linear_2=nn.Linear(4 * channels[0], 4 * channels[0]))
         self.down_blocks = nn.ModuleList()
         dim = channels[0]
+        self.skip_channels = [dim]                      # of each skip, from the first to the deepest
         for i, out in enumerate(channels):
             dims = [dim] + [out] * (cfg.layers_per_block - 1)
             layers = stage_layers(cfg, i, cfg.down_block_types[i], dims, Block, Norm)
             halve = named(conv=nn.Conv2d(out, out, 3, stride=2, padding=1)) if i < last else None
             self.down_blocks.append(Stage(*layers, downsampler=halve))
+            self.skip_channels += [out] * (len(dims) + (i < last))
             dim = out
         resnets, attentions = stage_layers(cfg, last, "CrossAttn", [dim, dim], Block, Norm)
         self.mid_block = Stage(resnets, attentions[:1])
-
-    def skip_channels(self):
-        """The channels of each skip, from the first to the deepest."""
-        channels = self.cfg.block_out_channels
-        skips = [channels[0]]
-        for i, out in enumerate(channels):
-            skips += [out] * (self.cfg.layers_per_block + (i < len(channels) - 1))
-        return skips
 
     def embed_time(self, t, dtype):
         """Timesteps (b,) -> (b, 4 * channels of the first stage)."""
@@ -279,12 +259,13 @@ class UNet(Encoder):
         super().__init__(cfg, Block, Norm)
         channels = cfg.block_out_channels
         last = len(channels) - 1
-        dim, skips = channels[last], self.skip_channels()
+        dim, skips = channels[last], list(self.skip_channels)
         self.up_blocks = nn.ModuleList()
         for i, out in reversed(list(enumerate(channels))):
             dims = [(dim if j == 0 else out) + skips.pop() for j in range(cfg.layers_per_block + 1)]
-            self.up_blocks.append(Stage(*stage_layers(cfg, i, cfg.up_block_types[last - i], dims, Block, Norm),
-                                        upsampler=Upsample(out) if i > 0 else None))
+            layers = stage_layers(cfg, i, cfg.up_block_types[last - i], dims, Block, Norm)
+            double = named(conv=nn.Conv2d(out, out, 3, padding=1)) if i > 0 else None
+            self.up_blocks.append(Stage(*layers, upsampler=double))
             dim = out
         self.conv_norm_out = Norm(cfg.norm_num_groups, channels[0], eps=cfg.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], cfg.out_channels, 3, padding=1)
@@ -305,6 +286,6 @@ class UNet(Encoder):
                 x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), emb)
                 if stage.attentions:
                     x = self.run(stage.attentions[i], x, context)
-            for upsample in stage.upsamplers:
-                x = upsample(x, size=skips[-1].shape[2:])
+            for upsample in stage.upsamplers:               # to the sides of the skip to come: halving may round up
+                x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
         return self.conv_out(F.silu(self.conv_norm_out(x)))

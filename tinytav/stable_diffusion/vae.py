@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tinytav.stable_diffusion.config import Config
-from tinytav.stable_diffusion.unet import Attention, named
+from tinytav.stable_diffusion.unet import Attention, ResnetBlock, named
 
 
 @dataclass(frozen=True)
@@ -29,26 +28,12 @@ class VAEConfig(Config):
                 use_post_quant_conv=(True,))
 
     LIMITS = dict(layers_per_block=(1, 32))
+    norm_eps = 1e-6                                 # no key of the file
 
     @property
     def factor(self):
         """Pixels per latent along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-
-class ResnetBlock(nn.Module):
-    def __init__(self, cfg, dim, out_dim):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(cfg.norm_num_groups, dim, eps=1e-6)
-        self.conv1 = nn.Conv2d(dim, out_dim, 3, padding=1)
-        self.norm2 = nn.GroupNorm(cfg.norm_num_groups, out_dim, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_dim, out_dim, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
-
-    def forward(self, x):
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.conv_shortcut(x) + y
 
 
 class PixelAttention(Attention):
@@ -67,7 +52,7 @@ class MidBlock(nn.Module):
     def __init__(self, cfg, dim):
         super().__init__()
         self.attentions = nn.ModuleList([PixelAttention(cfg, dim)])
-        self.resnets = nn.ModuleList([ResnetBlock(cfg, dim, dim), ResnetBlock(cfg, dim, dim)])
+        self.resnets = nn.ModuleList([ResnetBlock(cfg, dim, dim, timed=False) for _ in range(2)])
 
     def forward(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -86,7 +71,7 @@ def stages(cfg, channels, count, name, resampler):
     """One stage for each of `channels`: `count` resnets, then, except in the last, a resampler of this name."""
     for i, out in enumerate(channels):
         dims = [channels[max(i - 1, 0)]] + [out] * (count - 1)
-        layers = dict(resnets=nn.Sequential(*(ResnetBlock(cfg, dim, out) for dim in dims)))
+        layers = dict(resnets=nn.Sequential(*(ResnetBlock(cfg, dim, out, timed=False) for dim in dims)))
         if i < len(channels) - 1:
             layers[name] = nn.Sequential(resampler(out))
         yield named(**layers)
