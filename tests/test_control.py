@@ -1,6 +1,7 @@
 """Pose control: a ControlNet's hints guide a clip's frames, in the pipeline and by sample.py."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from test_scripts import call
 
 from tinytav import pipeline
-from tinytav.control import Control, read_hints
+from tinytav.control import Control, load_control
 from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.inflation import inflate
@@ -116,30 +117,39 @@ def test_a_scale_of_nothing_changes_nothing_and_a_scale_of_one_something():
     assert not tiny.close(sampled(Control(controlnet(), hints)), free, 1e-2)
 
 
+def hints_of(path, count):
+    """The hints of a file for a clip of `count` frames of 38x32 pixels, as sample.py reads them."""
+    folder = path.with_name("controlnet")
+    if not folder.exists():
+        write_controlnet(folder)
+    sd = SimpleNamespace(device="cpu", dtype=torch.float32, multiple=2, unet=UNet(UNetConfig.from_json(tiny.UNET)))
+    return load_control(sd, folder, path, (1, 4, count, 16, 19)).hints
+
+
 def test_hints_are_cropped_and_resized_as_a_clip_is(tmp_path):
     path = write_hints(tmp_path / "hints", 3, size=(77, 64))
-    hints = read_hints(path, 3, height=32, width=38, multiple=2)
+    hints = hints_of(path, 3)
     assert hints.shape == (3, 3, 32, 38)
     clip = frames.read(path, 32, 2, 3).x
     assert torch.equal(hints, (clip + 1) / 2) and 0 <= hints.min() < hints.max() <= 1
 
 
 def test_hints_may_be_a_video(tmp_path):
-    tiny.write_clip(tmp_path / "hint.mp4", frames=4)
-    assert read_hints(tmp_path / "hint.mp4", 4, height=40, width=48, multiple=8).shape == (4, 3, 40, 48)
+    frames.write_mp4(tmp_path / "hint.mp4", torch.zeros(4, 3, 32, 38), 8)
+    assert hints_of(tmp_path / "hint.mp4", 4).shape == (4, 3, 32, 38)
 
 
 @pytest.mark.parametrize("count", [2, 6])
 def test_hints_of_another_number_are_refused(tmp_path, count):
     write_hints(tmp_path / "hints", count)
-    with pytest.raises(InputError, match=f"has {count} frames, and the clip to be sampled has 3"):
-        read_hints(tmp_path / "hints", 3, height=32, width=38, multiple=2)
+    with pytest.raises(InputError, match=f"The number of frames in .*hints is {count}, and must be 3"):
+        hints_of(tmp_path / "hints", 3)
 
 
 def test_hints_of_another_shape_are_refused(tmp_path):
     write_hints(tmp_path / "hints", 3, size=(64, 32))
     with pytest.raises(InputError, match="is 64x32 pixels where the clip to be sampled is 38x32"):
-        read_hints(tmp_path / "hints", 3, height=32, width=38, multiple=2)
+        hints_of(tmp_path / "hints", 3)
 
 
 def test_hints_of_another_kind_are_refused(tmp_path):
@@ -149,7 +159,7 @@ def test_hints_of_another_kind_are_refused(tmp_path):
     messages = {"pose.json": "cannot be read as a video", "folder": "has 0 frames", "none": "No such file"}
     for name, message in messages.items():
         with pytest.raises(InputError, match=message):
-            read_hints(tmp_path / name, 3, height=32, width=38, multiple=2)
+            hints_of(tmp_path / name, 3)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -206,7 +216,7 @@ def test_without_a_run_hints_guide_the_untuned_net(place, precision):
     (["--control", "c"], "--control and --hint belong together"),
     (["--hint", "hints"], "--control and --hint belong together"),
     (["--control-scale", 1], "--control-scale has no meaning without"),
-    (["--control", "c", "--hint", "clip.mp4"], "has 6 frames, and the clip to be sampled has 3"),
+    (["--control", "c", "--hint", "clip.mp4"], "The number of frames in clip.mp4 is 6, and must be 3"),
     (["--control", "c", "--hint", "w"], "has 0 frames"),
     (["--control", "c", "--hint", "c/config.json"], "cannot be read as a video"),
     (["--control", "c", "--hint", "square"], "is 32x32 pixels where the clip to be sampled is 38x32"),

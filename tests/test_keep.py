@@ -188,8 +188,7 @@ def test_a_mask_has_one_picture_or_the_runs_frames_or_those_of_the_whole_clip(se
 
 @pytest.mark.parametrize("count", [2, 5, 7])
 def test_a_mask_of_another_number_of_frames_is_refused(session, tmp_path, count):
-    with pytest.raises(InputError, match=f"has {count} frames: give one picture for all frames, or as many as the "
-                                         "run's 3 frames or its whole clip's 6"):
+    with pytest.raises(InputError, match=f"The number of frames in .*mask is {count}, and must be 1 or 3 or 6"):
         keep.read_mask(write_mask(tmp_path / "mask", *[LEFT] * count), session.run.settings, 32, 38, 2)
 
 
@@ -235,14 +234,14 @@ def test_without_a_run_a_first_frame_begins_a_clip_of_random_noise(place):
     (["--mask", "absent.png"], "No such file: absent.png"),
     (["--mask", "w"], "w has 0 frames"),
     (["--mask", "w/model_index.json"], "cannot be read as a video"),
-    (["--mask", "long"], "has 4 frames: give one picture"),
+    (["--mask", "long"], "The number of frames in long is 4, and must be 1 or 3 or 6"),
     (["--mask", "wide.png"], "wide.png is 64x32 pixels where the clip to be sampled is 38x32"),
     (["--mask", "left.png", "--mask-word", "dog"], "not allowed with"),
     (["--mask-word", "cat"], "'a dog' does not hold the word 'cat'"),
     (["--mask-word", "dog", "--prompt", "a cat"], "'a cat' does not hold the word 'dog'"),
     (["--mask", "left.png", "--noise", "random", "--frames", 2], "Outside a mask the run's clip is kept"),
     (["--mask-word", "dog", "--noise", "random", "--size", 24], "Outside a mask the run's clip is kept"),
-    (["--first-frame", "long"], "has 4 frames: give a single picture"),
+    (["--first-frame", "long"], "The number of frames in long is 4, and must be 1"),
     (["--first-frame", "wide.png"], "is 64x32 pixels where the clip to be sampled is 38x32"),
     (["--first-frame", "absent.png"], "No such file: absent.png")])
 def test_what_does_not_fit_is_an_error_before_anything_is_sampled(place, args, message):

@@ -73,7 +73,8 @@ def test_a_run_tunes_the_merged_weights_and_records_the_lora(place):
     assert run.settings.fingerprint == sd.fingerprint           # of the weights without the LoRA
     merge_lora(sd, place / "a.safetensors", 0.5)
     clip = encode_clip(sd, frames.read(place / "clip.mp4", 32, sd.multiple, 3).x, CAPTION)
-    steps = tune(new_net(sd, clip.frames), sd.schedule, clip.mean, clip.std, clip.context, 6, tiny.DEFAULTS["lr"])
+    net = new_net(sd, clip.mean.shape[2])
+    steps = tune(net, sd.schedule, clip.mean, clip.std, clip.context, 6, tiny.DEFAULTS["lr"])
     expected = [loss for _, loss in steps]
     losses = [float(line.split(",")[1]) for line in (run.path / "loss.csv").read_text().splitlines()[1:]]
     assert losses == pytest.approx(expected, rel=1e-4)

@@ -6,8 +6,7 @@ The paper shows it (section 5, applications); the official code never had it. Co
 import torch
 
 from tinytav import pipeline
-from tinytav.errors import InputError
-from tinytav.files.frames import open_clip, read_at
+from tinytav.files.frames import read_at
 from tinytav.stable_diffusion.controlnet import check_fits, load_controlnet
 from tinytav.stable_diffusion.precision import autocast
 
@@ -46,24 +45,12 @@ class Control:
 def load_control(sd, path, hint, shape, scale=1.0):
     """A ControlNet from disk, and the hints of a clip whose latents have this shape -> Control.
 
-    path: a ControlNet's folder or single file. hint: a video or a folder of pictures, read by read_hints. Raises
-    InputError if they do not fit `sd` or the clip.
+    path: a ControlNet's folder or single file. hint: a video, a GIF or a folder of pictures, one for each frame; they
+    are resized and cropped as a clip is. Raises InputError if they do not fit `sd` or the clip.
     """
     controlnet = load_controlnet(path, sd.device, sd.dtype)
     check_fits(controlnet.cfg, sd.unet.cfg, sd.multiple)
     _, _, count, height, width = shape
-    hints = read_hints(hint, count, height * sd.multiple, width * sd.multiple, sd.multiple)
+    sides = height * sd.multiple, width * sd.multiple
+    hints = (read_at(hint, {count: range(count)}, *sides, sd.multiple) + 1) / 2
     return Control(controlnet, hints.to(sd.device), scale, str(path), str(hint))
-
-
-def read_hints(path, count, height, width, multiple):
-    """The hints for `count` frames of these pixels -> (f, 3, h, w) in [0, 1], resized and cropped as a clip is.
-
-    path: a video, a GIF or a folder of pictures, one picture a frame. Raises InputError if they are not as many as the
-    frames, or not of the frames' shape.
-    """
-    total = open_clip(path).count()
-    if total != count:
-        raise InputError(f"The hint {path} has {total} frames, and the clip to be sampled has {count}: give it one "
-                         "hint for each frame. A run's own frames are in its source.mp4.")
-    return (read_at(path, range(count), height, width, multiple) + 1) / 2

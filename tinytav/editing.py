@@ -25,6 +25,7 @@ from tinytav.files.frames import (
     check_size,
     fingerprint,
     read,
+    read_at,
     strip_columns,
     warn_if_far_apart,
     write_gif,
@@ -33,7 +34,7 @@ from tinytav.files.frames import (
 )
 from tinytav.files.runs import Run, Settings, new_name, slug
 from tinytav.inflation import VideoUNet, inflate
-from tinytav.keep import FirstFrame, Keep, Mask, free_latents, read_first, read_mask
+from tinytav.keep import FirstFrame, Keep, Mask, free_latents, read_mask
 from tinytav.noise import NOISES
 from tinytav.pipeline import decode, encode, last, no_progress
 from tinytav.stable_diffusion import lora
@@ -54,10 +55,6 @@ class Clip:
     std: torch.Tensor
     context: torch.Tensor           # of its caption, (1, m, d)
     empty: torch.Tensor             # of the empty prompt, (1, m, d)
-
-    @property
-    def frames(self):
-        return self.mean.shape[2]
 
 
 class Edit(NamedTuple):
@@ -231,7 +228,7 @@ class Session:
             keep.mask = Mask(self.clip.mean, free_latents(keep.pixels, cell))
             keep.record |= dict(mask=str(mask), mask_fingerprint=fingerprint(mask))
         if first_frame:
-            latents, _ = encode(self.sd.vae, read_first(first_frame, *size, cell).to(self.sd.device))
+            latents, _ = encode(self.sd.vae, read_at(first_frame, {1: [0]}, *size, cell).to(self.sd.device))
             keep.first = FirstFrame(latents)
             if mask:
                 keep.pixels[0] = True               # the first frame is the given one, whole
@@ -300,7 +297,7 @@ class Session:
     @cached_property
     def source_row(self):
         """The frames of the source that a strip shows, as the VAE gives them back."""
-        return decode(self.sd.vae, self.clip.mean[:, :, strip_columns(self.clip.frames)])
+        return decode(self.sd.vae, self.clip.mean[:, :, strip_columns(self.clip.mean.shape[2])])
 
     def write(self, stem, x, above, prompt):
         """Writes frames x (f, 3, h, w): a strip, a gif, and last an mp4 with the prompt as its title.

@@ -13,8 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tinytav.attention_maps import WordMaps, watched, word_positions
-from tinytav.errors import InputError
-from tinytav.files.frames import open_clip, read_at
+from tinytav.files.frames import read_at
 from tinytav.inflation import ClipCrossAttention
 from tinytav.pipeline import decode
 
@@ -107,21 +106,12 @@ def read_mask(path, settings, height, width, cell):
     path: a picture for all frames, or a video or a folder with one for each frame of the run or of the whole clip.
     settings: the run's. cell: pixels of a latent. Raises InputError for another number of frames or another shape.
     """
-    total = open_clip(path).count()
-    places = {settings.total: settings.indices, settings.frames: range(settings.frames), 1: [0] * settings.frames}
-    if not places.get(total):
-        raise InputError(f"The mask {path} has {total} frames: give one picture for all frames, or as many as the "
-                         f"run's {settings.frames} frames or its whole clip's {settings.total}.")
-    return read_at(path, places[total], height, width, cell).mean(1) > 0
+    places = {1: [0] * settings.frames, settings.frames: range(settings.frames)}
+    if settings.indices:
+        places = {settings.total: settings.indices} | places
+    return read_at(path, places, height, width, cell).mean(1) > 0
 
 
 def free_latents(mask, cell):
     """A mask of pixels (f, H, W) bool -> (f, h, w): a latent may change if any of its pixels may."""
     return F.max_pool2d(mask.float(), cell).bool()
-
-
-def read_first(path, height, width, cell):
-    """The picture that is to be the first frame, (1, 3, height, width) in [-1, 1]. Raises InputError."""
-    if (count := open_clip(path).count()) != 1:
-        raise InputError(f"The first frame {path} has {count} frames: give a single picture.")
-    return read_at(path, [0], height, width, cell)

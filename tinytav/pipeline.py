@@ -15,12 +15,9 @@ PIXELS = 2 ** 20        # how many pixels go through the VAE at once
 @torch.no_grad()
 def encode(vae, x):
     """Frames x (f, 3, h, w) in [-1, 1] -> mean and std of the clip's latents, (1, 4, f, h/8, w/8) each, float32."""
-    means, stds = [], []
     with autocast(vae):
-        for part in chunks(x, pixels_each=x[0, 0].numel()):
-            mean, std = vae.encode(part)
-            means.append(mean)
-            stds.append(std)
+        parts = [vae.encode(part) for part in chunks(x, pixels_each=x[0, 0].numel())]
+    means, stds = zip(*parts)
     return as_clip(torch.cat(means)), as_clip(torch.cat(stds))
 
 

@@ -16,8 +16,8 @@ FOLDER_FPS = Fraction(8)        # a folder of pictures has no clock; the officia
 MOST_PIXELS = 64_000_000        # of one picture; 8K has 33 million
 
 
-class Clip:
-    """Folder, Animation or Video. clock() -> (when frames appear, in seconds; frames a second).
+class Reader:
+    """Base of Folder, Animation and Video. clock() -> (when frames appear, in seconds; frames a second).
 
     pictures(indices) yields the frames of these ascending indices as PIL pictures, RGB. Both raise InputError.
     """
@@ -38,7 +38,7 @@ class Clip:
         warnings.warn(f"{self.path} is damaged: {lost} of {total} frames cannot be decoded. The others are used.")
 
 
-class Folder(Clip):
+class Folder(Reader):
     """A folder of pictures, in the natural order of their names: 2.png before 10.png. Hidden files are passed over."""
 
     def __init__(self, path):
@@ -62,7 +62,7 @@ def natural_order(file):
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", file.name))]
 
 
-class Animation(Clip):
+class Animation(Reader):
     """A file of one or more pictures. Its delays are those that browsers make of them."""
 
     def clock(self):

@@ -115,13 +115,20 @@ def fit(picture, size, multiple):
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
-def read_at(path, indices, height, width, cell):
-    """The frames of a clip at these indices, cropped to height x width pixels -> (n, 3, height, width) in [-1, 1].
+def read_at(path, places, height, width, cell):
+    """Frames of a clip, cropped to height x width pixels -> (n, 3, height, width) in [-1, 1].
 
-    This is for what belongs to a clip that `read` has cropped: its mask, its hints. `read` cuts off less than `cell`
-    pixels. Raises InputError for another shape, and where a frame cannot be decoded.
+    This is for what belongs to a clip that `read` has cropped: its mask, its hints, another first frame. `read` cuts
+    off less than `cell` pixels. places: {how many frames the clip may have: the indices of those to take}. Raises
+    InputError for another number of frames or another shape, and where a frame cannot be decoded.
     """
-    clip, wanted = open_clip(path), sorted(set(indices))
+    clip = open_clip(path)
+    count = clip.count()
+    if count not in places:
+        needed = " or ".join(map(str, sorted(places)))
+        raise InputError(f"The number of frames in {path} is {count}, and must be {needed}.")
+    indices = places[count]
+    wanted = sorted(set(indices))
     found = dict(zip(wanted, (fit_to(picture, height, width, cell, path) for picture in clip.pictures(wanted))))
     if clip.damaged or len(found) < len(wanted):
         raise InputError(f"{path} is damaged: some of its frames cannot be decoded.")

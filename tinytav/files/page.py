@@ -13,7 +13,6 @@ metrics.json                what `python -m tinytav metrics` measured
 import html
 import math
 import os
-import re
 import time
 from fractions import Fraction
 from itertools import groupby
@@ -70,8 +69,8 @@ def save(folder, title, parts):
     """
     name = free_name("index", lambda name: is_foreign(folder / f"{name}.html"))
     path = folder / f"{name}.html"
-    start, middle, end = re.split("<!--title-->|<!--page-->", TEMPLATE.read_text(encoding="utf-8"))
-    text = "".join([start, markup(title), middle, "\n".join(map(markup, parts)), end])
+    text = TEMPLATE.read_text(encoding="utf-8").replace("<!--title-->", markup(title))
+    text = text.replace("<!--page-->", "\n".join(map(markup, parts)))
     replace_text(path, text.encode(errors="replace").decode())      # file names may hold bytes that are no text
     return path
 

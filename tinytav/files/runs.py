@@ -152,7 +152,9 @@ class Run:
         run = cls.open(path)
         run.lock()
         run.settings = cls.open(path).settings      # another process may have finished it before the lock
-        run.clear()
+        clear(run.path)
+        if run.finished:
+            run.file("state").unlink(missing_ok=True)
         return run
 
     def lock(self):
@@ -220,12 +222,6 @@ class Run:
         self.settings = changed(self.settings, finished=time.time())
         self.save()
         self.file("state").unlink(missing_ok=True)
-
-    def clear(self):
-        """Removes what a killed process left in the folder. Only for who holds its lock."""
-        clear(self.path)
-        if self.finished:
-            self.file("state").unlink(missing_ok=True)
 
     def file(self, name):
         return self.path / f"{name}.safetensors"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tinytav.errors import InputError
 from tinytav.files import colour
-from tinytav.files.clips import FOLDER_FPS, MOST_PIXELS, Clip, check_pixels, on_white
+from tinytav.files.clips import FOLDER_FPS, MOST_PIXELS, Reader, check_pixels, on_white
 
 # FFmpeg's readers that may start. None of them opens other files, as those of playlists do.
 DEMUXERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,ivf,flv,ogg,asf,mxf,dv,nut,mp3,flac,wav,aac"
@@ -19,7 +19,7 @@ WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}     # FFmpeg's own decoders 
 UNSPECIFIED, BT709, BT601, BT2020 = 2, 1, 6, 9          # matrices between YCbCr and RGB, by the numbers of ITU-T H.273
 
 
-class Video(Clip):
+class Video(Reader):
     """A video file. Its frames are counted without decoding them, and decoding ends with the last wanted one."""
 
     known = None                # clock()'s answer

@@ -23,7 +23,6 @@ from tinytav.files import frames, page, records
 from tinytav.files.atomic import replace, replace_text
 from tinytav.files.runs import Run, slug
 from tinytav.inflation import ClipCrossAttention, SparseCausalAttention
-from tinytav.stable_diffusion import lora
 
 # Dark violet to light yellow, from nothing to the most: as heat maps are often drawn. Red, green, blue.
 HEAT = np.array([(0, 0, 4), (60, 15, 112), (137, 34, 106), (212, 72, 66), (250, 141, 10), (252, 255, 164)], float)
@@ -189,8 +188,7 @@ def watch_pixel(args, session):
 def main():
     args = arguments()
     run = Run.open(args.run)
-    sd = cli.load_weights(args, run.settings.source(), run.settings.precision)
-    lora.merge(sd, run.settings.loras())
+    sd = cli.load_weights(args, run.settings.source(), run.settings.precision, run.settings.loras())
     session = editing.open_run(sd, run)
     if session.net.frames < session.shape[2]:
         raise InputError(f"{run.path} was tuned in windows of {session.net.frames} frames, of which no maps can be "

@@ -35,8 +35,8 @@ from tinytav.stable_diffusion.tokenizer import Tokenizer
 from tinytav.stable_diffusion.unet import UNet, UNetConfig
 from tinytav.stable_diffusion.vae import VAE, VAEConfig
 from tinytav.toy import draw, world
+from tinytav.weights import TOY
 
-TOY = Path(__file__).parents[2] / "weights/toy"     # the shipped toy
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Of each stage: the highest learning rate, the batch, the weight decay of matrices and kernels, and what updates these.
 # From 2,400 pictures in batches of 4, a new VAE reached 19.8 dB by Muon, and 16.8 dB by AdamW.
