@@ -1,21 +1,12 @@
 """Evaluation of a whole set: tune on each clip, make each edit, measure. Results as a CSV and a page.
 
-    python -m tinytav evaluate weights/toy/set.csv
-    torchrun --nproc-per-node 2 -m tinytav evaluate weights/toy/set.csv
+README.md says how a set is written. The CSV of LOVEU-TGVE-2023 (showlab/loveu-tgve-2023) has the columns `Video name`,
+`Our GT caption`, `Style Change Caption`, ..., and rows of headings ("DAVIS Videos:") between blocks. Its clips are
+{DAVIS,youtube,videvo}_480p/480p_videos/NAME.mp4, or the folder 480p_frames/NAME, beside the CSV. Its frames are squashed
+to 480 x 480 before they are measured, as in run_eval.py.
 
-A set is a CSV in one of two layouts.
-
-1. Ours. The columns are `clip` (a video or a folder of pictures, beside the CSV), `caption`, and one column for each
-   kind of edit, whose heading names the kind. An empty cell is no edit. A column `mask` names files, too: white where
-   the edits may change the clip. Outside it PSNR is measured.
-2. LOVEU-TGVE-2023's (showlab/loveu-tgve-2023): `Video name`, `Our GT caption`, `Style Change Caption`, ..., with rows
-   of headings ("DAVIS Videos:") between blocks. Clips are {DAVIS,youtube,videvo}_480p/480p_videos/NAME.mp4, or the
-   folder 480p_frames/NAME, beside the CSV. Frames of such a set are squashed to 480 x 480 before they are measured,
-   as in run_eval.py.
-
-Each clip's folder is a run like train.py's. The same command goes on where it was stopped: what is tuned and edited
-stays, and is measured anew. Under torchrun clips are dealt to ranks, and rank 0 gathers their results. A rank is a
-process, on this machine or on another.
+Each clip's folder is a run like train.py's. Under torchrun clips are dealt to ranks, and rank 0 gathers their results.
+A rank is a process, on this machine or on another.
 """
 import csv
 import io
