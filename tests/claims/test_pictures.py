@@ -1,9 +1,8 @@
-"""The chart and the rows of frames, checked by their pixels: order, places and names."""
+"""The charts, checked by their pixels: order, places and names."""
 import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageColor
 
 from tinytav.claims import pictures, tables
@@ -84,19 +83,3 @@ def test_the_frontier_has_a_numbered_dot_where_two_shares_meet(tmp_path):
     names = ink(picture, (pictures.LEFT + pictures.SIDE + 30, pictures.TOP, picture.width, picture.height))
     assert names[:pictures.LINE].any() and names[pictures.LINE:2 * pictures.LINE].any()
     assert not names[2 * pictures.LINE:].any()
-
-
-def test_a_picture_has_a_named_row_for_each_variant_in_order(tmp_path):
-    rows = {name: torch.full((2, 3, 64, 64), level, dtype=torch.uint8) for name, level in
-            (("a", 250), ("a long name, in two lines", 200))}
-    pictures.labelled(tmp_path / "x.png", rows)
-    picture = Image.open(tmp_path / "x.png")
-    assert picture.size == (pictures.MARGIN + 2 * 64, 2 * 64)
-    assert [picture.getpixel((pictures.MARGIN + 100, y))[0] for y in (0, 63, 64, 127)] == [250, 250, 200, 200]
-    short, long = (ink(picture, (0, y, pictures.MARGIN, y + 64)) for y in (0, 64))
-    assert 0 < short.sum() < long.sum() and not short[:, 40:].any() and long[:32].any() and long[32:].any()
-    assert (np.asarray(picture)[64:, pictures.MARGIN:] == 200).all()             # no letter on the frames
-    frames = torch.arange(2, dtype=torch.uint8)[:, None, None, None].expand(2, 3, 8, 8) * 100
-    pictures.labelled(tmp_path / "y.png", {"": frames})
-    strip = np.asarray(Image.open(tmp_path / "y.png"))[:, pictures.MARGIN:]
-    assert (strip[:, :8] == 0).all() and (strip[:, 8:] == 100).all()            # frames from left to right

@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 
 from tinytav.claims import tables
-from tinytav.claims.studies import BEYOND, CLAIMS, NAMES, QUICK, ROBUST, STUDIES
+from tinytav.claims.studies import CLAIMS, NAMES, ROBUST, STUDIES
 from tinytav.toy.world import ATTRIBUTES
 
 CLAIMS_FOLDER = Path(tables.__file__).parent
 SCORE = dict.fromkeys((*NAMES, *ATTRIBUTES), 0.5) | dict(name="place", held_out=False)
 # Each in its own column: exchanged columns would show.
 DISTINCT = dict(agreement=0.51, look=0.52, phase=0.53, x=0.54, camera=0.55, kept=0.56, edited=0.57, hat=0.8)
-USER = STUDIES["user"]
+TRIAL, KEEP, QUICK = STUDIES["trial"], STUDIES["keep"], STUDIES["quick"]
 
 
-def rows_of(scores):
-    return tables.finished(scores, "user")
+def rows_of(scores, study="trial"):
+    return tables.finished(scores, study)
 
 
-def of_clips(row, clips, study="user"):
+def of_clips(row, clips, study="trial"):
     """{key: scores} of a row. clips: for each clip the changes to SCORE of each edit."""
-    return {f"{study}/{i}/{row}-33": [SCORE | edit for edit in edits] for i, edits in enumerate(clips)}
+    return {f"{study}/{i}/{row}": [SCORE | edit for edit in edits] for i, edits in enumerate(clips)}
 
 
 @pytest.fixture
@@ -74,14 +74,14 @@ def test_holm_corrects_for_the_number_of_claims():
 
 def test_rows_that_all_clips_have_are_shown_in_the_studys_order(scores):
     scores |= of_clips("untuned", [[{}]])
-    scores |= {"place/0/source-33": [SCORE]}            # of another study; and of "untuned" there is one clip alone
+    scores |= {"keep/0/source": [SCORE]}           # of another study; and of "untuned" there is one clip alone
     rows = rows_of(scores)
     assert list(rows) == ["source", "full method"]
     assert [[edit["success"] for edit in clip] for clip in rows["full method"]] == [[1, 0], [0, 0]]
 
 
 def test_the_table_has_a_row_a_variant_and_the_level_of_chance(scores):
-    heads, _, source, full, chance = tables.table(rows_of(scores), USER).splitlines()
+    heads, _, source, full, chance = tables.table(rows_of(scores), TRIAL).splitlines()
     assert heads.count("|") == source.count("|") == full.count("|") == chance.count("|")
     assert heads.split(" | ")[1:10] == ["success", "edit right", "rest kept", "unsaid kept", "agreement", "look agrees",
                                         "limbs", "position", "camera"]
@@ -128,15 +128,16 @@ def test_p_is_corrected_for_claims_that_are_not_made_too(scores, monkeypatch):
 
 
 def test_other_rows_are_compared_with_the_full_method_on_the_same_clips(scores):
-    values = (0.5, 0.25), (0.75, 0.5)
+    values, made = ((0.5, 0.25), (0.75, 0.5)), {}
     for row, more in (("full method", 0), ("edit-friendly noise", 0.2)):
-        scores |= of_clips(row, [[dict(hat=value + more) for value in pair] for pair in values])
-    heads, _, line = tables.against_full_method(rows_of(scores), BEYOND).splitlines()
-    assert heads.split(" | ")[3] == "unsaid kept"
-    heads, _, _ = tables.against_full_method(rows_of(scores), BEYOND, ("psnr", "outside")).splitlines()
-    assert heads.endswith("| PSNR | PSNR outside |")
+        made |= of_clips(row, [[dict(hat=value + more) for value in pair] for pair in values], "keep")
+    rows = rows_of(made, "keep")                    # of the other rows none is made
+    heads, _, line = tables.against_full_method(rows, KEEP).splitlines()
+    assert heads.split(" | ")[3] == "unsaid kept" and heads.endswith("| PSNR | PSNR outside |")
+    heads, *_ = tables.against_full_method(rows, KEEP._replace(columns=("psnr",))).splitlines()
+    assert heads.endswith("| motion | PSNR |")
     assert tables.with_interval(np.array([np.nan, np.nan]), "unsaid") == ""         # captions that name everything
-    assert not tables.against_full_method(rows_of(scores), ["full attention"])                    # it is not made
+    assert not tables.against_full_method(rows_of(scores), TRIAL)                   # the recipe is not made
     cells = line.split(" | ")
     assert cells[0] == "| edit-friendly noise" and cells[3] == "+5.0 (+5.0 to +5.0)"            # one attribute of four
 
@@ -147,19 +148,19 @@ def test_each_kind_of_edit_is_counted_apart(scores):
     assert lines[2:] == [f"| place | 4 | {shares} | 25 % |", f"| held out | 2 | {shares} | 0 % |"]
 
 
-def test_the_text_has_what_is_made_and_the_earlier_tables():
-    source = of_clips("source", [[{}]])
-    earlier = {"Before": dict(note="Long ago.", heads=["a", "b"], rows=[["1", "2"]])}
-    text = tables.text(source, earlier)
-    assert [line for line in text.splitlines() if line.startswith("#")] == ["# Tables", f"## {USER.title}", "## Before"]
-    assert text.endswith("## Before\n\nLong ago.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+def test_the_text_has_the_studies_that_are_made_in_their_order():
+    made = of_clips("source", [[{}]], "keep") | of_clips("source", [[{}]])
+    text = tables.text(made)
+    titles = [line for line in text.splitlines() if line.startswith("#")]
+    assert titles == ["# Tables", f"## {TRIAL.title}", f"## {KEEP.title}"]
+    assert text.endswith(f"\n\n## {KEEP.title}\n\n{tables.table(rows_of(made, 'keep'), KEEP)}\n")
 
 
 def test_the_chart_has_the_rows_of_the_trial_the_most_successful_first():
     def clips(**score):
         return [[SCORE | score]] * 2
-    scores = of_clips("full method", clips(success=0.25, edited=0.57), "trial")
-    scores |= of_clips("untuned", clips(success=1), "trial") | of_clips("true edit", clips(success=1), "trial")
+    scores = of_clips("full method", clips(success=0.25, edited=0.57))
+    scores |= of_clips("untuned", clips(success=1)) | of_clips("true edit", clips(success=1))
     found = tables.shares(scores, "trial")
     assert list(found) == ["untuned", "full method"]
     assert list(found["untuned"]) == ["success", "edit right", "unsaid kept", "agreement", "motion"]
@@ -171,7 +172,7 @@ def test_an_ordering_that_is_broken_is_named():
     scores = {}
     for row in (*QUICK.references, *QUICK.rows):
         good = dict.fromkeys(SCORE, 5.) | dict(name="place", held_out=False)
-        scores |= of_clips(row, [[good if row in ("full method", "true edit") else {}]])
+        scores |= of_clips(row, [[good if row in ("full method", "true edit") else {}]], "quick")
     assert list(tables.broken_orderings(scores)) == [
         "no inversion (0.500) is not at least 0.03 above no inversion, spatial attention (0.500) in agreement",
         "true edit (5.000) is not at least 2 above full method (5.000) in PSNR"]
@@ -188,7 +189,7 @@ def test_each_study_names_rows_and_scores_that_there_are():
 
 
 def test_the_trial_is_the_one_that_was_planned():
-    plan, trial = (CLAIMS_FOLDER / "PLAN.md").read_text(), STUDIES["trial"]
+    plan, trial = (CLAIMS_FOLDER / "PLAN.md").read_text(), TRIAL
     planned = [line.strip("| ").split(" | ") for line in plan.splitlines() if line.startswith("| ")][1:]
     assert planned == [[*words, NAMES[key]] for *words, key in CLAIMS] and trial.claims == CLAIMS
     (_, recipe, *rest), = trial.separate
@@ -206,5 +207,5 @@ def test_quick_makes_what_its_orderings_compare():
 
 def test_tables_md_is_that_of_the_shipped_scores():
     """No line of it is missing or from an earlier run."""
-    scores, earlier = (json.loads((CLAIMS_FOLDER / name).read_text()) for name in ("scores.json", "earlier.json"))
-    assert (CLAIMS_FOLDER / "TABLES.md").read_text() == tables.text(scores["scores"], earlier)
+    scores = json.loads((CLAIMS_FOLDER / "scores.json").read_text())["scores"]
+    assert (CLAIMS_FOLDER / "TABLES.md").read_text() == tables.text(scores)

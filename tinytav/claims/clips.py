@@ -18,7 +18,7 @@ class KnownClip(NamedTuple):
     scene: Scene
     motion: Motion
     edits: list[Edit]
-    other: Motion | None = None     # another motion, for edits that show it
+    other: Motion       # of the next clip
 
 
 def clip_motion(rng):
@@ -32,7 +32,7 @@ def change(scene, name, rng):
 
 
 def make_clip(kind, i):
-    """Clip i of a kind ("test", "choice" or another word). `other` is the motion of the next clip of this kind.
+    """Clip i of a kind: a word, so that each study has clips of its own.
 
     In every third clip the subject and place edits were never seen in training.
     """
@@ -58,16 +58,3 @@ def longer(clip, frames):
 def said(captions, edited=()):
     """The attributes that a caption names. "user": the gist, and what is edited. "full": all of them."""
     return tuple(name for name in ATTRIBUTES if captions == "full" or name in (*GIST, *edited))
-
-
-def other_motion(motion, rng):
-    """Another motion in front of the same background: limbs and size are others, the figure drifts the other way."""
-    other = world.random_motion(rng)
-    start = replace(other.start, camera=motion.start.camera, x=0.5 + motion.drift / 2)
-    return replace(other, start=start, travel=motion.travel, drift=-motion.drift)
-
-
-def pose_clip(i):
-    """Clip i, whose one edit is the same scene in another motion."""
-    clip = make_clip("pose", i)
-    return clip._replace(edits=[Edit("pose", clip.scene)], other=other_motion(clip.motion, Random(f"other/{i}")))

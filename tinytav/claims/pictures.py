@@ -1,6 +1,4 @@
-"""Pictures of results: a chart of shares with their intervals, and rows of frames with their names."""
-import textwrap
-
+"""Pictures of results: a chart of shares with their intervals, and dots where two shares meet."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -11,7 +9,6 @@ LABELS, PANEL, GAP = 220, 140, 56       # pixels: of the names, of a panel's wid
 TICKS = (0, 50, 100)                    # per cent, the axis of every panel
 LEFT, SIDE, LINE = 60, 560, 26           # pixels of the frontier: beside its square, of its side, of a name's line
 GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"
-MARGIN, LETTERS, WRAP = 190, 24, 14     # of rows of frames: pixels for a name and of its letters, letters in a line
 
 
 def chart(path, found):
@@ -66,15 +63,3 @@ def frontier(path, found):
 def place(x, y, low):
     """Where on the frontier's picture two shares meet, in pixels."""
     return LEFT + SIDE * (x - low) / (1 - low), TOP + SIDE - SIDE * (y - low) / (1 - low)
-
-
-def labelled(path, rows):
-    """{name: pictures (n, 3, h, w) uint8} -> PNG, a row each, its name before it."""
-    strips = [x.permute(2, 0, 3, 1).flatten(1, 2).numpy() for x in rows.values()]               # (h, n w, 3) each
-    height, width, _ = strips[0].shape
-    image = Image.new("RGB", (MARGIN + width, len(rows) * height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(LETTERS)
-    for i, (name, strip) in enumerate(zip(rows, strips)):
-        image.paste(Image.fromarray(strip), (MARGIN, i * height))
-        draw.text((8, i * height + height // 2), textwrap.fill(name, WRAP), "black", font, anchor="lm")
-    frames.write_picture(path, np.asarray(image))

@@ -12,11 +12,12 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinytav.claims import pictures, tables
-from tinytav.claims.studies import QUICK, SEED, STUDIES
+from tinytav.claims import pictures, tables, tour
+from tinytav.claims.studies import STUDIES
 from tinytav.errors import InputError
 from tinytav.files import frames
 from tinytav.files.atomic import replace, replace_text
@@ -24,9 +25,7 @@ from tinytav.stable_diffusion.checkpoint import read_json
 from tinytav.weights import load
 
 HERE = Path(__file__).parent
-PICTURE_ROWS, PICTURE_OF = ("source", "true edit", "full method", "untuned", "no inversion"), (3, 0)    # clip and edit
 EYE = "clip/model.safetensors"      # in the weights' folder: the CLIP that three of the scores ask
-CONTROL = "controlnet/diffusion_pytorch_model.safetensors"                  # what pose control uses as well
 
 
 def work(args, job):
@@ -35,11 +34,11 @@ def work(args, job):
     (name, study), i = job
     studio, folder = study.studio(args.weights, i, args.settings), args.out / name / str(i)
     for reference in study.references:
-        keep(folder, f"{reference}-{SEED}", lambda: studio.reference(reference), studio)
+        keep(folder, reference, lambda: studio.reference(reference), studio)
     rows = sorted(study.rows.items(), key=lambda row: str(row[1].net))      # those that share a net stand together
     for row, variant in rows:
-        keep(folder, f"{row}-{SEED}", lambda: studio.edit(variant, SEED), studio)
-    draw(folder, "rows.png", (*study.references, *study.rows), 0, studio.shown)
+        keep(folder, row, lambda: studio.edit(variant), studio)
+    draw(folder, (*study.references, *study.rows))
     return name, i
 
 
@@ -62,54 +61,30 @@ def keep(folder, name, make, studio):
     replace_text(scores, json.dumps(studio.score(load_file(clips)["frames"] / 127.5 - 1)))
 
 
-def draw(folder, picture, names, edit, shown=()):
-    """One edit by each of these rows whose frames are in a clip's folder -> a picture in it, below the rows `shown`."""
-    files = {name: folder / f"{name}-{SEED}.safetensors" for name in names}
-    rows = dict(shown) | {name: load_file(file)["frames"][edit] for name, file in files.items() if file.exists()}
-    if rows:                # of scores that were taken over there are no frames
-        pictures.labelled(folder / picture, rows)
+def draw(folder, names):
+    """Draws rows.png: some frames of a clip's first edit, by each of these rows whose frames are in its folder."""
+    files = {name: folder / f"{name}.safetensors" for name in names}
+    rows = {name: load_file(file)["frames"][0] / 127.5 - 1 for name, file in files.items() if file.exists()}
+    if rows:
+        frames.write_picture(folder / "rows.png", np.asarray(tour.rows(rows)))
 
 
-# ---- scores of this run and of earlier ones ------------------------------------------------------
+# ---- scores and what they were made with ---------------------------------------------------------
 
-def fingerprints(sd, weights, files=(EYE,)):
-    """Of the weights and of further files in their folder: {name: hash}. Raises InputError if a file is missing."""
-    found = dict(fingerprint=sd.fingerprint)
-    for file in files:
-        if not (weights / file).is_file():
-            raise InputError(f"{weights / file} is missing: the scores need it.")
-        found[file] = hashlib.sha256((weights / file).read_bytes()).hexdigest()[:16]
-    return found
-
-
-def agree(known, settings):
-    """Were results with the settings `known` made as these are? A ControlNet counts where both name one."""
-    return all(known.get(key) == value or (key == CONTROL and key not in known) for key, value in settings.items())
+def made_with(sd):
+    """The weights' own settings, and fingerprints of the weights and of EYE. Raises InputError if EYE is missing."""
+    eye = sd.path / EYE
+    if not eye.is_file():
+        raise InputError(f"{eye} is missing: the scores need it.")
+    return vars(sd.defaults) | {"fingerprint": sd.fingerprint, EYE: hashlib.sha256(eye.read_bytes()).hexdigest()[:16]}
 
 
 def same_settings(file, settings):
-    """Adds settings to a folder's. Raises InputError if what lies in the folder was made with others."""
-    known = read_json(file) if file.exists() else {}
-    if known and not agree(known, settings):
+    """Writes a folder's settings. Raises InputError if what lies in the folder was made with others."""
+    if file.exists() and read_json(file) != settings:
         raise InputError(f"{file.parent} holds results of other weights or settings: name another folder with --out.")
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, json.dumps(known | settings, indent=2) + "\n")
-
-
-def take_over(file, folder, settings):
-    """Puts the scores of a scores.json into a folder, but for those that are there or whose frames are there.
-
-    Raises InputError if they were made with other settings.
-    """
-    known = read_json(file)
-    if not agree(known.get("settings", {}), settings):
-        raise InputError(f"{file} holds scores of other weights or settings: leave out --known, or name another file.")
-    same_settings(folder / "settings.json", known["settings"])
-    for name, found in known["scores"].items():
-        path, clips = folder / f"{name}.json", folder / f"{name}.safetensors"
-        if not path.exists() and not clips.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, json.dumps(found))
+    replace_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 def collect(folder):
@@ -133,18 +108,16 @@ def parse():
     p.add_argument("--variants", nargs="+", metavar="NAME", help="makes only these rows; else all")
     p.add_argument("--clips", type=int, help="makes only so many clips of each study")
     p.add_argument("--processes", type=int, default=1, help="how many clips are worked on at once, a core each; else 1")
-    p.add_argument("--known", type=Path, metavar="FILE",
-                   help="takes over the scores in this scores.json of an earlier run and makes only what is missing")
     p.add_argument("--quick", action="store_true",
-                   help="makes two clips, two edits and five variants, and fails if their order is not the known one")
+                   help="makes the study quick, and fails if the order of its variants is not the known one")
     p.add_argument("--tables", action="store_true",
                    help="makes nothing, but writes TABLES.md and its charts from the project's own scores")
     args = p.parse_args()
-    if args.quick and (args.known or args.studies or args.variants or args.clips):
-        p.error("--quick makes edits of its own: leave out --known, --studies, --variants and --clips.")
-    args.out = args.out or Path("claims-quick" if args.quick else "claims")     # clips of --quick have fewer edits
-    args.plan = {"user": QUICK} if args.quick else {}
-    for name in () if args.quick else args.studies or ["trial"]:
+    if args.quick and (args.studies or args.variants or args.clips):
+        p.error("--quick makes edits of its own: leave out --studies, --variants and --clips.")
+    args.out = args.out or Path("claims-quick" if args.quick else "claims")
+    args.plan = {}
+    for name in ["quick"] if args.quick else args.studies or ["trial"]:
         study = STUDIES[name]
         unknown = set(args.variants or ()) - study.rows.keys()
         if unknown:
@@ -158,11 +131,7 @@ def make(args):
     """Makes all clips of the plan. Returns their scores, and those of earlier runs in the folder."""
     sd = load(args.weights)
     args.settings = vars(sd.defaults)
-    posed = any(study.kind == "pose" for study in args.plan.values())
-    made_with = args.settings | fingerprints(sd, args.weights, (EYE, CONTROL) if posed else (EYE,))
-    same_settings(args.out / "settings.json", made_with)
-    if args.known:
-        take_over(args.known, args.out, made_with)
+    same_settings(args.out / "settings.json", made_with(sd))
     jobs = [(study, i) for study in args.plan.items() for i in range(study[1].clips)]
     with get_context("spawn").Pool(args.processes) as pool:
         for name, i in pool.imap_unordered(partial(work, args), jobs):
@@ -171,28 +140,24 @@ def make(args):
     return scores
 
 
-def show(scores, file, folder, earlier=None):
-    """Writes the tables, and pictures of the trial, the recipes and the strength into a folder. Prints the tables."""
-    text = tables.text(scores, earlier)
+def show(scores, file, folder):
+    """Writes the tables, and pictures of the trial and the strength into a folder. Prints the tables."""
+    text = tables.text(scores)
     replace_text(file, text)
     if rows := tables.shares(scores, "trial"):
         pictures.chart(folder / "chart.png", rows)
-    for study, picture in (("recipes", "frontier.png"), ("strength", "strength.png")):
-        if rows := tables.shares(scores, study, ("unsaid", "edited")):
-            pictures.frontier(folder / picture, rows)
+    if rows := tables.shares(scores, "strength", ("unsaid", "edited")):
+        pictures.frontier(folder / "strength.png", rows)
     print(text)
 
 
 def main():
     args = parse()
     if args.tables:
-        show(read_json(HERE / "scores.json")["scores"], HERE / "TABLES.md", args.weights,
-             read_json(HERE / "earlier.json"))
+        show(read_json(HERE / "scores.json")["scores"], HERE / "TABLES.md", args.weights)
         return 0
     scores = make(args)
     show(scores, args.out / "TABLES.md", args.out)
-    clip, edit = PICTURE_OF if (args.out / f"user/{PICTURE_OF[0]}").exists() else (0, 0)
-    draw(args.out / f"user/{clip}", "../../claims.png", PICTURE_ROWS, edit)
     if not args.quick:
         return 0
     broken = list(tables.broken_orderings(scores))

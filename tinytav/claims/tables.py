@@ -3,7 +3,7 @@ import numpy as np
 
 from tinytav.claims.clips import said
 from tinytav.claims.judge import MOTIONS
-from tinytav.claims.studies import NAMES, POINTS, ROBUST, SEED, STUDIES
+from tinytav.claims.studies import NAMES, POINTS, ROBUST, STUDIES
 from tinytav.toy.world import ATTRIBUTES
 
 RESAMPLES = 10_000      # of the bootstrap
@@ -13,19 +13,14 @@ CHART = ("success", "edited", "unsaid", "agreement", "motion")      # the panels
 COMPARED = (*CHART, "psnr")                                         # shown of differences from the full method
 
 
-def text(scores, earlier=None):
-    """TABLES.md. scores: {"STUDY/CLIP/ROW-33": [the scores of an edit, ...]}.
-
-    earlier: tables whose scores were not kept, {title: {"note", "heads", "rows"}}.
-    """
+def text(scores):
+    """TABLES.md. scores: {"STUDY/CLIP/ROW": [the scores of an edit, ...]}."""
     parts = ["# Tables", "`python -m tinytav claims --tables` writes this file. README.md says how to read it."]
     for name, study in STUDIES.items():
         rows = finished(scores, name)
         if rows:
             parts += [f"## {study.title}", table(rows, study), by_attribute(rows), verdicts(rows, study.claims),
-                      verdicts(rows, study.separate), against_full_method(rows, study.compared, study.columns)]
-    for title, each in (earlier or {}).items():
-        parts += [f"## {title}", each["note"], grid(each["heads"], each["rows"])]
+                      verdicts(rows, study.separate), against_full_method(rows, study)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -42,13 +37,13 @@ def finished(scores, study):
     everywhere, rows = set().union(*found.values()), {}
     for name, clips in found.items():
         if clips.keys() == everywhere:
-            rows[name.removesuffix(f"-{SEED}")] = [clips[i] for i in sorted(clips)]
+            rows[name] = [clips[i] for i in sorted(clips)]
     return {row: rows[row] for row in (*STUDIES[study].references, *STUDIES[study].rows) if row in rows}
 
 
 def unsaid(edit, captions):
     """Adds the mean over the attributes that the edit's caption does not name; NaN if it names all."""
-    shares = [edit[name] for name in ATTRIBUTES if name not in said(captions, (edit.get("name"),))]
+    shares = [edit[name] for name in ATTRIBUTES if name not in said(captions, (edit["name"],))]
     return edit | dict(unsaid=np.mean(shares) if shares else np.nan)
 
 
@@ -63,9 +58,10 @@ def table(rows, study):
     for name, clips in rows.items():
         cells = [cell(key, *interval(means(clips, key))) for key in study.columns]
         lines.append([name, *cells, str(sum(map(len, clips)))])
-    if "source" in rows and "edited" in study.columns:      # of what is not edited guessing is no fair bound
-        chance = np.mean([1 / len(ATTRIBUTES[edit["name"]]) for clip in rows["source"] for edit in clip])
-        lines.append(["chance", *(f"{100 * chance:.0f} %" if key == "edited" else "" for key in study.columns), ""])
+    edits = sum(next(iter(rows.values())), [])              # each row has the same
+    chance = np.mean([1 / len(ATTRIBUTES[edit["name"]]) for edit in edits])
+    # Of what is not edited guessing is no fair bound.
+    lines.append(["chance", *(f"{100 * chance:.0f} %" if key == "edited" else "" for key in study.columns), ""])
     return grid(["", *(NAMES[key] for key in study.columns), "edits"], lines)
 
 
@@ -103,14 +99,14 @@ def verdicts(rows, claims):
     return lines and grid(["claim", "better", "worse", "score", "difference", "p", ""], lines)
 
 
-def against_full_method(rows, names, columns=()):
-    """Those of these rows that are made less the full method, on the same clips; "" without any.
+def against_full_method(rows, study):
+    """The study's compared rows that are made, less the full method, on the same clips; "" without any.
 
-    columns: of the study; only some have PSNR outside. The intervals are not corrected for their number.
+    The intervals are not corrected for their number.
     """
-    keys = [*COMPARED, *(key for key in columns if key == "outside")]
+    keys = (*COMPARED, "outside") if "outside" in study.columns else COMPARED
     lines = [[name, *(with_interval(differences(rows, name, "full method", key), key) for key in keys)]
-             for name in names if {name, "full method"} <= rows.keys()]
+             for name in study.compared if {name, "full method"} <= rows.keys()]
     return lines and grid(["less the full method", *(NAMES[key] for key in keys)], lines)
 
 
@@ -134,7 +130,7 @@ def shares(scores, study, keys=CHART):
 
 def broken_orderings(scores):
     """A sentence for each ordering of ROBUST that these clips break."""
-    rows = finished(scores, "user")
+    rows = finished(scores, "quick")
     for better, worse, key, margin in ROBUST:
         high, low = (means(rows[name], key).mean() for name in (better, worse))
         if high < low + margin:
