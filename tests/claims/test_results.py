@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tinytav.claims import results, studies, tour
+from tinytav.claims import pictures, results, studies, tables, tour
 from tinytav.claims.clips import make_clip
 from tinytav.errors import InputError
 from tinytav.toy.world import ATTRIBUTES
@@ -118,7 +118,7 @@ def test_the_picture_shows_the_first_edit_of_the_rows_that_are_made(tmp_path):
     (("--quick", "--out", "x"), "x", {"quick": 2}), (("--studies", "keep", "long"), "claims", {"keep": 8, "long": 8}),
     (("--clips", "4", "--variants", "untuned", "full method"), "claims", {"trial": 4})])
 def test_flags_choose_studies_clips_and_the_folder(flags, folder, made, monkeypatch):
-    """A quick run has a folder of its own, because it makes fewer edits of a clip."""
+    """A quick run has a folder of its own."""
     monkeypatch.setattr("sys.argv", ["claims", *flags])
     args = results.parse()
     assert args.out == Path(folder) and {name: study.clips for name, study in args.plan.items()} == made
@@ -151,6 +151,9 @@ def test_tables_are_written_from_the_shipped_scores_and_a_broken_ordering_fails(
     monkeypatch.setattr("sys.argv", ["claims", "--tables", "--weights", str(tmp_path)])
     assert results.main() == 0
     assert (tmp_path / "TABLES.md").read_text() in capsys.readouterr().out and (tmp_path / "chart.png").exists()
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    pictures.frontier(tmp_path / "wanted.png", tables.shares(scores, "strength", ("unsaid", "edited")))
+    assert (tmp_path / "strength.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
     known = quick_scores()
     monkeypatch.setattr(results, "make", lambda args: known)
     monkeypatch.setattr("sys.argv", ["claims", "--quick", "--out", str(tmp_path)])

@@ -180,6 +180,7 @@ def test_edit_friendly_noise_takes_its_own_way(quick, net):
 
 
 def test_what_is_kept_is_the_drawn_mask_the_edited_words_own_or_the_true_first_frame(quick, net):
+    two = Studio(TOY, CLIP, quick.settings, frames=2)           # each of its edits has its own mask, word and frame
     noise, drawn, clip = quick.noise("inverted", net), quick.judge.draw(EDITS[1].scene), quick.encoded
     pixels = (drawn != quick.source).any(1)
     cells = pixels.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).any(4).any(2)            # a latent is 8 x 8 pixels
@@ -195,9 +196,12 @@ def test_what_is_kept_is_the_drawn_mask_the_edited_words_own_or_the_true_first_f
     for variant, wanted in ((Variant(mask="true"), true), (Variant(mask="word"), word), (Variant(first=1), kept(first)),
                             (Variant(mask="true", first=1), both)):
         torch.testing.assert_close(quick.sample(net, noise, variant), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(two.sample(net, noise, variant)[1:], wanted, atol=1e-4, rtol=1e-4)
     assert 0 < cells.float().mean() < 1 and not torch.equal(true, word)
     pasted = torch.where(pixels[:, None], quick.decode(true)[0], quick.decode(clip.mean)[0])
     torch.testing.assert_close(quick.edit(Variant(UNTUNED, mask="true"))[0], pasted, atol=1e-3, rtol=1e-3)
+    given = quick.edit(Variant(UNTUNED, mask="true", first=1))[0, 0]                    # whole, also outside the mask
+    torch.testing.assert_close(given, quick.decode(both)[0, 0], atol=1e-3, rtol=1e-3)
 
 
 def test_a_first_frame_may_be_held_in_the_first_half_of_the_steps(quick, net):
@@ -220,10 +224,11 @@ def test_outside_is_where_the_true_edit_is_the_source(quick):
 
 
 def test_strength_is_a_share_of_what_tuning_changed(quick):
-    before, tuned = quick.untuned_net(Net()).tuned(), quick.tuned_net(Net()).tuned()
-    for strength in (0, 0.5, 1, 2):
-        for name, p in quick.net(Net(), strength).tuned().items():
-            torch.testing.assert_close(p, before[name] + strength * (tuned[name] - before[name]))
+    for kind in (Net(), Net(tuned="all")):
+        before, tuned = (dict(each(kind).named_parameters()) for each in (quick.untuned_net, quick.tuned_net))
+        for strength in (0, 0.5, 1, 2):
+            for name, p in quick.net(kind, strength).named_parameters():
+                torch.testing.assert_close(p, before[name] + strength * (tuned[name] - before[name]))
     assert not torch.equal(*(quick.edit(Variant(strength=strength)) for strength in (1, 5)))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tinytav.claims import tables
 from tinytav.claims.studies import CLAIMS, NAMES, ROBUST, STUDIES
+from tinytav.claims.studio import Variant
 from tinytav.toy.world import ATTRIBUTES
 
 CLAIMS_FOLDER = Path(tables.__file__).parent
@@ -193,7 +194,8 @@ def test_the_trial_is_the_one_that_was_planned():
     planned = [line.strip("| ").split(" | ") for line in plan.splitlines() if line.startswith("| ")][1:]
     assert planned == [[*words, NAMES[key]] for *words, key in CLAIMS] and trial.claims == CLAIMS
     (_, recipe, *rest), = trial.separate
-    assert rest == ["full method", "success"] and "on success, on the same 24 clips" in plan and recipe in trial.rows
+    assert rest == ["full method", "success"] and "on success, on the same 24 clips" in plan
+    assert trial.rows[recipe] == Variant(noise="edit-friendly", strength=0.75)
     assert trial.clips == 24 and trial.kind == "trial" and trial.captions == "user" and trial.edits is None
 
 

@@ -41,6 +41,11 @@ class Variant(NamedTuple):
     first: float = 0                        # the share of the steps during which the true first frame is held
 
 
+def tensors(net, kind):
+    """The parameters {name: parameter} of a video net that a Net tunes."""
+    return dict(net.named_parameters()) if kind.tuned == "all" else net.tuned()
+
+
 class ForSteps:
     """Holds what a keep holds, but only at the beginning and after the first `steps` steps."""
 
@@ -97,19 +102,19 @@ class Studio:
         """The video net of a Net, tuned on this clip."""
         net = self.untuned_net(kind)
         if kind.tuned:
-            tensors = dict(net.named_parameters()) if kind.tuned == "all" else net.tuned()
             mean, std, own = self.encoded.mean, self.encoded.std, self.encoded.context
-            tuner = Tuner(net, self.sd.schedule, mean, std, own, kind.rate * self.settings["lr"], SEED, tensors)
+            lr = kind.rate * self.settings["lr"]
+            tuner = Tuner(net, self.sd.schedule, mean, std, own, lr, SEED, tensors(net, kind))
             pipeline.last(tuner.run(self.settings["steps"]))
         return net
 
     def net(self, kind, strength):
-        """The tuned net with so much of its tuning, which is of the paper's tensors if the strength is not 1."""
+        """The tuned net with so much of its tuning."""
         tuned = self.tuned_net(kind)
         if strength == 1:
             return tuned
         net = self.untuned_net(kind)
-        blend(net.tuned(), tuned.tuned(), strength)
+        blend(tensors(net, kind), tensors(tuned, kind), strength)
         return net
 
     def noise(self, kind, net):
