@@ -58,8 +58,8 @@ def table(rows, study):
     for name, clips in rows.items():
         cells = [cell(key, *interval(means(clips, key))) for key in study.columns]
         lines.append([name, *cells, str(sum(map(len, clips)))])
-    edits = sum(next(iter(rows.values())), [])              # each row has the same
-    chance = np.mean([1 / len(ATTRIBUTES[edit["name"]]) for edit in edits])
+    first, *_ = rows.values()                               # every row has the same edits
+    chance = np.mean([1 / len(ATTRIBUTES[edit["name"]]) for clip in first for edit in clip])
     # Of what is not edited guessing is no fair bound.
     lines.append(["chance", *(f"{100 * chance:.0f} %" if key == "edited" else "" for key in study.columns), ""])
     return grid(["", *(NAMES[key] for key in study.columns), "edits"], lines)
