@@ -10,7 +10,7 @@ import torch
 from tinytav import edit_friendly, pipeline, windows
 from tinytav.attention_maps import WordMaps, watched, word_positions
 from tinytav.claims import studies
-from tinytav.claims.clips import Edit, KnownClip, longer, make_clip, said
+from tinytav.claims.clips import KnownClip, KnownEdit, longer, make_clip, said
 from tinytav.claims.judge import MOTIONS, Judge
 from tinytav.claims.studio import ForSteps, Net, Studio, Variant
 from tinytav.inflation import ClipCrossAttention
@@ -23,7 +23,7 @@ from tinytav.weights import load
 
 SCENE = CLIPS["skiing"]
 TOY = Path(__file__).parents[2] / "weights/toy"
-EDITS = [Edit("subject", replace(SCENE, subject="panda")), Edit("place", replace(SCENE, place="beach"))]
+EDITS = [KnownEdit("subject", replace(SCENE, subject="panda")), KnownEdit("place", replace(SCENE, place="beach"))]
 CLIP = KnownClip(SCENE, MOTION, EDITS, make_clip("test", 0).motion)
 UNTUNED = Net(tuned=None)
 

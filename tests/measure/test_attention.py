@@ -166,7 +166,7 @@ def test_a_words_rows_show_each_frame_above_its_own_map():
     for (_, samples), (_, watched) in (rows[:2], rows[2:]):
         for (sample, label), (heated, _) in zip(samples, watched):
             i = int(label.split()[1]) - 1
-            assert (sample == attention.resized(x)[i]).all() and brightest(heated) == (i % 2, i % 3)
+            assert (sample == frames.enlarged(x)[i]).all() and brightest(heated) == (i % 2, i % 3)
             assert (heated == attention.heated(sample, (maps / maps.max())[i].numpy())).all()           # one scale
 
 
@@ -177,7 +177,7 @@ def test_a_pixels_row_shows_its_frame_first_and_then_what_it_looks_at_with_the_s
     assert [label for _, label in row] == [
         "frame 6: the pixel", "frame 1: 83 % of its attention", "frame 5: 17 % of its attention"]
     assert [brightest(picture) for picture, _ in row[1:]] == [(0, 1), (0, 0)]
-    pictures = attention.resized(x)
+    pictures = frames.enlarged(x)
     for i, one, (picture, _) in zip((0, 4), maps / maps.max(), row[1:]):
         assert (picture == attention.heated(pictures[i], one)).all()                                    # one scale
     assert ring(row[0][0], pictures[5]) == pytest.approx((0.25, 0.75), abs=0.01)
@@ -251,7 +251,7 @@ def test_the_pixel_and_the_frame_that_are_named_are_shown(place, monkeypatch):
     [(text, row)], x, _ = drawn(place, monkeypatch, "--pixel", 100, 30, "--frame", 2)
     assert text == "after tuning" and [label.split(":")[0] for _, label in row] == ["frame 2", "frame 1"]
     height, width = frames.enlarged(x[:1]).shape[1:3]
-    middle = ring(row[0][0], attention.resized(x)[1])
+    middle = ring(row[0][0], frames.enlarged(x)[1])
     assert middle == pytest.approx((30.5 / height, 100.5 / width), abs=0.01)
     [(text, row)], *_ = drawn(place, monkeypatch, "--pixel", 100, 30)
     assert [label.split(":")[0] for _, label in row] == ["frame 3", "frame 1", "frame 2"]

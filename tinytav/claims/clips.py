@@ -9,7 +9,7 @@ from tinytav.toy.world import ATTRIBUTES, GIST, Motion, Scene
 FRAMES = 8
 
 
-class Edit(NamedTuple):
+class KnownEdit(NamedTuple):
     name: str           # the attribute that is edited
     scene: Scene        # the true answer
 
@@ -17,7 +17,7 @@ class Edit(NamedTuple):
 class KnownClip(NamedTuple):
     scene: Scene
     motion: Motion
-    edits: list[Edit]
+    edits: list[KnownEdit]
     other: Motion       # of the next clip
 
 
@@ -25,10 +25,6 @@ def clip_motion(rng):
     """A motion whose figure drifts far, so that a figure that stays where it is can be detected."""
     motion, drift = world.random_motion(rng), rng.choice((-0.16, 0.16))
     return replace(motion, drift=drift, start=replace(motion.start, x=0.5 - drift / 2))
-
-
-def change(scene, name, rng):
-    return Edit(name, replace(scene, **{name: rng.choice([v for v in ATTRIBUTES[name] if v != getattr(scene, name)])}))
 
 
 def make_clip(kind, i):
@@ -41,7 +37,7 @@ def make_clip(kind, i):
     names = ("subject", "place", ("clothes", "hat")[i % 2], ("time", "style")[i // 2 % 2])
     while True:
         scene = world.random_scene(rng)
-        edits = [change(scene, name, rng) for name in names]
+        edits = [KnownEdit(name, world.changed(scene, name, rng)) for name in names]
         if [world.is_held_out(edit.scene) for edit in edits[:2]] == [i % 3 == 2] * 2:
             return KnownClip(scene, motion, edits, other)
 

@@ -14,7 +14,6 @@ import json
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn import functional as F
 
 from tinytav import cli, editing, pipeline
 from tinytav.attention_maps import Mean, WordMaps, grid, probabilities, spans_of, watched, word_positions
@@ -27,7 +26,6 @@ from tinytav.inflation import ClipCrossAttention, SparseCausalAttention
 # Dark violet to light yellow, from nothing to the most: as heat maps are often drawn. Red, green, blue.
 HEAT = np.array([(0, 0, 4), (60, 15, 112), (137, 34, 106), (212, 72, 66), (250, 141, 10), (252, 255, 164)], float)
 COLUMNS = 4             # frames in a row of a picture
-SIDE = 200              # pixels of a frame's short side in a picture
 LABEL = 20              # pixels of the line of text above a row
 
 
@@ -81,17 +79,9 @@ def sheet(rows):
     return image
 
 
-def resized(x):
-    """Frames (f, 3, h, w) in [-1, 1] -> (f, h', w', 3) uint8, with a short side of SIDE pixels."""
-    factor = SIDE / min(x.shape[2:])
-    size = [round(n * factor) for n in x.shape[2:]]
-    mode = dict(mode="nearest") if factor > 1 else dict(mode="area")
-    return frames.to_uint8(F.interpolate(x, size, **mode)).numpy()
-
-
 def word_rows(x, maps, word):
     """Rows of frames (f, 3, h, w), each above its frames under the word's maps (f, h', w'); all maps on one scale."""
-    pictures, heat = resized(x), maps / maps.max().clamp(min=1e-12)
+    pictures, heat = frames.enlarged(x), maps / maps.max().clamp(min=1e-12)
     chosen, rows = frames.strip_columns(len(x)), []
     for part in (chosen[i:i + COLUMNS] for i in range(0, len(chosen), COLUMNS)):
         rows.append(("the sample", [(pictures[i], f"frame {i + 1}") for i in part]))
@@ -104,7 +94,8 @@ def pixel_row(x, frame, place, seen, maps):
 
     x (f, 3, h, w); place (y, x) as parts; seen: the n frames looked at; maps (n, h', w').
     """
-    pictures, heat, shares = resized(x), maps / maps.max().clamp(min=1e-12), 100 * maps.sum((1, 2)) / maps.sum()
+    pictures, heat = frames.enlarged(x), maps / maps.max().clamp(min=1e-12)
+    shares = 100 * maps.sum((1, 2)) / maps.sum()
     looked_at = [(heated(pictures[i], one), f"frame {i + 1}: {share:.0f} % of its attention")
                  for i, one, share in zip(seen, heat, shares)]
     return [(marked(pictures[frame], *place), f"frame {frame + 1}: the pixel"), *looked_at]

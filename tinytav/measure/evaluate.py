@@ -2,8 +2,8 @@
 
 README.md says how a set is written. The CSV of LOVEU-TGVE-2023 (showlab/loveu-tgve-2023) has the columns `Video name`,
 `Our GT caption`, `Style Change Caption`, ..., and rows of headings ("DAVIS Videos:") between blocks. Its clips are
-{DAVIS,youtube,videvo}_480p/480p_videos/NAME.mp4, or the folder 480p_frames/NAME, beside the CSV. Its frames are squashed
-to 480 x 480 before they are measured, as in run_eval.py.
+{DAVIS,youtube,videvo}_480p/480p_videos/NAME.mp4, or the folder 480p_frames/NAME, beside the CSV. Its frames are
+squashed to 480 x 480 before they are measured, as in run_eval.py.
 
 Each clip's folder is a run like train.py's. Under torchrun clips are dealt to ranks, and rank 0 gathers their results.
 A rank is a process, on this machine or on another.

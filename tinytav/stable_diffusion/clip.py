@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tinytav.errors import InputError
 from tinytav.stable_diffusion.config import Config
-from tinytav.stable_diffusion.text_encoder import Encoder, TextEncoderConfig, TextTransformer
+from tinytav.stable_diffusion.text_encoder import CLIPEncoder, TextEncoderConfig, TextTransformer
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = VisionEmbeddings(cfg)
         self.pre_layrnorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)   # so spelt in every checkpoint
-        self.encoder = Encoder(cfg)
+        self.encoder = CLIPEncoder(cfg)
         self.post_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
     def forward(self, x):                                                   # (n, 3, h, w) -> (n, 1 + l, d)

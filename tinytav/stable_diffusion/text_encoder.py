@@ -29,7 +29,7 @@ class TextEncoderConfig(Config):
     LIMITS = dict(num_hidden_layers=(1, 100), eos_token_id=(0, 2 ** 20))
 
 
-class Attention(nn.Module):
+class CLIPAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         if cfg.hidden_size % cfg.num_attention_heads:
@@ -62,7 +62,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.self_attn = Attention(cfg)
+        self.self_attn = CLIPAttention(cfg)
         self.layer_norm1 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.mlp = MLP(cfg)
         self.layer_norm2 = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
@@ -73,7 +73,7 @@ class Layer(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class CLIPEncoder(nn.Module):
     """The stack of layers that both of CLIP's towers share; only the text tower's attention is causal."""
 
     def __init__(self, cfg):
@@ -100,7 +100,7 @@ class TextTransformer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.embeddings = TextEmbeddings(cfg)
-        self.encoder = Encoder(cfg)
+        self.encoder = CLIPEncoder(cfg)
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
     def forward(self, ids):

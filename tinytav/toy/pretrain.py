@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -92,8 +91,7 @@ def noise_like(x, generator):
 def mistaken(scene, names, rng):
     """The scene with one of the named attributes changed: often the activity, which shows in the fewest pixels."""
     name = "activity" if "activity" in names and rng.random() < 0.7 else rng.choice(names)
-    others = [value for value in world.ATTRIBUTES[name] if value != getattr(scene, name)]
-    return replace(scene, **{name: rng.choice(others)})
+    return world.changed(scene, name, rng)
 
 
 # ---- The stages ----------------------------------------------------------------------------------

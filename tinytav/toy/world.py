@@ -3,7 +3,7 @@
 A *scene* says what is in the picture, a *view* where it stands at one moment; `draw.render` needs both.  Editing a
 clip means changing words of its scene and keeping its views, so the true answer to every edit can be drawn.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 
 # Every attribute with all its values.  The values are words of the caption, the order is the caption's order.
@@ -93,6 +93,12 @@ def random_scene(rng: Random, held_out: bool = False) -> Scene:
         scene = Scene(**{name: random_value(name, rng) for name in ATTRIBUTES}, look=look)
         if is_held_out(scene) == held_out:
             return scene
+
+
+def changed(scene: Scene, name: str, rng: Random) -> Scene:
+    """The scene with another value of one attribute."""
+    others = [value for value in ATTRIBUTES[name] if value != getattr(scene, name)]
+    return replace(scene, **{name: rng.choice(others)})
 
 
 def random_view(rng: Random) -> View:
