@@ -67,6 +67,14 @@ def test_sharded_or_fp16_variant_files(folder):
     torch.testing.assert_close(sd.vae.quant_conv.weight, expected.vae.quant_conv.weight, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("index", [{}, dict(weight_map=["a"]), dict(weight_map={"conv_in.bias": 5})])
+def test_an_index_without_file_names_is_refused(folder, index):
+    file = "unet/diffusion_pytorch_model.safetensors.index.json"
+    tiny.save_json(folder / file, index)
+    with pytest.raises(InputError, match=f"{file} has no weight_map of file names"):
+        load(folder)
+
+
 def test_full_precision_is_read_before_fp16(folder):
     expected = load(folder)
     for file in (UNET_FILE, VAE_FILE, TEXT_FILE):

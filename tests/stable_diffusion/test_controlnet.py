@@ -215,6 +215,7 @@ def test_a_folder_of_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
     (dict(global_pool_conditions=True), "global_pool_conditions = True"),
     (dict(controlnet_conditioning_channel_order="bgr"), "controlnet_conditioning_channel_order = 'bgr'"),
     (dict(conditioning_channels=1), "conditioning_channels = 1"),
+    (dict(down_block_types=["DownBlock2D"] * 3), "ControlNetConfig: the block types .* are not implemented; 4 of Down"),
     (dict(attention_head_dim=7), "ControlNetConfig: .*heads do not divide")])
 def test_other_kinds_of_folders_are_refused_by_name(tmp_path, settings, message):
     write_controlnet(tmp_path, recorded_config("sd1") | settings, {"conv_in.bias": torch.zeros(32)})

@@ -63,7 +63,10 @@ def test_settings_beside_tokenizer_json_are_read(tmp_path):
     place = whole(tmp_path / "a")
     (place / "tokenizer_config.json").write_text(json.dumps(dict(model_max_length=20, pad_token="!")))
     rows = Tokenizer.from_folder(place)(["a man"])
-    assert rows.shape == (1, 20) and rows[0, -1] == json.loads((PLAIN / "vocab.json").read_text())["!"]
+    vocabulary = json.loads((PLAIN / "vocab.json").read_text())
+    assert rows.shape == (1, 20) and rows[0, -1] == vocabulary["!"]
+    (place / "special_tokens_map.json").write_text(json.dumps(dict(pad_token="a")))         # has the last word
+    assert Tokenizer.from_folder(place)(["a man"])[0, -1] == vocabulary["a"]
 
 
 TOY, STYLE = 650, 651
