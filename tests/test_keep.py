@@ -2,6 +2,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -146,6 +147,19 @@ def test_outside_a_mask_each_pixel_is_the_clips(session, tmp_path):
     assert not torch.equal(edit[0, ..., outside], source[0, ..., outside])      # it is the given one, whole
 
 
+def test_a_mask_and_a_word_keep_what_either_of_them_keeps(session, tmp_path):
+    kept = session.keep(write_mask(tmp_path / "mask.png", slice(8, 38)), mask_word="dog")
+    with kept.during(session.net, session.sd.tokenizer, "a dog") as (mask, word):
+        assert isinstance(mask, keep.Mask) and isinstance(word, keep.WordMask)
+        assert mask.free[:, :, 4:].all() and not mask.free[:, :, :4].any()
+
+
+def test_what_keeps_something_is_true():
+    latents = torch.zeros(1, 4, 1, 2, 2)
+    mask, first = keep.Mask(latents, latents > 0), keep.FirstFrame(latents)
+    assert all([keep.Keep(mask=mask), keep.Keep(word="dog"), keep.Keep(first=first)]) and not keep.Keep()
+
+
 def test_a_noise_that_does_not_know_its_way_is_refused(session, tmp_path):
     kept = session.keep(write_mask(tmp_path / "mask.png", LEFT))
     with pytest.raises(InputError, match="way=True"):
@@ -184,6 +198,12 @@ def test_a_mask_has_one_picture_or_the_runs_frames_or_those_of_the_whole_clip(se
     found = keep.read_mask(tmp_path / "mask.mp4", session.run.settings, 32, 38, 2).float().mean(1)
     middles = [(found[i] * torch.arange(38)).sum() / found[i].sum() for i in range(3)]
     assert [round(float(middle) * 48 / 38) for middle in middles] == pytest.approx([3, 19, 35], abs=1)
+
+
+def test_a_run_that_does_not_know_its_frames_in_the_clip_takes_no_mask_of_the_whole_clip(session, tmp_path):
+    settings = replace(session.run.settings, indices=None)
+    with pytest.raises(InputError, match="is 6, and must be 1 or 3"):
+        keep.read_mask(write_mask(tmp_path / "mask", *[LEFT] * 6), settings, 32, 38, 2)
 
 
 @pytest.mark.parametrize("count", [2, 5, 7])
@@ -261,11 +281,12 @@ def test_a_mask_without_a_run_is_refused(place):
     assert "name a run with --run" in done.err and not (place / "wrong").exists()
 
 
-def test_a_damaged_mask_is_refused(session, tmp_path):
-    """One frame of six cannot be decoded, and the run needs it."""
+@pytest.mark.parametrize("broken", [4, 1])
+def test_a_damaged_mask_is_refused(session, tmp_path, broken):
+    """One frame of six cannot be decoded. The run needs the frames 0, 2 and 4: this one, or one that comes after it."""
     path = tiny.write_clip(tmp_path / "mask.mp4", frames=6, size=(48, 40))
     with av.open(str(path)) as container:
-        packet = [packet for packet in container.demux() if packet.size][4]
+        packet = [packet for packet in container.demux() if packet.size][broken]
         place, size = packet.pos, packet.size
     data = bytearray(path.read_bytes())
     data[place:place + size] = bytes(size)

@@ -30,7 +30,7 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u206
 # ---- Flags ---------------------------------------------------------------------------------------
 
 def parser(description, usage=None, seeded=True):
-    """An argument parser with the flags that train.py and sample.py have in common. A flag not given is None.
+    """An argument parser with the flags of all commands that load weights. A flag not given is None.
 
     usage: the first line of --help; else argparse's list of all flags. seeded: is there a flag --seed?
     """
@@ -88,8 +88,8 @@ def choose_device(name=None):
 
 
 def choose_dtype(device, name=None):
-    """--precision -> torch.dtype. Without a name bf16 where the device has it; else fp16 on CUDA and float32
-    elsewhere.
+    """--precision -> torch.dtype. Without a name bf16 on a CPU or a GPU by CUDA that has it; else fp16 on CUDA and
+    float32 elsewhere.
     """
     if name is not None:
         return PRECISIONS[name]
@@ -110,10 +110,11 @@ def load_weights(args, source=None, precision=None, loras=()):
     device = choose_device(args.device)
     source = dict(source or {})
     named = {name: getattr(args, name) for name in SOURCE if getattr(args, name) is not None}
-    connect = not any(hub.is_name(value) for name, value in source.items() if name not in named)    # a run never does
+    # what a run names by hub: is never downloaded
+    connect = not any(hub.is_name(value) for name, value in source.items() if name not in named)
     if own := source.get("embedding"):              # the run's caption needs its own words, at the same ids
         more = named.get("embedding", [])
-        own = [file for file in own if Path(file).is_file() or not more]            # else one of `more` is it, moved
+        own = [file for file in own if Path(file).is_file() or not more]        # one that is gone is in `more`, moved
         named["embedding"] = [*own, *(file for file in more if file not in own)]
     source |= named
     path = source.pop("weights", None)

@@ -53,17 +53,17 @@ def invert(net, schedule, latents, own, steps=50, seed=33):
 
 @torch.no_grad()
 def sample(net, schedule, inverted, context, empty, guidance=12.5, control=None,
-           keep=pipeline.as_they_are):
+           hold=pipeline.as_they_are):
     """DDPM sampling with the noise of `inverted`, a list of Steps: yields the latents (b, 4, f, h, w), cleaner each
     time.
 
     The other arguments are those of pipeline.sample.
     """
-    x = keep(inverted[0].x.expand(len(context), -1, -1, -1, -1), inverted[0].t)
+    x = hold(inverted[0].x.expand(len(context), -1, -1, -1, -1), inverted[0].t)
     for t, t_next, _, noise in inverted:
         output = pipeline.guided(net, x, t, context, empty, guidance, control)
         mean, std = ddpm_step(schedule, x, output, t, t_next)
-        x = keep(mean + std * noise, t_next)
+        x = hold(mean + std * noise, t_next)
         yield x
 
 

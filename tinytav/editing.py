@@ -80,7 +80,7 @@ def encode_clip(sd, x, prompt):
 
 
 def default_window(sd, *frames):
-    """How many frames the net sees at once where no one says: the weights' own number, or more of these numbers."""
+    """How many frames the net sees at once where no one says: the largest of the weights' own number and `frames`."""
     return max(windows.LEAST, sd.defaults.frames, *frames)
 
 
@@ -181,9 +181,10 @@ class Session:
     def make_noise(self, name=None, steps=None, seed=33, progress=no_progress, way=False):
         """What edits start from: a Noise, made. name: a key of NOISES; else inverted where there is a clip, or random.
 
-        The run's saved inversion is used where it fits. Without steps the run's or the weights' own hold. way: what
-        `keep` returned needs the clip's way to the noise, so the clip is inverted anew. Raises InputError if the noise
-        needs a clip of this size and there is none, or if it is not finite.
+        The run's saved inversion is used where it fits. Without steps the run's or the weights' own hold. way: invert
+        anew in any case, and keep the latents of each step, which an edit needs that keeps something. The noise itself
+        is the saved one then, too, so that it is the same to the last bit. Raises InputError if the noise needs a clip
+        of this size and there is none, or if it is not finite.
         """
         kind = NOISES[name or ("inverted" if self.clip else "random")]
         if kind.needs_clip and (self.clip is None or self.clip.mean.shape != self.shape):
@@ -239,9 +240,9 @@ class Session:
              keep=Keep()):
         """Makes an edit and writes its video, gif, strip and record -> Edit. The page shows it.
 
-        noise: what `make_noise` returned; else the inverted clip, or random noise. Without guidance the run's or the
-        weights' own holds. out: a folder; else the run's, or samples/. keep: what `keep` returned. Raises InputError
-        as make_noise and sample_clip do.
+        Of a single frame it writes a picture in place of video, gif and strip. noise: what `make_noise` returned; else
+        the inverted clip, or random noise. Without guidance the run's or the weights' own holds. out: a folder; else
+        the run's, or samples/. keep: what `keep` returned. Raises InputError as make_noise and sample_clip do.
         """
         noise = noise or self.make_noise(progress=progress, way=bool(keep))
         guidance = chosen(guidance, self.defaults.guidance)
@@ -261,7 +262,7 @@ class Session:
         return "-".join([slug(prompt), *words])
 
     def record(self, noise, guidance, negative="", control=None):
-        """The settings of an edit: all that decides the result, beside the run or the weights."""
+        """The settings of an edit: all that decides the result, beside the run, the weights and what is kept."""
         settings = dict(ddim_steps=noise.steps, guidance=guidance, noise=noise.name,
                         seed=noise.seed if noise.seeded else None,
                         negative=negative or None, attention=self.net.attention, frames=self.shape[2],

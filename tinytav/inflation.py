@@ -4,9 +4,9 @@ Inside the U-Net the frames of a clip are folded into the batch, written (b f). 
 the same as the 3x3 convolution on its frames, so the convolutions stay as they are. Three things let frames see each
 other:
 
-1. ST-Attn takes the place of the self-attention: frame i looks at the first frame and at the frame before it. 2.
-T-Attn, a temporal self-attention, is added at the end of each transformer block. 3. The resnets' group norms run over
-all frames of a clip: in the official code, not in the paper.
+1. ST-Attn takes the place of the self-attention: frame i looks at the first frame and at the frame before it.
+2. T-Attn, a temporal self-attention, is added at the end of each transformer block.
+3. The resnets' group norms run over all frames of a clip: in the official code, not in the paper.
 
 In the shapes below: b clips, f frames, n pixels of a feature map, c channels, m text tokens of width d.
 """

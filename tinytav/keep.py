@@ -1,9 +1,9 @@
 """What an edit keeps: the clip outside a mask, and a first frame that the user gives. Neither is in the paper.
 
 After each step of sampling, what is kept is put in place, at the step's noise: Avrahami et al., arXiv 2111.14818, for
-pictures. Which noise that is, the kind of noise knows (noise.py, `noised`): the clip follows its own way, and what
-stands in its place gets the clip's noise. At the end the latents that are kept are exactly those of clip and picture,
-and outside a mask the pixels are the clip's.
+pictures. The kind of noise knows which noise that is (noise.py, `noised`). The kept clip has the latents that its
+inversion passed at this step. A given picture gets the same noise added. At the end the latents that are kept are
+exactly those of clip and picture, and outside a mask the pixels are the clip's.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ class Keep:
     record: dict = field(default_factory=dict)      # of an edit's record: the flags, and fingerprints of files
 
     def __bool__(self):
-        return bool(self.record)
+        return bool(self.mask or self.word or self.first)
 
     @contextmanager
     def during(self, net, tokenizer, prompt):
@@ -86,7 +86,7 @@ class Keep:
         positions = word_positions(tokenizer, prompt, self.word)
         word = WordMask(self.clip, WordMaps(net.frames, positions, *self.clip.shape[3:]))
         with watched(net, ClipCrossAttention, word.maps):
-            yield [word, *frames]
+            yield [*masks, word, *frames]
 
     def paste(self, x, vae):
         """Frames x (f, 3, H, W) with the clip's own outside the mask, as the VAE gives them back.

@@ -54,7 +54,7 @@ class Noise:
         return hold
 
     def noised(self, schedule, latents, t):
-        """Latents (b, 4, n, h, w) that stand for the clip's first n frames, at timestep t: with this noise."""
+        """Latents (b, 4, n, h, w), which stand for the clip's first n frames, with this noise at timestep t."""
         return schedule.add_noise(latents, self.x[:, :, :latents.shape[2]], t)
 
 

@@ -9,7 +9,7 @@ from tinytav import windows
 from tinytav.stable_diffusion.ddim import move
 from tinytav.stable_diffusion.precision import autocast
 
-PIXELS = 2 ** 20        # how many pixels go through the VAE at once
+PIXELS = 2 ** 20        # how many pixels go through a network of pixels at once
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def decode(vae, latents):
 
 
 def chunks(x, pixels_each):
-    """Parts of a batch x (f, ...) that the VAE takes at once; each item stands for `pixels_each` pixels."""
+    """Parts of a batch x (f, ...) that a network of pixels takes at once; each item stands for `pixels_each` pixels."""
     return x.split(max(1, PIXELS // pixels_each))
 
 
@@ -56,23 +56,23 @@ def invert(net, schedule, latents, empty, steps=50):
 
 
 def as_they_are(x, t):
-    """The `keep` that holds nothing."""
+    """The `hold` that keeps nothing."""
     return x
 
 
 @torch.no_grad()
-def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, control=None, keep=as_they_are):
+def sample(net, schedule, noise, context, empty, steps=50, guidance=12.5, control=None, hold=as_they_are):
     """DDIM sampling from x_T `noise`: yields the latents (b, 4, f, h, w), cleaner after each step.
 
-    context, empty (b, m, d): of the prompts and of the empty prompt. control: a control.Control, which acts on both
-    halves of guidance. keep: a function of latents and their timestep that returns them with what is held in place.
+    context, empty (b, m, d): of the prompts, and of the empty or a negative prompt. control: a control.Control, which
+    acts on both halves of guidance. hold: a function of latents and their timestep that puts in place what is kept.
     """
     pairs = schedule.pairs(steps)
-    x = keep(noise, pairs[0][0])
+    x = hold(noise, pairs[0][0])
     for t, t_next in pairs:
         output = guided(net, x, t, context, empty, guidance, control)
         eps = schedule.epsilon(output, x, schedule.abar(t))
-        x = keep(move(x, eps, schedule.abar(t), schedule.abar(t_next)), t_next)
+        x = hold(move(x, eps, schedule.abar(t), schedule.abar(t_next)), t_next)
         yield x
 
 

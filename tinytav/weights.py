@@ -81,10 +81,10 @@ def load(path, tokenizer=None, prediction=None, device="cpu", dtype=torch.float3
          connect=True):
     """A Stable Diffusion folder or single file -> StableDiffusion on `device`, in eval mode and without gradients.
 
-    tokenizer: a folder; by default the checkpoint's own. prediction: "epsilon" or "v", where the file does not tell.
-    dtype: of the weights. vae: another VAE's folder or file. embedding: files of learned words. path and tokenizer may
-    be "hub:OWNER/NAME", which is downloaded; with connect=False it must have been downloaded before. Raises InputError
-    naming the file, and the tensors that are missing, unexpected or misshapen.
+    tokenizer: a folder or a tokenizer.json; by default the checkpoint's own. prediction: "epsilon" or "v", where the
+    file does not tell. dtype: of the weights. vae: another VAE's folder or file. embedding: files of learned words.
+    path and tokenizer may be "hub:OWNER/NAME", which is downloaded; with connect=False it must have been downloaded
+    before. Raises InputError naming the file, and the tensors that are missing, unexpected or misshapen.
     """
     source = dict(weights=str(path), tokenizer=tokenizer and str(tokenizer), prediction=prediction,
                   vae=vae and str(vae), embedding=tuple(map(str, embedding or ())) or None)

@@ -1,4 +1,4 @@
-"""Clips of any length in the memory of one window. It is not in the paper.
+"""Clips of any length: the net has the memory of one window. It is not in the paper.
 
 A net of w frames sees a longer clip in windows: the clip's first frame and w - 1 consecutive frames. So ST-Attn looks
 at the same first frame everywhere. T-Attn has no positions, so it takes any window. Tuning takes one window at each
@@ -15,7 +15,8 @@ LEAST = 3       # frames of a window: the first one, and two neighbours
 def places(count, window):
     """The windows of a clip of `count` frames: what indexes the frames of each. A clip that fits is one window, whole.
 
-    They begin (window - 1) // 2 frames after one another. The last one ends with the clip.
+    Each has frame 0. Its other frames begin (window - 1) // 2 frames after those of the window before, and the last
+    window ends with the clip.
     """
     if count <= window:
         return [slice(None)]

@@ -58,9 +58,10 @@ def test_each_row_and_panel_of_the_chart_has_its_own_name(tmp_path):
 
 
 def test_the_shipped_chart_is_that_of_the_shipped_scores():
-    """Each dot stands where the mean of its row and panel is, the most successful row first."""
+    """Each dot stands where the mean of its row and panel is, the most successful row first, beside the names."""
     found = tables.shares(json.loads((Path(tables.__file__).parent / "scores.json").read_text())["scores"], "trial")
     picture = Image.open(TOY / "chart.png")
+    assert not ink(picture, (pictures.LABELS - 12, pictures.TOP, pictures.LABELS - 8, picture.height)).any()
     assert picture.height == pictures.TOP + pictures.ROW * len(found) + 10
     for j, shares in enumerate(found.values()):
         for i, (mean, _, _) in enumerate(shares.values()):

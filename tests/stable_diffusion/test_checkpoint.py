@@ -48,6 +48,12 @@ def test_a_folder(folder):
     assert sd.encode_prompts(["a man", ""]).shape == (2, 77, 24)
 
 
+def test_the_models_are_on_the_device_that_is_named(folder):
+    sd = load(folder, device="meta")            # a device that every machine has
+    parts = sd.unet, sd.vae, sd.text_encoder
+    assert {p.device.type for part in parts for p in part.parameters()} == {"meta"} and sd.device.type == "meta"
+
+
 def test_sharded_or_fp16_variant_files(folder):
     expected = load(folder)
     shards = {name: {} for name in ("a", "b")}

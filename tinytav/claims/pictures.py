@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tinytav.files import frames
 
 ROW, TOP = 40, 72                       # pixels: of the chart's rows, and above the first
-LABELS, PANEL, GAP = 220, 140, 56       # pixels: of the names, of a panel's width, between panels
+LABELS, PANEL, GAP = 400, 140, 56       # pixels: of the names, of a panel's width, between panels
 TICKS = (0, 50, 100)                    # per cent, the axis of every panel
 LEFT, SIDE, LINE = 60, 560, 26           # pixels of the frontier: beside its square, of its side, of a name's line
 GRID, BAR, DOT = "#dddddd", "#7da7d9", "#1f4e8c"

@@ -5,7 +5,7 @@ from tinytav.claims.clips import FRAMES, longer, make_clip
 from tinytav.claims.studio import Net, Studio, Variant
 
 FRIENDLY = "edit-friendly"
-RECIPE = "edit-friendly noise, strength 0.75"       # the choice clips chose it
+RECIPE = "edit-friendly noise, strength 0.75"       # clips of the kind "choice" chose it
 TRIAL = {
     "full method": Variant(),
     "untuned": Variant(Net(tuned=None)),
@@ -42,7 +42,7 @@ CLAIMS = (
     ("tuning holds what the caption leaves open", "full method", "untuned", "unsaid"),
     ("tuning all tensors at the same rate destroys knowledge", "full method", "all tensors", "edited"),
     ("better than frame by frame", "full method", "frame by frame", "agreement"))
-SIXTH = ("the recipe succeeds more often", RECIPE, "full method", "success"),       # a test by itself
+SIXTH = (("the recipe succeeds more often", RECIPE, "full method", "success"),)      # a test by itself
 
 # What a score is called in tables. All but POINTS are shares of frames or of edits.
 NAMES = dict(success="success", edited="edit right", kept="rest kept", unsaid="unsaid kept", agreement="agreement",

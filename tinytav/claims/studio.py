@@ -68,7 +68,7 @@ class Studio:
         self.clip, self.settings, self.captions = clip, settings, captions
         self.judge = Judge(clip.motion, frames)
         self.source = self.judge.draw(clip.scene)
-        # As in editing.encode_clip, but for contiguous latents: they would round otherwise than those of scores.json.
+        # Not editing.encode_clip: it makes latents contiguous, which would change the last bits of scores.json.
         mean, std = pipeline.encode(self.sd.vae, self.source)
         own, empty = self.sd.encode_prompts([world.caption(clip.scene, keep=said(captions)), ""]).split(1)
         self.encoded = Clip(mean, std, own, empty)

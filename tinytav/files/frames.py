@@ -21,7 +21,7 @@ from tinytav.files.video import Video
 from tinytav.files.writing import enlarged, strip_columns, to_uint8, write_gif, write_mp4, write_picture, write_strip
 
 LARGEST = 4096                  # pixels of the short side
-LEAST_FPS = 4                   # frames further apart than this may share too little of a motion
+LEAST_FPS = 4                   # of the chosen frames: at fewer, neighbours may share too little of a motion
 
 
 class Source(NamedTuple):
@@ -65,8 +65,9 @@ def check_size(size, multiple):
 def choose(times, fps, frames, start, stride, exact, path):
     """Which frames of a clip to take -> (indices, fps of the result). Raises InputError if there are too few.
 
-    times: when each frame appears, in seconds. If they are uneven, the chosen frames are those that a player shows at
-    evenly spread times; one that stays long may come twice. The time for which the last frame stays does not count.
+    times: when each frame appears, in seconds. If they are uneven, and neither is there a stride nor are all frames
+    taken, the chosen frames are those that a player shows at evenly spread times; one that stays long may come twice.
+    The time for which the last frame stays does not count.
     """
     rest, has = len(times) - start, "1 frame" if len(times) == 1 else f"{len(times)} frames"
     if rest < 1:
@@ -88,7 +89,7 @@ def choose(times, fps, frames, start, stride, exact, path):
 
 
 def are_even(times):
-    """Does no frame appear half a frame or more before or after its time by an even clock?"""
+    """Is each frame less than half a frame away from its time by an even clock?"""
     mean = (times[-1] - times[0]) / max(1, len(times) - 1)
     return all(2 * abs(time - times[0] - i * mean) < mean for i, time in enumerate(times[1:], start=1))
 

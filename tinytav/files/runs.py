@@ -2,10 +2,11 @@
 
 runs/<clip>/  run.json              everything that is needed to repeat it; a folder without it is no run
               clip.safetensors      mean and std of the clip's latents: neither resuming nor sampling needs the clip
-              state.safetensors     while it is unfinished: tuned tensors, AdamW's moments, the losses
+              state.safetensors     while it is unfinished: tuned tensors, AdamW's moments, the losses, fp16's scale
               tuned.safetensors     the tuned tensors, by the official names
               inversion.safetensors x_T, and how many steps led there
-              source.mp4, loss.csv, index.html, and an mp4, a gif, a strip (png) and a record (json) per sample
+              source.mp4, loss.csv, index.html, and an mp4, a gif, a strip (png) and a record (json) per sample;
+              previews, metrics.json and pictures of attention, where they were asked for
 """
 import itertools
 import json
@@ -37,7 +38,7 @@ except ImportError:             # Windows: nothing there keeps two train.py off 
     fcntl = None
 
 LARGE = 2 ** 32
-MOST_STEPS = 10 ** 6        # of tuning: more would take years
+MOST_STEPS = 10 ** 6        # of tuning: more would take months on a CPU
 FIRST_FILES = ("clip.safetensors", "source.mp4", "run.json")        # those that a new run begins with
 FPS = r"[1-9]\d{0,19}(/[1-9]\d{0,19})?"     # a Fraction as text
 

@@ -29,7 +29,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 PASSED_OVER = re.compile(r"(text_projection|logit_scale|loss|model_ema)\b")     # what trainers leave beside a part
 
 
-def read(path, tokenizer=None, prediction=None, vae=None, embeddings=(), half=False, UNetConfig=UNetConfig):
+def read(path, tokenizer=None, prediction=None, vae=None, embeddings=(), half=False, unet_config=UNetConfig):
     """A Stable Diffusion folder or single file -> (parts, Schedule, Tokenizer, fingerprints).
 
     parts: {a name of MODELS: (config, tensors, where they come from)}. fingerprints: of the weights as they are on
@@ -37,12 +37,12 @@ def read(path, tokenizer=None, prediction=None, vae=None, embeddings=(), half=Fa
 
     tokenizer: a folder or a tokenizer.json; by default the checkpoint's own. prediction: "epsilon" or "v", where the
     file does not tell. vae: a folder or a file, in place of the checkpoint's own. embeddings: files of learned words.
-    half: take fp16 files where both lie in a folder. UNetConfig: reads the config.json of a folder's U-Net. Raises
+    half: take fp16 files where both lie in a folder. unet_config: reads the config.json of a folder's U-Net. Raises
     InputError naming the file.
     """
     path = Path(path)
     if path.is_dir():
-        parts, schedule = _read_folder(path, prediction, half, UNetConfig)
+        parts, schedule = _read_folder(path, prediction, half, unet_config)
     else:
         parts, schedule = _read_single_file(path, prediction)
     parts["vae"] = _choose_vae(path, parts.get("vae"), vae)
@@ -94,7 +94,7 @@ def misfits(tensors, shapes):
 
 
 def modern_names(tensors, wanted):
-    """Names of older files -> today's: the VAE's attention, CLIP without its prefix, buffers that are constants."""
+    """Names of older files -> today's: the VAE's attention, CLIP without its prefix. What no model has is left out."""
     out = {}
     for name, tensor in tensors.items():
         if name.endswith("embeddings.position_ids") or name not in wanted and PASSED_OVER.match(name):
@@ -191,8 +191,8 @@ def read_component(folder, Config, half=False):
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
-def _read_folder(path, prediction, half, UNetConfig):
-    configs = {name: Config for name, (_, Config) in MODELS.items()} | {"unet": UNetConfig}
+def _read_folder(path, prediction, half, unet_config):
+    configs = {name: Config for name, (_, Config) in MODELS.items()} | {"unet": unet_config}
     missing = [name for name in configs if not (path / name).is_dir()]
     if {"unet", "text_encoder"} & set(missing):
         more = " Name a folder in its snapshots/." if (path / "snapshots").is_dir() else ""

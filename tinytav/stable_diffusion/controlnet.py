@@ -73,7 +73,7 @@ class ControlNet(Encoder):
         They are a list of tensors: one for each skip of the U-Net, of its shape, and the middle's last.
         """
         emb = self.embed_time(t, x.dtype)
-        x, skips = self.down(self.conv_in(x) + embedded, emb, context)
+        x, skips = self.down_and_middle(self.conv_in(x) + embedded, emb, context)
         residuals = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return [*residuals, self.controlnet_mid_block(x)]
 

@@ -85,7 +85,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])          # the files' key is to_out.0
 
     def attend(self, q, k, v):                                              # (b, n, c), (b, m, c), (b, m, c)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))        # (b, heads, ., d)
@@ -121,6 +121,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = CrossAttention(dim, heads, cfg.cross_attention_dim, cfg.upcast_attention)
         self.norm3 = nn.LayerNorm(dim)
+        # the files' keys are net.0 and net.2, because dropout stands between them
         self.ff = named(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)))
 
     def forward(self, x, context):                                          # (b, n, c), (b, m, d)
@@ -178,20 +179,22 @@ class ResnetBlock(nn.Module):
 class Stage(nn.Module):
     """One resolution of the U: resnets, perhaps each with a transformer, perhaps a resampler."""
 
-    def __init__(self, resnets, attentions=None, downsampler=None, upsampler=None):
+    def __init__(self, resnets, attentions, downsampler=None, upsampler=None):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions or [])
+        self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
 
 def stage_layers(cfg, i, kind, dims, Block, Norm):
-    """The resnets of stage i, one for each of the channels `dims` that go in, and their transformers or None."""
+    """The resnets of stage i, one for each of the channels `dims` that go in, and their transformers, if it has any."""
     out = cfg.block_out_channels[i]
     resnets = [ResnetBlock(cfg, dim, out, Norm) for dim in dims]
-    attentions = [Transformer(cfg, out, cfg.attention_head_dim[i], Block) for _ in dims]
-    return resnets, attentions if kind.startswith("CrossAttn") else None
+    attentions = []
+    if kind.startswith("CrossAttn"):
+        attentions = [Transformer(cfg, out, cfg.attention_head_dim[i], Block) for _ in dims]
+    return resnets, attentions
 
 
 class Encoder(nn.Module):
@@ -226,7 +229,7 @@ class Encoder(nn.Module):
         return self.time_embedding(timestep_embedding(t, self.cfg.block_out_channels[0]).to(dtype))
 
     def run(self, block, *inputs):
-        """block(*inputs). Where block.checkpointing is set, the gradient keeps the inputs and computes the rest again.
+        """block(*inputs). Where block.checkpointing is set, the gradient computes it again from its inputs.
 
         Not re-entrant: that kind gives no gradient to blocks whose inputs need none.
         """
@@ -234,7 +237,7 @@ class Encoder(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
-    def down(self, x, emb, context):
+    def down_and_middle(self, x, emb, context):
         """conv_in's output -> (the middle's output, all skips, of which conv_in's output is the first)."""
         skips = [x]
         for stage in self.down_blocks:
@@ -276,7 +279,7 @@ class UNet(Encoder):
         residuals: a ControlNet's. They are added to the skips, and the last one to the middle's output.
         """
         emb = self.embed_time(t, x.dtype)
-        x, skips = self.down(self.conv_in(x), emb, context)
+        x, skips = self.down_and_middle(self.conv_in(x), emb, context)
         if residuals is not None:
             *for_skips, for_middle = residuals
             skips = [skip + residual for skip, residual in zip(skips, for_skips, strict=True)]

@@ -1,7 +1,7 @@
 """Stable Diffusion's autoencoder: pictures <-> latents. Attribute names are the checkpoint's keys.
 
 Rombach et al., arXiv 2112.10752, section 3.1; equal to diffusers' AutoencoderKL. This file owns the latent scale:
-`encode` returns latents multiplied by it and `decode` expects them so; nothing else in the package knows of it.
+`encode` returns latents multiplied by it, and `decode` expects them so. Who uses the VAE need not know of it.
 """
 from dataclasses import dataclass
 

@@ -6,7 +6,7 @@
 
 Each stage draws its pictures first. Then it trains, and writes its part of the folder in the form in which Stable
 Diffusion is published, twenty times on its way. The networks' sizes and the tokenizer are the shipped toy's, or those
-of the --from folder. `--from my-toy` goes on with what a stage wrote, also if it was killed.
+of the --from folder. `--from my-toy` begins a new training with the weights that a stage wrote, also if it was killed.
 """
 import argparse
 import itertools
@@ -102,7 +102,7 @@ def half(device):
 
 
 def rate(share):
-    """The learning rate after a share of the steps: it rises to 1 over the first 3 %, and falls to zero."""
+    """The learning rate's factor after a share of the steps: it rises to 1 over the first 3 %, and falls to zero."""
     return min(1, share / 0.03) * (1 + math.cos(math.pi * share)) / 2
 
 
