@@ -5,7 +5,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C while torch is imported ends without a traceback
 
 import shlex
-import time
 from fractions import Fraction
 
 from tqdm import tqdm
@@ -121,8 +120,8 @@ def tune(session, checkpointing):
     if count := memory.recomputed(session.net):
         blocks = len(memory.blocks(session.net))
         cli.say(f"{count} of {blocks} blocks are computed again for the gradient, to save memory.")
-    first, began = len(session.tuner.losses), time.monotonic()
-    with Stop() as stop, tqdm(total=total, initial=first, desc="tuning", unit="step") as bar:
+    done = len(session.tuner.losses)
+    with Stop() as stop, tqdm(total=total, initial=done, desc="tuning", unit="step") as bar:
         for step, _ in steps:
             recent = session.tuner.losses[-50:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
@@ -132,16 +131,7 @@ def tune(session, checkpointing):
             if stop.received:
                 session.save()
                 break
-            if session.sd.device.type == "cpu" and step == first + 3:
-                say_time_left((time.monotonic() - began) / 3 * (total - step), bar)
     return stop.received
-
-
-def say_time_left(seconds, bar):
-    """On a CPU, tells once how long the tuning takes, if it is long."""
-    if seconds > 600:
-        bar.write(f"about {seconds / 60:.0f} minutes of tuning are left on this CPU. Ctrl-C stops it so that --resume "
-                  "goes on; fewer --steps, fewer --frames or a smaller --size is quicker.")
 
 
 def write_preview(session, step, stop):
