@@ -38,6 +38,14 @@ def test_without_a_flag_the_best_device_is_taken_and_a_device_that_fails_is_a_se
         cli.choose_device("toaster")
 
 
+@pytest.mark.parametrize("name, has_bf16, expected", [
+    ("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("mps", True, torch.float32)])
+def test_without_a_flag_a_gpu_computes_in_the_format_that_it_has(monkeypatch, name, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert cli.choose_dtype(torch.device(name)) is expected
+    assert cli.choose_dtype(torch.device(name), "fp32") is torch.float32
+
+
 @pytest.mark.parametrize("error, status, said", [
     (cli.InputError("The file is broken."), 2, "error: The file is broken.\n"),
     (OSError("No space left on device"), 2, "error: No space left on device\n"),

@@ -174,3 +174,11 @@ def test_what_a_group_leaves_free_is_its_limit_less_what_is_used_without_caches(
 
 def test_the_memory_that_is_free_is_a_number_of_bytes():
     assert 2 ** 20 < memory.free_bytes() < 2 ** 60
+
+
+@pytest.mark.parametrize("told", [None, "MemTotal: 1 kB"])
+def test_memory_that_the_system_does_not_tell_has_no_end(monkeypatch, tmp_path, told):
+    if told:
+        (tmp_path / "meminfo").write_text(told)
+    monkeypatch.setattr(memory, "Path", lambda *parts: tmp_path / "meminfo")
+    assert memory.free_bytes() == float("inf")

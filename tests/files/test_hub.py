@@ -162,6 +162,14 @@ def test_what_cannot_be_fetched_is_named_with_what_to_do(client):
         load(client.root, tokenizer="hub:a/b")                  # it has no tokenizer.json
 
 
+def test_what_a_repository_lacks_is_said_in_its_own_words(client, monkeypatch):
+    def nothing(names, half, where):
+        raise InputError(f"{where} has no .safetensors")
+    monkeypatch.setattr("tinytav.files.hub.needed", nothing)
+    with pytest.raises(InputError, match="^hub:a/b has no .safetensors$"):
+        load("hub:a/b")
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_what_is_needed_of_a_repository(half):
     stem = "unet/diffusion_pytorch_model"

@@ -64,7 +64,9 @@ def test_what_a_killed_process_left_of_a_new_run_is_removed_and_nothing_else(tmp
     killed, alive, foreign = (tmp_path / f".{name}.abc.part" for name in ("killed", "alive", "foreign"))
     for folder in (killed, alive, foreign):
         folder.mkdir()
-    (killed / "source.mp4").write_bytes(b"x"), (killed / ".clip.safetensors.7.part").mkdir()
+    for folder in (killed, alive):
+        (folder / "source.mp4").write_bytes(b"x")
+    (killed / ".clip.safetensors.7.part").mkdir()
     (foreign / "notes.txt").write_text("mine")
     at_work = Run(alive, None)
     at_work.lock()
@@ -78,6 +80,14 @@ def test_the_newest_run_is_the_one_that_was_finished_last_whatever_its_name(tmp_
         (tmp_path / name).mkdir()
         Run(tmp_path / name, Settings.from_json(SETTINGS | dict(finished=finished))).save()
     assert Run.newest(tmp_path).path.name == "b"
+
+
+def test_where_no_run_is_finished_none_is_the_newest(tmp_path):
+    (tmp_path / "d").mkdir()
+    Run(tmp_path / "d", Settings.from_json(SETTINGS)).save()
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match=f"No finished run in {folder}: tune on a clip with train.py first"):
+            Run.newest(folder)
 
 
 def test_others_may_read_what_is_written_as_the_umask_says(tmp_path):

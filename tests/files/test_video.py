@@ -238,6 +238,16 @@ def test_the_stream_is_the_one_that_a_player_takes(tmp_path):
     assert [picture.size for picture in frames.pictures(tmp_path / "x.mp4")] == [(64, 48)] * 2
 
 
+@pytest.mark.parametrize("read", [frames.read_all, lambda path: frames.read(path, 32, 8, 1)])
+def test_a_video_without_frames_is_refused(tmp_path, read):
+    with av.open(str(tmp_path / "empty.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    with pytest.raises(InputError, match="empty.avi has 0 frames"):
+        read(tmp_path / "empty.avi")
+
+
 @pytest.mark.parametrize("cover, message", [(True, "no video stream"), (False, "no video stream")])
 def test_a_song_is_no_video_whether_or_not_it_has_a_cover(tmp_path, cover, message):
     with av.open(str(tmp_path / "song.mp4"), "w") as container:

@@ -1,4 +1,5 @@
 """Metrics against their definitions written out, and the pictures' preparation against transformers' recorded one."""
+import json
 import math
 import os
 import shutil
@@ -110,6 +111,15 @@ def test_a_preparation_that_cannot_be_right_is_refused(folder, tmp_path, changes
         metrics.Features(tmp_path / "clip")
 
 
+def test_a_folder_without_both_towers_is_no_clip(folder, tmp_path):
+    shutil.copytree(folder[0], tmp_path / "clip")
+    config = json.loads((tmp_path / "clip/config.json").read_text())
+    del config["vision_config"]
+    tiny.save_json(tmp_path / "clip/config.json", config)
+    with pytest.raises(InputError, match="clip/config.json: CLIPConfig: .* text_config and vision_config is expected"):
+        metrics.Features(tmp_path / "clip")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's folder with the source and samples of it, which differ from it by their number."""
@@ -128,6 +138,8 @@ def run(tmp_path_factory):
         frames.write_mp4(run.path / f"{name}.mp4", sample, 8, title=prompt)
         records.write_record(run.path, name, prompt, settings, "")
     frames.write_mp4(run.path / "untitled.mp4", x, 8)
+    frames.write_strip(run.path / "still.png", x[:1])                   # of a single frame: it has no video
+    records.write_record(run.path, "still", "a man", dict(noise="random"), "")
     for number, name in enumerate(("source", *samples, "untitled")):
         os.utime(run.path / f"{name}.mp4", (number, number))
     return run
@@ -188,7 +200,7 @@ def test_a_file_that_is_no_video_is_passed_over(run, folder):
             names = [name for name, _ in metrics.rows(run, eye)]
     finally:
         (run.path / "zz.mp4").unlink()
-    assert "source.mp4" in names and "zz.mp4" not in names
+    assert "source.mp4" in names and not {"zz.mp4", "still.png"} & set(names)
 
 
 def test_the_command_prints_the_rows_and_its_errors_are_sentences(run, folder, tmp_path):

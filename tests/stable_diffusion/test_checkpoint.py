@@ -179,6 +179,19 @@ def test_the_default_weights(tmp_path):
         default_path(tmp_path)
 
 
+def test_a_pickle_in_weights_is_passed_over_with_a_warning(tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04")
+    with pytest.warns(UserWarning, match="model.ckpt is ignored. .*python -m tinytav convert"):
+        assert default_path(tmp_path) == tmp_path / "toy"
+
+
+def test_a_default_that_nobody_knows_is_refused(folder):
+    tiny.save_json(folder / "defaults.json", dict(size=32, stepps=5))
+    with pytest.raises(InputError, match="defaults.json: stepps is not known"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", [
     "lora_unet_down_blocks_0_attentions_0_proj_in.alpha", "unet.mid_block.x.lora_A.weight",
     "diffusion_model.x.lora_A.weight",

@@ -11,6 +11,7 @@ from PIL import Image
 from tinytav.files import frames
 from tinytav.measure import metrics
 from tinytav.toy import card, world
+from tinytav.weights import load
 
 TOY = Path(__file__).parents[2] / "weights/toy"
 
@@ -32,6 +33,20 @@ def test_retrieval_finds_each_drawing_by_its_caption_and_no_other(eye):
     scenes, x = card.renders(16, "retrieval")
     assert card.retrieval(eye, scenes, x, among=8) >= 0.8
     assert card.retrieval(eye, scenes, x.roll(1, 0), among=8) <= 0.2
+
+
+def test_each_caption_gets_a_picture_by_the_weights_own_settings(monkeypatch):
+    asked = []
+
+    def sampled(net, schedule, noise, context, empty, steps, guidance):
+        asked.append((len(noise), len(context), steps, guidance))
+        assert torch.equal(empty[0], sd.encode_prompts([""])[0]) and empty.shape == context.shape
+        yield noise
+    sd = load(TOY)
+    monkeypatch.setattr(card.pipeline, "sample", sampled)
+    scenes, _ = card.renders(27, "samples")
+    assert card.sample(sd, scenes).shape == (27, 3, 128, 128)
+    assert asked == [(25, 25, 25, 3), (2, 2, 25, 3)]
 
 
 def test_the_card_has_all_numbers_and_shows_two_rows_of_held_out_scenes(tmp_path, monkeypatch):

@@ -151,8 +151,6 @@ def heading(folder, settings, steps):
 def clips(folder, settings):
     """A figure for the source and for each sample, and what their numbers mean. The template's script plays them."""
     samples, metrics = read_samples(folder), record(folder / "metrics.json")
-    if not samples:
-        return []
     values = inner(metrics, "values")
     figures = [clip(name, details, settings, inner(values, name)) for name, details in samples]
     fps = Fraction(settings.fps) if settings else FOLDER_FPS

@@ -160,7 +160,7 @@ class Run:
 
     def lock(self):
         """Keeps every other process off the folder until close(), or until this process ends. Raises InputError."""
-        if not fcntl or self.held is not None:
+        if not fcntl:
             return
         self.held = os.open(self.path, os.O_RDONLY)
         try:
