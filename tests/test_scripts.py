@@ -325,6 +325,7 @@ def test_a_preview_comes_after_its_step_is_saved_and_ctrl_c_ends_it(place):
             return 0
     while steps_saved() < 2 and process.poll() is None:                 # the first preview comes after step 2
         time.sleep(0.005)
+    time.sleep(0.3)                                                     # now it is at work
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume seen/clip" in output
