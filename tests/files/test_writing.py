@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tinytav.errors import InputError
 from tinytav.files import frames
 
 COLOURS = [(224, 32, 32), (32, 192, 64), (32, 64, 224), (240, 160, 48), (128, 128, 128), (255, 255, 255), (0, 0, 0),
@@ -115,3 +116,9 @@ def test_a_video_is_the_same_bits_on_any_number_of_cores(tmp_path):
     frames.write_mp4(tmp_path / "x.mp4", torch.zeros(3, 3, 32, 32), fps=8)
     told = (tmp_path / "x.mp4").read_bytes()
     assert b" threads=1 " in told and b" mbtree=0 " in told                 # x264 writes into a file what it was told
+
+
+def test_a_size_that_h264_does_not_have_is_refused(tmp_path):
+    with pytest.raises(InputError, match="x.mp4 cannot be written as a video of 257x258: "):
+        frames.write_mp4(tmp_path / "x.mp4", torch.zeros(1, 3, 258, 257), 8)
+    assert not list(tmp_path.iterdir())
