@@ -40,7 +40,10 @@ class FakeStudio:
 def made(tmp_path, monkeypatch):
     """Works on clip 0 of the trial with two rows -> (what was made, its folder, work)."""
     made = []
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)           # would slow the tests after this one
+
+    def one_thread(count):                      # in earnest it would slow the tests after this one
+        assert count == 1
+    monkeypatch.setattr(torch, "set_num_threads", one_thread)
     monkeypatch.setattr(studies.Study, "studio", lambda *args: FakeStudio(made))
     rows = {name: studies.TRIAL[name] for name in ("full method", "untuned")}
     study = studies.STUDIES["trial"]._replace(rows=rows, references=("source",))

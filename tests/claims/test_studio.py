@@ -72,6 +72,13 @@ def test_an_edit_succeeds_if_all_that_is_needed_is_right_in_most_frames(quick, m
     assert answered(quick, all_right | dict(hat=0.625, x=0.625), monkeypatch)["success"]
 
 
+def test_kept_and_motion_are_means_of_what_the_judge_says(quick, monkeypatch):
+    shares = {name: i / 8 for i, name in enumerate(world.ATTRIBUTES)} | dict(phase=0.25, x=0.5, camera=1., moves=1.)
+    score = answered(quick, shares, monkeypatch)
+    assert score["kept"] == pytest.approx(sum(i / 8 for i in (0, 1, 2, 3, 5, 6)) / 6)          # place is edited
+    assert score["edited"] == 0.5 and score["motion"] == pytest.approx(1.75 / 3)
+
+
 def answered(studio, shares, monkeypatch):
     """The scores of an edit of which the judge says `shares`."""
     monkeypatch.setattr(studio.judge, "answers", lambda x, scene, said: shares)

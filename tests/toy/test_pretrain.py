@@ -49,6 +49,12 @@ def test_the_folder_is_a_stable_diffusion(folder):
     assert sd.defaults.size == draw.SIZE and (folder / "knows.txt").is_file()
 
 
+def test_scaled_latents_of_the_training_pictures_have_unit_variance(folder):
+    pictures = pretrain.draw_many(pretrain.imagine(0, 8))
+    mean, std = pretrain.encode_all(tinytav.load(folder).vae, pictures, "cpu")
+    assert mean.var() + std.square().mean() == pytest.approx(1, abs=0.02)           # weights are kept in half precision
+
+
 def test_the_clip_holds_the_same_text_encoder(folder):
     clip = build(CLIP, *read_component(folder / "clip", CLIPConfig))
     encoder = tinytav.load(folder).text_encoder
