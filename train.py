@@ -29,8 +29,8 @@ def arguments():
     p.add_argument("--frames", type=cli.number(int, 1), metavar="N",
                    help="use N frames (default: the weights' own number)")
     p.add_argument("--window", type=cli.number(int, 1), metavar="N",
-                   help="let the net see N frames at a time: it has the memory of N frames, whatever the length of the "
-                        "clip (default: the weights' own number of frames)")
+                   help="let the net see N frames at a time: it needs memory for these alone, however long the clip is "
+                        "(default: the weights' own number of frames)")
     p.add_argument("--start", type=cli.number(int, 0), metavar="N", help="begin at frame N of the clip (default: 0)")
     p.add_argument("--stride", type=cli.number(int, 1), metavar="N",
                    help="take every N-th frame (default: spread the frames over the whole clip)")

@@ -1,4 +1,4 @@
-"""Clips of any length: the net has the memory of one window. It is not in the paper.
+"""Clips of any length: the net sees a part of one at a time. It is not in the paper.
 
 A net of w frames sees a longer clip in windows: the clip's first frame and w - 1 consecutive frames. So ST-Attn looks
 at the same first frame everywhere. T-Attn has no positions, so it takes any window. Tuning takes one window at each

@@ -1,4 +1,4 @@
-"""What tinytav/tour.ipynb shows and asks with: rows of frames, clips that move, and a referee.
+"""What tinytav/tour.ipynb shows and asks with: rows of frames (claims draw them, too), clips that move, and a referee.
 
 A notebook shows what has a `_repr_png_`, as PIL's pictures have. So nothing here needs Jupyter.
 """

@@ -32,7 +32,7 @@ class TextEncoderConfig(Config):
 class CLIPAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        if cfg.hidden_size % cfg.num_attention_heads:
+        if cfg.hidden_size % cfg.num_attention_heads:               # checkpoint.build names the file
             raise ValueError(f"{cfg.num_attention_heads} heads do not divide {cfg.hidden_size}")
         self.heads = cfg.num_attention_heads
         self.k_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
